@@ -1,0 +1,63 @@
+"""The raw part of the store: uncompressed tokens in a buffer that grows ahead of them.
+
+`DynamicCache` copies the whole history for each new token (`torch.cat`). Here a new token is written behind the
+others and attention gets a view. The buffer grows by an eighth rather than to twice its size: that copies a
+token eight times over a cache's life instead of once, which does not show in any timing, and never holds more
+than an eighth (or 16 tokens) of memory in reserve.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["Buffer"]
+
+RESERVE = 16
+
+
+class Buffer:
+    """Tokens of one layer's keys or values: (B, H, length, D) inside a larger allocation."""
+
+    def __init__(self) -> None:
+        self._data: Tensor | None = None
+        self.length = 0
+
+    @property
+    def view(self) -> Tensor:
+        """(B, H, length, D), valid until the next `append` or `replace`."""
+        assert self._data is not None
+        return self._data[:, :, : self.length]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [] if self._data is None else [self._data]
+
+    def append(self, new: Tensor) -> Tensor:
+        """Write `new` (B, H, n, D) behind what is held; returns the view of all."""
+        new = new.detach()
+        total = self.length + new.shape[2]
+        if self._data is None:
+            self.replace(new)
+            return self.view
+        if total > self._data.shape[2]:
+            b, h, _, d = self._data.shape
+            grown = self._data.new_empty(b, h, total + max(RESERVE, total // 8), d)
+            grown[:, :, : self.length] = self.view
+            self._data = grown
+        self._data[:, :, self.length : total] = new
+        self.length = total
+        return self.view
+
+    def replace(self, data: Tensor) -> None:
+        """Hold `data` instead. A tensor that owns its storage is adopted; a view of a larger one is copied, or
+        the larger one would stay alive."""
+        owns = data.untyped_storage().nbytes() == data.numel() * data.element_size()
+        self._data = data if owns else data.clone()
+        self.length = data.shape[2]
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+
+    def rows(self, index: Tensor) -> None:
+        if self._data is not None:
+            self._data = self.view.index_select(0, index.to(self._data.device))

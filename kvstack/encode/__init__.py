@@ -1,0 +1,5 @@
+"""Encoders: one tensor in fewer bytes."""
+
+from .quant import Quant
+
+__all__ = ["Quant"]

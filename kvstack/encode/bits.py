@@ -1,0 +1,67 @@
+"""Codes of 1 to 8 bits, truly packed into bytes.
+
+A code is cut into planes whose widths divide a byte (3 bits = 2 + 1). Inside a plane of width w, one byte
+holds 8/w codes that lie n/(8/w) apart, so that each shift of the bytes yields one contiguous run of codes:
+
+    2 bits, n = 8 codes      byte 0 = c0 | c2<<2 | c4<<4 | c6<<6
+                             byte 1 = c1 | c3<<2 | c5<<4 | c7<<6
+    bytes >> 0 & 3  ->  c0 c1        bytes >> 2 & 3  ->  c2 c3        ...
+
+n, the number of codes packed together, must be a multiple of 8 (of 8/w for widths that need less).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["PLANES", "multiple", "pack", "runs", "unpack"]
+
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+def multiple(bits: int) -> int:
+    """How many codes of this width must come together to fill whole bytes."""
+    return 8 // min(PLANES[bits])
+
+
+def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """uint8 codes below 2**bits, n along `dim` -> bytes, n * bits / 8 along `dim`."""
+    planes, offset = [], 0
+    for width in PLANES[bits]:
+        plane = (codes >> offset) & (2**width - 1)
+        chunks = plane.chunk(8 // width, dim)
+        packed = chunks[0].clone()
+        for place, chunk in enumerate(chunks[1:], 1):
+            packed |= chunk << (place * width)
+        planes.append(packed)
+        offset += width
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim)
+
+
+def runs(packed: Tensor, bits: int, dim: int, n: int) -> Iterator[tuple[int, Tensor, int, int, int]]:
+    """The pieces that `packed` is made of, for readers that need no unpacked copy.
+
+    Yields (start, bytes, shift, width, weight): the codes from `start` on, as many as `bytes` has along `dim`,
+    contain `weight * ((bytes >> shift) & (2**width - 1))`; a code is the sum over its pieces.
+    """
+    begin, offset = 0, 0
+    for width in PLANES[bits]:
+        size = n * width // 8
+        piece = packed.narrow(dim, begin, size)
+        for place in range(8 // width):
+            yield place * size, piece, place * width, width, 2**offset
+        begin += size
+        offset += width
+
+
+def unpack(packed: Tensor, bits: int, dim: int, n: int) -> Tensor:
+    """The inverse of `pack`: n uint8 codes along `dim`."""
+    shape = list(packed.shape)
+    shape[dim] = n
+    codes = torch.zeros(shape, dtype=torch.uint8, device=packed.device)
+    for start, piece, shift, width, weight in runs(packed, bits, dim, n):
+        codes.narrow(dim, start, piece.shape[dim]).add_((piece >> shift) & (2**width - 1), alpha=weight)
+    return codes

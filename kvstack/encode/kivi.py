@@ -1,0 +1,131 @@
+"""KIVI: asymmetric uniform codes, keys per channel and values per token.
+
+Keys have a few channels that are large for every token, so a scale is shared by `group` consecutive tokens of
+one channel; values have no such channels, so a scale is shared by `group` channels of one token. Latents are
+treated like keys: their channels differ far more than their tokens.
+
+    keys    (B, H, T, D) -> codes (B, H, T/g, g*bits/8, D)   scale, low (B, H, T/g, D)
+    values  (B, H, T, D) -> codes (B, H, T, D/g, g*bits/8)   scale, low (B, H, T, D/g)
+
+    code = round((x - low) / scale)          x ~ low + scale * code
+
+Source: Liu et al. 2024, arXiv 2402.02750, section 3. Differs from the paper: groups that do not vary, and
+numbers that a half cannot hold, are guarded; the recent raw window belongs to the stack, not to the codec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UseError
+from ..packed import Packed
+from ..workspace import Workspace
+from .bits import multiple, pack, runs, unpack
+
+__all__ = ["Kivi"]
+
+TINY = torch.finfo(torch.float16).tiny
+LARGE = 6e4  # above this a half overflows
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """The codec behind `Quant(bits, codec="kivi")`; see the module's words for its layout."""
+
+    bits: int
+    group: int
+
+    def granule(self, width: int, role: str) -> int:
+        return 1 if role == "values" else self.group
+
+    def group_of(self, width: int) -> int:
+        """Channels of a value that share a scale: `group`, or the whole head where heads are smaller."""
+        return min(self.group, width)
+
+    def problem(self, width: int) -> str | None:
+        group, step = self.group_of(width), multiple(self.bits)
+        if width % group or group % step:
+            return (
+                f"values have {width} channels, which do not divide into groups of {self.group} "
+                f"packed {step} at a time."
+            )
+        return None
+
+    def encode(self, x: Tensor, role: str) -> Packed:
+        b, h, t, d = x.shape
+        if role == "values":
+            grouped, dim = x.reshape(b, h, t, d // self.group_of(d), self.group_of(d)), 4
+        else:
+            grouped, dim = x.reshape(b, h, t // self.group, self.group, d), 3
+        grouped = grouped.float()
+        least, most = torch.aminmax(grouped, dim=dim, keepdim=True)
+        bound = torch.maximum(-least, most).amax()
+        if not bool(torch.isfinite(bound)):
+            raise UseError(f"{role} hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
+        # float32 only where a half would overflow: it doubles what the scales cost
+        meta = torch.float16 if float(bound) < LARGE else torch.float32
+        low = least.to(meta)
+        # rounded down, so that no number lies below its grid (a number on the grid stays where it is)
+        low = torch.where(low.float() > least, (least - least.abs() * 2**-10 - TINY).to(meta), low)
+        levels = 2**self.bits - 1
+        # a group that does not vary still needs a step above zero
+        scale = ((most - low.float()) / levels).clamp_min(TINY).to(meta)
+        codes = ((grouped - low.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
+        parts = {
+            "codes": pack(codes, self.bits, dim),
+            "scale": scale.squeeze(dim),
+            "low": low.squeeze(dim),
+        }
+        return Packed(parts, tokens=t, width=d, dtype=x.dtype)
+
+    def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
+        codes, scale, low = packed.parts["codes"], packed.parts["scale"].float(), packed.parts["low"].float()
+        b, h = codes.shape[:2]
+        dim, n = (4, self.group_of(packed.width)) if role == "values" else (3, self.group)
+        numbers = unpack(codes, self.bits, dim, n).float()
+        numbers.mul_(scale.unsqueeze(dim)).add_(low.unsqueeze(dim))
+        numbers = numbers.view(b, h, packed.tokens, packed.width)
+        return numbers.to(packed.dtype) if out is None else out.copy_(numbers)
+
+    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """Scales go into the query, so codes only have to become floats:  q . (low + s*c) = q.low + (q*s).c"""
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        b, h, groups, _, d = codes.shape
+        query = query.float()
+        scaled = scale.float().unsqueeze(3) * query.unsqueeze(2)  # (B, H, T/g, G, D)
+        out = torch.matmul(low.float(), query.transpose(-1, -2)).unsqueeze(-1).repeat(1, 1, 1, 1, self.group)
+        for start, piece, shift, width, weight in runs(codes, self.bits, 3, self.group):
+            part = torch.matmul(scaled, as_floats(piece, shift, width, work).transpose(-1, -2))
+            out[..., start : start + piece.shape[3]].add_(part, alpha=weight)
+        return out.transpose(2, 3).reshape(b, h, query.shape[2], packed.tokens)
+
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """Scales go into the weights:  p . (low + s*c) = p.low + (p*s).c"""
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        b, h, t, groups, _ = codes.shape
+        n = self.group_of(packed.width)
+        weights = weights.float()
+        out = torch.matmul(weights, low.float()).unsqueeze(-1).repeat(1, 1, 1, 1, n)  # (B, H, G, groups, n)
+        for start, piece, shift, width, weight in runs(codes, self.bits, 4, n):
+            numbers = as_floats(piece, shift, width, work)  # (B, H, T, groups, run)
+            for group in range(groups):
+                scaled = weights * scale[..., group].float().unsqueeze(2)  # (B, H, G, T)
+                part = torch.matmul(scaled, numbers[:, :, :, group])
+                out[..., group, start : start + piece.shape[4]].add_(part, alpha=weight)
+        return out.view(b, h, weights.shape[2], packed.width)
+
+
+def as_floats(piece: Tensor, shift: int, width: int, work: Workspace) -> Tensor:
+    """`(piece >> shift) & mask` as float32, in scratch memory."""
+    bits = work.get("bits", tuple(piece.shape), torch.uint8, piece.device)
+    floats = work.get("floats", tuple(piece.shape), torch.float32, piece.device)
+    if shift:
+        torch.bitwise_right_shift(piece, shift, out=bits)
+        piece = bits
+    if shift + width < 8:  # the topmost codes have nothing above them to mask
+        torch.bitwise_and(piece, 2**width - 1, out=bits)
+        piece = bits
+    return floats.copy_(piece)

@@ -1,0 +1,98 @@
+"""The quantizing stage: settings and checks; the arithmetic is in one codec a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Self
+
+from torch import Tensor
+
+from ..errors import BindError
+from ..packed import Packed
+from ..stage import Encode, check
+from ..workspace import Workspace
+from .blockwise import Blockwise
+from .kivi import Kivi
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Quant"]
+
+BITS = {"kivi": (2, 3, 4, 8), "nf4": (4,), "fp4": (4,), "int8": (8,)}
+
+
+@dataclass(frozen=True, repr=False)
+class Quant(Encode):
+    """Store every number in a few bits.
+
+    Args:
+        bits: bits per number: 2, 3, 4 (default) or 8 with `kivi`, 4 with `nf4` and `fp4`, 8 with `int8`.
+            Scales come on top: 32 bits per group with `kivi`, 16 with the others.
+        group: numbers that share a scale; default 32 for `kivi`, 64 for the others.
+        codec: `kivi` (default; asymmetric, keys per channel, values per token), or bitsandbytes' `nf4`, `fp4`,
+            `int8`.
+
+    Source: KIVI, arXiv 2402.02750; bitsandbytes, arXiv 2110.02861 and 2305.14314. Differs from KIVI: a token is
+    encoded once, when it leaves the stack's recent window, keys and values together.
+
+    Example:
+        >>> from kvstack import KVStack, Quant
+        >>> KVStack([Quant(2)])
+        KVStack([Quant(bits=2)])
+    """
+
+    bits: int = 4
+    group: int | None = None
+    codec: str = "kivi"
+
+    name = "quant"
+    source = "arXiv 2402.02750"
+    saves = "bits per number"
+
+    def __post_init__(self) -> None:
+        check(self.codec in BITS, self, f"no codec is called {self.codec!r}.", f"Use one of: {', '.join(BITS)}.")
+        packed = ", ".join(map(str, BITS[self.codec]))
+        check(
+            isinstance(self.bits, int) and self.bits in BITS[self.codec],
+            self,
+            f"{self.codec} packs codes of {packed} bits.",
+            "Use one of these." if len(BITS[self.codec]) > 1 else f"Use Quant({packed}, codec={self.codec!r}).",
+        )
+        group = self.group
+        if self.codec == "kivi":
+            fits = group is None or (isinstance(group, int) and group >= 8 and group % 8 == 0)
+            check(fits, self, "a group must be a multiple of 8, so that its codes fill whole bytes.", "Use group=32.")
+        else:
+            fits = group is None or group in (64, 128, 256, 512, 1024, 2048, 4096)
+            check(fits, self, "bitsandbytes knows blocks of 64, 128, 256, ... 4096 numbers.", "Use group=64.")
+
+    @cached_property
+    def coder(self) -> Kivi | Blockwise:
+        if self.codec == "kivi":
+            return Kivi(self.bits, self.group or 32)
+        return Blockwise(self.codec, self.group or 64)
+
+    def bind(self, model: PreTrainedModel) -> Self:
+        config = model.config.get_text_config(decoder=True)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if problem := self.coder.problem(width):
+            raise BindError(f"{self!r} does not fit {type(model).__name__}: {problem} Use a group that divides {width}.")
+        return self
+
+    def granule(self, width: int) -> int:
+        # both kinds of tensor are cut at the same tokens
+        return max(self.coder.granule(width, "keys"), self.coder.granule(width, "values"))
+
+    def encode(self, x: Tensor, role: str, energy: Tensor | None = None) -> Packed:
+        return self.coder.encode(x, role)
+
+    def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
+        return self.coder.decode(packed, role, out)
+
+    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        return self.coder.dot(query, packed, role, work)
+
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        return self.coder.mix(weights, packed, role, work)

@@ -1,0 +1,30 @@
+"""Every error kvstack raises, as one family.
+
+    KVStackError
+    ├── StageError   a stage's settings, or the stages of one stack, cannot work
+    ├── SpecError    a spec string, dict or name does not describe a stack
+    ├── BindError    the stack and this model do not fit each other
+    └── UseError     a bound stack was used in a way that would give wrong results
+
+All of them are `ValueError`s as well, so code that knows nothing of kvstack can still catch bad input.
+"""
+
+
+class KVStackError(ValueError):
+    """Base of all errors raised by kvstack."""
+
+
+class StageError(KVStackError):
+    """A stage's settings, or the stages of one stack, cannot work."""
+
+
+class SpecError(KVStackError):
+    """A spec string, dict or name does not describe a stack."""
+
+
+class BindError(KVStackError):
+    """The stack and this model do not fit each other."""
+
+
+class UseError(KVStackError):
+    """A bound stack was used in a way that would give wrong results."""

@@ -1,0 +1,66 @@
+"""What a stack holds, by stage and part, as a table or as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+__all__ = ["Part", "Report"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one kind of tensor: who pays for it (a stage, or the stack itself) and what it is."""
+
+    payer: str
+    part: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes held by a stack. `print` it, `rich.print` it, or take `to_dict()`.
+
+    `nbytes` may be less than the sum of its parts where they share storage.
+    """
+
+    stack: str
+    seen: int
+    held: int
+    nbytes: int
+    dense_nbytes: int
+    parts: list[Part]
+
+    @property
+    def compression(self) -> float:
+        """Share of the dense bytes that is saved."""
+        return 1 - self.nbytes / self.dense_nbytes if self.dense_nbytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "compression": self.compression}
+
+    def table(self) -> Table:
+        table = Table(title=self.stack, caption=f"{self.held:,} of {self.seen:,} tokens held", title_justify="left")
+        for name, justify in (("paid by", "left"), ("part", "left"), ("KiB", "right"), ("of dense", "right")):
+            table.add_column(name, justify="right" if justify == "right" else "left")
+        for part in sorted(self.parts, key=lambda p: (p.payer, -p.nbytes)):
+            table.add_row(part.payer, part.part, f"{part.nbytes / 1024:,.1f}", self._share(part.nbytes))
+        table.add_section()
+        table.add_row("all", "", f"{self.nbytes / 1024:,.1f}", self._share(self.nbytes), style="bold")
+        table.add_row("dense cache", "", f"{self.dense_nbytes / 1024:,.1f}", self._share(self.dense_nbytes))
+        return table
+
+    def _share(self, nbytes: int) -> str:
+        return f"{nbytes / self.dense_nbytes:.2%}" if self.dense_nbytes else "-"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+
+    def __str__(self) -> str:
+        console = Console(width=100, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()

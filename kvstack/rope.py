@@ -1,0 +1,73 @@
+"""Rotary position embedding of one model, forwards and backwards.
+
+Keys are cached after rotation. A transform that looks for structure across tokens wants them without it, and
+`expected` attention wants to know how queries of the future will be rotated. Both use the model's own functions:
+its rotary module for the tables and its modelling file's `apply_rotary_pos_emb` for the rotation, so partial,
+scaled and interleaved variants come out as the model has them. Rotating by minus the angle undoes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Rope", "find_rope"]
+
+
+class Rope:
+    """Rotates keys of one layer to given positions and back."""
+
+    def __init__(self, rotary: nn.Module, apply: Any, layer_type: str | None) -> None:
+        self._rotary, self._apply, self._layer_type = rotary, apply, layer_type
+
+    def tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, T, rotated channels) for `positions` (B, T)."""
+        extra = (self._layer_type,) if self._layer_type is not None else ()
+        cos, sin = self._rotary(like, positions.long(), *extra)
+        return cos, sin
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x` (B, H, T, D) to `positions` (B or 1, H or 1, T)."""
+        return self._turn(x, positions, backwards=False)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+        return self._turn(x, positions, backwards=True)
+
+    def _turn(self, x: Tensor, positions: Tensor, backwards: bool) -> Tensor:
+        b, h, t, d = x.shape
+        if positions.shape[1] > 1:  # every head has its own positions: heads become rows
+            flat = positions.expand(b, h, t).reshape(b * h, t)
+            return self._turn(x.reshape(b * h, 1, t, d), flat.unsqueeze(1), backwards).view(b, h, t, d)
+        cos, sin = self.tables(positions[:, 0], x.float())
+        if backwards:
+            # cos and sin carry the model's attention scaling a: undo a * rotation, not only the rotation
+            square = (cos[..., :1] ** 2 + sin[..., :1] ** 2).clamp_min(1e-12)
+            cos, sin = cos / square, -sin / square
+        turned: Tensor = self._apply(x.float(), x.float(), cos.float(), sin.float())[1]
+        return turned.to(x.dtype)
+
+
+def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> Rope | None:
+    """The rotary embedding `attention` uses, or None where the model has none of the usual form."""
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if apply is None or "cos" not in inspect.signature(apply).parameters:
+        return None
+    for module in model.modules():
+        rotary = getattr(module, "rotary_emb", None)
+        if isinstance(rotary, nn.Module):
+            takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
+            return Rope(rotary, apply, layer_type if takes_type else None)
+    return None
+
+
+def arange(start: int, stop: int, device: torch.device) -> Tensor:
+    """Positions as int32: they are stored, and four bytes reach any text."""
+    return torch.arange(start, stop, dtype=torch.int32, device=device)

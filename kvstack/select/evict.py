@@ -1,0 +1,113 @@
+"""The evicting stage: a budget, a score, and how scores of several heads and layers become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..stage import Score, Select, check
+from ..types import KV, Context
+
+__all__ = ["Evict"]
+
+DEFAULT = "snapkv"
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Evict(Select):
+    """Keep the tokens that score highest, of those between the stack's sinks and window.
+
+    Args:
+        keep: the share of these tokens KEPT, a float in (0, 1], or how many, an int of 1 or more.
+        score: the name of a score (`kvstack stages` lists them) or any object with `score(kv, context)`.
+        layers: adjacent layers that keep the same tokens (default 1). With more than one, all heads of these
+            layers share one set.
+        share_heads: whether all kv heads of a layer keep the same tokens (default False).
+        pool: how the scores of heads and layers that share a set become one: `mean` (default) or `max`, after
+            every head's scores have been brought to the same scale.
+
+    The budget holds while decoding and at every later turn.
+
+    Example:
+        >>> from kvstack import Evict, SnapKV
+        >>> Evict(0.2), Evict(1024, score=SnapKV(window=32))
+        (Evict(keep=0.2), Evict(keep=1024, score=SnapKV(window=32)))
+    """
+
+    keep: float | int
+    by: Score
+    layers: int = 1
+    share_heads: bool = False
+    how: Literal["mean", "max"] = "mean"
+
+    name = "evict"
+    source = "one paper a score"
+    saves = "tokens"
+
+    def __init__(
+        self,
+        keep: float | int,
+        score: str | Score | Any = DEFAULT,
+        *,
+        layers: int = 1,
+        share_heads: bool = False,
+        pool: Literal["mean", "max"] = "mean",
+    ) -> None:
+        # written out because the argument is called like the method that every selector has
+        for name, value in (("keep", keep), ("layers", layers), ("share_heads", share_heads), ("how", pool)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "by", score)  # for the messages of the checks
+        share = isinstance(keep, float) and 0 < keep <= 1
+        count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        check(
+            share or count,
+            self,
+            "keep is what stays: a share in (0, 1] or a count of tokens, an int of 1 or more.",
+            "Use keep=0.2 for a fifth of the tokens.",
+        )
+        check(isinstance(layers, int) and layers >= 1, self, "layers counts layers.", "Use 1 or more.")
+        check(pool in ("mean", "max"), self, f"{pool!r} is no way to pool.", 'Use "mean" or "max".')
+        if isinstance(score, str):
+            score = registry.make_score(score)
+        check(
+            callable(getattr(score, "score", None)) and not isinstance(score, type),
+            self,
+            "a score is a name or an object with a method score(kv, context).",
+            f"Use one of: {', '.join(registry.score_names())}.",
+        )
+        object.__setattr__(self, "by", score)
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings()
+        by, how = found.pop("by"), found.pop("how", None)
+        keep = {"keep": found.pop("keep")}
+        given = keep | ({} if by == registry.make_score(DEFAULT) else {"score": by}) | found
+        return given | ({"pool": how} if how else {})
+
+    @property
+    def queries(self) -> int:
+        return int(getattr(self.by, "queries", 0))
+
+    @property
+    def tracks(self) -> bool:
+        return bool(getattr(self.by, "tracks", False))
+
+    def score(self, kv: KV, context: Context) -> Tensor:
+        scores: Tensor = self.by.score(kv, context)
+        return scores
+
+    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
+        return self.by.track(kv, context)
+
+    def pool(self, scores: Sequence[Tensor]) -> Tensor:
+        heads = torch.cat(list(scores), dim=1)  # (B, heads of all layers, T)
+        # scores of one head are comparable with each other, those of two heads are not: some are attention
+        # weights that sum to one, some are distances
+        spread = heads.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
+        heads = (heads - heads.mean(-1, keepdim=True)) / spread
+        return heads.amax(1, keepdim=True) if self.how == "max" else heads.mean(1, keepdim=True)

@@ -1,0 +1,27 @@
+"""StreamingLLM: attention sinks and the most recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..stage import Score
+from ..types import KV, Context
+
+__all__ = ["Streaming"]
+
+
+@dataclass(frozen=True, repr=False)
+class Streaming(Score):
+    """The position: the budget goes to the newest tokens, beside the stack's sinks.
+
+    Source: Xiao et al. 2024, arXiv 2309.17453. Differs from the paper: kept tokens keep their true positions; the
+    paper renumbers them inside the cache, which allows texts longer than the model's training context.
+    """
+
+    name = "streaming"
+    source = "arXiv 2309.17453"
+
+    def score(self, kv: KV, context: Context) -> Tensor:
+        return context.positions.float().expand(kv.keys.shape[:3])

@@ -1,0 +1,171 @@
+"""The contracts: the three kinds of stage, each with one thing to write.
+
+    Select.score(kv, context)            which tokens stay        -> (B, H, T), higher stays
+    Transform.forward(group) / .inverse  layers -> named latents -> layers
+    Encode.encode(x, role) / .decode     one tensor -> packed parts -> one tensor
+
+Stages are frozen settings: equal settings, equal stage, and `repr` is the line that builds it. They hold no
+state; what must be remembered per token lives in the store. Stages never name each other: each states plain
+facts about itself and the stack settles the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from .errors import StageError
+from .packed import Packed
+from .types import KV, Context, Latent
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Encode", "Score", "Select", "Settings", "Stage", "Transform", "check"]
+
+Kind = Literal["select", "transform", "encode"]
+
+
+def check(condition: bool, stage: object, problem: str, fix: str) -> None:
+    """Raise a `StageError` that names the stage, what is wrong and what to write instead."""
+    if not condition:
+        raise StageError(f"{stage!r}: {problem} {fix}")
+
+
+class Settings:
+    """Something made of settings alone: `repr` is the line that builds it, and equal settings make equal things.
+
+    Subclasses are frozen dataclasses (`@dataclass(frozen=True, repr=False)`).
+    """
+
+    name: ClassVar[str]
+    """The word that stands for it in a spec string."""
+    source: ClassVar[str] = ""
+    """The paper or project it comes from."""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that build this again, without those that have their default."""
+        assert is_dataclass(self)
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
+
+
+class Stage(Settings):
+    """Base of all stages. Subclass one of the three kinds, not this."""
+
+    kind: ClassVar[Kind]
+    saves: ClassVar[str] = ""
+    """What is smaller afterwards, in a few words, for the catalogue."""
+
+    def bind(self, model: PreTrainedModel) -> Self:
+        """A copy of this stage fitted to `model`; raise `BindError` where the two cannot work together."""
+        return self
+
+
+class Score(Settings):
+    """What ranks tokens: give it to `Evict(keep, score=...)`.
+
+    Any object with a `score` method works; this base only holds the defaults.
+    """
+
+    queries: int = 0
+    """How many of the most recent queries `score` wants in `Context.queries`; -1 for all of the running forward."""
+    tracks: ClassVar[bool] = False
+    """True where `track` keeps a per-token memory."""
+
+    def score(self, kv: KV, context: Context) -> Tensor:
+        """Rank all held tokens of one layer: (B, H, T), higher stays. Sinks and window are kept whatever it says."""
+        raise NotImplementedError  # the one method a score must write
+
+    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
+        """Per-token memory (B, H, T) after a forward, from `context.memory` and the forward's queries."""
+        return {}
+
+
+class Select(Stage):
+    """Chooses which tokens stay. The stack pools the scores to the coarsest token set a stage needs, cuts to the
+    budget and gathers; a selector never sees indices."""
+
+    kind = "select"
+    keep: float | int
+    layers: int = 1
+    """Adjacent layers that share one token set."""
+    share_heads: bool = False
+    """Whether all kv heads of a layer keep the same tokens."""
+
+    @property
+    def queries(self) -> int:
+        return 0
+
+    @property
+    def tracks(self) -> bool:
+        return False
+
+    def score(self, kv: KV, context: Context) -> Tensor:
+        """(B, H, T), higher stays."""
+        raise NotImplementedError  # the one method a selector must write
+
+    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
+        """Per-token memory after a forward; only called where `tracks` is true."""
+        return {}
+
+    def pool(self, scores: Sequence[Tensor]) -> Tensor:
+        """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree."""
+        return torch.cat(list(scores), dim=1).mean(dim=1, keepdim=True)
+
+
+class Transform(Stage):
+    """Turns the keys and values of a group of adjacent layers into named latents, and back."""
+
+    kind = "transform"
+    layers: int
+    """Adjacent layers that are stored together."""
+    share_heads: bool = True
+    """Whether a token must be kept by all heads of the group or by none."""
+    unrotated: bool = False
+    """Whether keys are wanted without rotary embedding; the stack re-rotates what `inverse` gives back."""
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        """Latents of one block of tokens; `group` holds one `KV` per layer, in layer order."""
+        raise NotImplementedError  # one of the two methods a transform must write
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
+        raise NotImplementedError  # the other method a transform must write
+
+
+class Encode(Stage):
+    """Stores one tensor in fewer bytes."""
+
+    kind = "encode"
+
+    def granule(self, width: int) -> int:
+        """Tokens that are encoded together when a token has `width` channels."""
+        return 1
+
+    def encode(self, x: Tensor, role: str, energy: Tensor | None = None) -> Packed:
+        """Pack `x` (B, H, T, R), T a multiple of the granule. `role` is `keys`, `values` or a latent's name."""
+        raise NotImplementedError  # one of the two methods an encoder must write
+
+    def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
+        """The tensor (B, H, T, R) again, written into `out` where given."""
+        raise NotImplementedError  # the other method an encoder must write
+
+    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """`query` (B, H, G, R) times the transposed packed tensor: (B, H, G, T). Override to read codes directly."""
+        return torch.matmul(query, self.decode(packed, role).transpose(-1, -2).to(query.dtype))
+
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, T) times the packed tensor: (B, H, G, R). Override to read codes directly."""
+        return torch.matmul(weights, self.decode(packed, role).to(weights.dtype))
+
+
+def is_stage(thing: Any) -> bool:
+    return isinstance(thing, Select | Transform | Encode)

@@ -1,0 +1,422 @@
+"""What is held for a group of layers that are stored together, and everything that moves tokens in it.
+
+    [ sinks | sealed tokens | raw: middle not sealed yet | window + new ]
+      raw     encoded,        raw                          raw
+              dropped by
+              whole granules
+
+The sinks and the rest of the raw tokens share one buffer a layer; `read` puts the sealed ones between them, so
+that tokens are always in the order of their positions. Without an encoder or transform nothing is sealed and
+the middle stays raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .budget import Cut, allowance, choose, how_many
+from .buffer import Buffer
+from .errors import UseError
+from .packed import Packed
+from .rope import Rope, arange
+from .stage import Encode, Select, Transform
+from .types import KV, Context, take_tokens
+from .workspace import Workspace
+
+__all__ = ["Plan", "Store"]
+
+RECENT_QUERIES = 8
+"""Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
+the cache on grouped-query models, so they are few, and none are held before the first new token."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stack does, settled once: its stages by kind and the numbers they agreed on."""
+
+    select: Select | None
+    transform: Transform | None
+    encode: Encode | None
+    sinks: int
+    window: int
+    block: int
+
+    @property
+    def seals(self) -> bool:
+        return self.encode is not None
+
+    @property
+    def layers(self) -> int:
+        """Adjacent layers that are handled together."""
+        return max(self.select.layers if self.select else 1, self.transform.layers if self.transform else 1)
+
+    @property
+    def share_heads(self) -> bool:
+        """Whether one token set serves all heads (and layers) of a group."""
+        wish = bool(self.select and self.select.share_heads) or bool(self.transform and self.transform.share_heads)
+        return wish or self.layers > 1
+
+    def granule(self, width: int) -> int:
+        return self.encode.granule(width) if self.encode else 1
+
+
+class Store:
+    """Tokens of `layers` (indices in the model) for a set of rows of equal length."""
+
+    def __init__(self, plan: Plan, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
+        self.plan = plan
+        self.layers = list(layers)
+        self.ropes = ropes
+        n = len(self.layers)
+        self.raw = [(Buffer(), Buffer()) for _ in range(n)]
+        self.sealed: dict[tuple[int, str], Packed] = {}
+        self.sealed_tokens = 0
+        self.kept: Tensor | None = None  # (B, H or 1, sealed + chosen raw) positions, once something was evicted
+        self.memory: list[dict[str, Tensor]] = [{} for _ in range(n)]
+        self.recent: list[Tensor | None] = [None] * n
+        self.fresh: list[Tensor | None] = [None] * n
+        self.dirty = False
+        self._latents: dict[int, dict[str, Tensor]] = {}
+
+    # ---- lengths and positions
+
+    @property
+    def raw_tokens(self) -> int:
+        return self.raw[0][0].length
+
+    @property
+    def held(self) -> int:
+        return self.sealed_tokens + self.raw_tokens
+
+    @property
+    def sinks(self) -> int:
+        return min(self.plan.sinks, self.raw_tokens)
+
+    @property
+    def middle(self) -> int:
+        """Raw tokens between the sinks and the window."""
+        return max(0, self.raw_tokens - self.sinks - self.plan.window)
+
+    def positions(self, seen: int) -> Tensor:
+        """(B or 1, H or 1, held) true positions, ascending."""
+        device = self.raw[0][0].view.device
+        if self.kept is None:
+            return arange(seen - self.held, seen, device)[None, None]
+        b, h, chosen = self.kept.shape
+        rest = self.held - self.sinks - chosen
+        first = arange(0, self.sinks, device).expand(b, h, -1)
+        last = arange(seen - rest, seen, device).expand(b, h, -1)
+        return torch.cat([first, self.kept, last], dim=-1)
+
+    # ---- writing
+
+    def append(self, slot: int, keys: Tensor, values: Tensor) -> KV:
+        """New tokens of one layer; returns views of all its raw tokens."""
+        self.dirty = True
+        raw_keys, raw_values = self.raw[slot]
+        return KV(raw_keys.append(keys), raw_values.append(values))
+
+    def remember(self, slot: int, queries: Tensor) -> None:
+        """Keep what the selector wants to see of the running forward's queries (B, H*G, Q, D)."""
+        want = self.plan.select.queries if self.plan.select else 0
+        if want == 0:
+            return
+        if queries.shape[2] > 1:
+            self.recent[slot] = None
+            # clone: a view would keep the queries of the whole prompt until the group is complete
+            self.fresh[slot] = queries if want < 0 else queries[:, :, -want:].clone()
+            return
+        last = self.recent[slot]
+        last = queries if last is None else torch.cat([last, queries], dim=2)
+        self.recent[slot] = last[:, :, -RECENT_QUERIES:].clone()
+
+    def context(
+        self, slot: int, seen: int, scaling: float, queries: Tensor | None, memory: Mapping[str, Tensor]
+    ) -> Context:
+        layer = self.layers[slot]
+        return Context(
+            layer=layer,
+            seen=seen,
+            positions=self.positions(seen),
+            queries=queries,
+            scaling=scaling,
+            memory=memory,
+            rope=self.ropes.get(layer),
+            sinks=self.sinks,
+            window=self.plan.window,
+        )
+
+    def track(self, slot: int, seen: int, scaling: float, queries: Tensor, work: Workspace) -> None:
+        """Let the selector update its per-token memory after a forward of this layer."""
+        select = self.plan.select
+        assert select is not None
+        kv = self.read(slot, seen, work)
+        # tokens the memory does not know yet start at zero
+        grown = {name: torch.nn.functional.pad(x, (0, kv.tokens - x.shape[2])) for name, x in self.memory[slot].items()}
+        self.memory[slot] = dict(select.track(kv, self.context(slot, seen, scaling, queries, grown)))
+
+    # ---- compressing
+
+    def settle(self, seen: int, fresh: int, scalings: Sequence[float], work: Workspace) -> None:
+        """Evict down to the budget, then seal what may be sealed. `fresh` new tokens came since the last time."""
+        plan = self.plan
+        self.dirty = False
+        granule = plan.granule(self.raw[0][0].view.shape[-1])
+        dropped = 0
+        if plan.select is not None:
+            budget = allowance(plan.select.keep, seen, plan.sinks, plan.window)
+            raw = max(0, fresh - plan.sinks - plan.window)  # a bound that holds in every layer
+            dropped = how_many(self.sealed_tokens + self.middle, raw, budget, granule, plan.block)
+        block = max(plan.block, granule)
+        ready = self.middle >= block and plan.seals
+        if dropped or ready:
+            cut = self._cut(seen, granule, dropped, scalings, work) if dropped else None
+            middle = self.middle if cut is None else cut.raw.shape[-1]
+            seal = middle // granule * granule if plan.seals and (dropped or middle >= block) else 0
+            self._rebuild(seen, cut, seal, granule)
+            if dropped:
+                self.recent = [None] * len(self.layers)
+        self.fresh = [None] * len(self.layers)
+        self._latents.clear()
+
+    def _cut(self, seen: int, granule: int, drop: int, scalings: Sequence[float], work: Workspace) -> Cut:
+        """Score all held tokens of all layers and decide which of the middle ones stay."""
+        select = self.plan.select
+        assert select is not None
+        first, last = self.sinks, self.sinks + self.sealed_tokens + self.middle
+        scores = []
+        for slot, layer in enumerate(self.layers):
+            kv = self.read(slot, seen, work)
+            fresh = self.fresh[slot]
+            queries = self.recent[slot] if fresh is None else fresh
+            score = select.score(kv, self.context(slot, seen, scalings[slot], queries, self.memory[slot])).float()
+            if score.shape != kv.keys.shape[:3]:
+                raise UseError(
+                    f"{select!r} on layer {layer}: score gave {tuple(score.shape)}, "
+                    f"one number per row, kv head and token is needed: {tuple(kv.keys.shape[:3])}."
+                )
+            score = score[:, :, first:last]
+            if not bool(torch.isfinite(score).all()):
+                raise UseError(
+                    f"{select!r} on layer {layer}: scores hold NaN or infinity, so the keys do. "
+                    "Check the model's dtype (float16 overflows) and its input."
+                )
+            scores.append(score)
+        pooled = select.pool(scores) if self.plan.share_heads else scores[0]
+        return choose(pooled, self.sealed_tokens, granule, drop)
+
+    def _rebuild(self, seen: int, cut: Cut | None, seal: int, granule: int) -> None:
+        """Apply `cut`, then move the oldest `seal` raw middle tokens into the sealed part."""
+        sinks, middle = self.sinks, self.middle
+        positions = self.positions(seen)[..., sinks : sinks + self.sealed_tokens + middle]
+        if cut is not None:
+            steps = torch.arange(granule, device=cut.raw.device)
+            packed = (cut.granules.unsqueeze(-1) * granule + steps).flatten(-2)
+            stay = torch.cat([packed, cut.raw + self.sealed_tokens], dim=-1)  # indices among the middle tokens
+            positions = positions.expand(*stay.shape[:2], -1).gather(-1, stay)
+            self._keep_memory(stay)
+            if packed.shape[-1] < self.sealed_tokens:
+                self.sealed = {name: packed_.take(cut.granules, granule) for name, packed_ in self.sealed.items()}
+                self.sealed_tokens = packed.shape[-1]
+        block: list[KV] = []
+        for keys, values in self.raw:
+            kept = []
+            for buffer in (keys, values):
+                x = buffer.view
+                mid = x[:, :, sinks : sinks + middle]
+                if cut is not None:
+                    mid = take_tokens(mid, cut.raw)
+                kept.append(mid[:, :, :seal])
+                buffer.replace(torch.cat([x[:, :, :sinks], mid[:, :, seal:], x[:, :, sinks + middle :]], dim=2))
+            block.append(KV(*kept))
+        if seal:
+            self._seal(block, positions[..., self.sealed_tokens : self.sealed_tokens + seal])
+        if cut is not None or self.kept is not None:
+            self.kept = positions.to(torch.int32)
+
+    def _seal(self, block: list[KV], positions: Tensor) -> None:
+        plan = self.plan
+        assert plan.encode is not None
+        for name, data, energy in self._latents_of(block, positions):
+            try:
+                packed = plan.encode.encode(data, name[1], energy)
+            except UseError as error:
+                raise UseError(f"{plan.encode!r} on layer {self.layers[name[0]]}: {error}") from None
+            self.sealed[name] = self.sealed[name].append(packed) if name in self.sealed else packed
+        self.sealed_tokens += positions.shape[-1]
+
+    def _latents_of(self, block: list[KV], positions: Tensor) -> list[tuple[tuple[int, str], Tensor, Tensor | None]]:
+        """What is to be encoded, by (first slot, role)."""
+        transform = self.plan.transform
+        if transform is None:
+            pairs = enumerate(block)
+            return [((i, role), getattr(kv, role), None) for i, kv in pairs for role in ("keys", "values")]
+        found = []
+        for start in range(0, len(block), transform.layers):
+            chunk = block[start : start + transform.layers]
+            if transform.unrotated:
+                chunk = [KV(self._rope(start + i).unrotate(kv.keys, positions), kv.values) for i, kv in enumerate(chunk)]
+            for role, latent in transform.forward(chunk).items():
+                found.append(((start, role), latent.data, latent.energy))
+        return found
+
+    def _rope(self, slot: int) -> Rope:
+        rope = self.ropes.get(self.layers[slot])
+        assert rope is not None  # checked when the stack was bound
+        return rope
+
+    # ---- reading
+
+    def read(self, slot: int, seen: int, work: Workspace) -> KV:
+        """All held tokens of one layer in position order. Views of the raw part where nothing is sealed, scratch
+        memory (valid until the next read) otherwise."""
+        keys, values = (buffer.view for buffer in self.raw[slot])
+        if not self.sealed_tokens:
+            return KV(keys, values)
+        return KV(
+            *(
+                self._assemble(name, raw, decode, work)
+                for name, raw, decode in zip(
+                    ("keys", "values"), (keys, values), self._decoders(slot, seen), strict=True
+                )
+            )
+        )
+
+    def _assemble(self, name: str, raw: Tensor, decode: Callable[[Tensor], object], work: Workspace) -> Tensor:
+        b, h, n, d = raw.shape
+        out = work.get(name, (b, h, n + self.sealed_tokens, d), raw.dtype, raw.device)
+        first, second = self.sinks, self.sinks + self.sealed_tokens
+        out[:, :, :first] = raw[:, :, :first]
+        out[:, :, second:] = raw[:, :, first:]
+        decode(out[:, :, first:second])
+        return out
+
+    def _decoders(self, slot: int, seen: int) -> tuple[Callable[[Tensor], object], Callable[[Tensor], object]]:
+        """Two functions that write the sealed keys and values of a layer into a given tensor."""
+        encode, transform = self.plan.encode, self.plan.transform
+        assert encode is not None
+        if transform is None:
+
+            def write(role: str) -> Callable[[Tensor], object]:
+                return lambda out: encode.decode(self.sealed[slot, role], role, out)
+
+            return write("keys"), write("values")
+        start = slot - slot % transform.layers
+        if start not in self._latents:  # decoded once per forward, for all layers of the group
+            mine = {role: packed for (first, role), packed in self.sealed.items() if first == start}
+            self._latents = {start: {role: encode.decode(packed, role) for role, packed in mine.items()}}
+        kv = transform.inverse(self._latents[start], slot - start)
+        keys = kv.keys
+        if transform.unrotated:
+            positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
+            keys = self._rope(slot).rotate(keys, positions)
+        return lambda out: out.copy_(keys), lambda out: out.copy_(kv.values)
+
+    def attend(self, slot: int, query: Tensor, scaling: float, work: Workspace) -> Tensor:
+        """Attention of one query per row over sealed codes and raw tokens, without decoding the codes.
+
+        query (B, H*G, 1, D) -> (B, 1, H*G, D). Softmax does not care for the order of tokens, so the sealed ones
+        come first here.
+        """
+        encode = self.plan.encode
+        assert encode is not None
+        keys, values = (buffer.view for buffer in self.raw[slot])
+        b, h, _, d = keys.shape
+        grouped = query.reshape(b, h, -1, d) * scaling  # (B, H, G, D)
+        packed = encode.dot(grouped, self.sealed[slot, "keys"], "keys", work)
+        logits = torch.cat([packed, torch.matmul(grouped, keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
+        weights = logits.softmax(dim=-1, dtype=torch.float32)
+        mixed = encode.mix(weights[..., : self.sealed_tokens], self.sealed[slot, "values"], "values", work)
+        mixed = mixed.to(values.dtype) + torch.matmul(weights[..., self.sealed_tokens :].to(values.dtype), values)
+        return mixed.reshape(b, 1, query.shape[1], -1)
+
+    def end_forward(self) -> None:
+        self._latents.clear()
+
+    # ---- rows and crops
+
+    def rows(self, index: Tensor) -> Store:
+        """A store with the batch rows at `index`; nothing is shared with this one."""
+        other = Store(self.plan, self.layers, self.ropes)
+        other.sealed_tokens, other.dirty = self.sealed_tokens, self.dirty
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, index.to(x.device))
+
+        for (keys, values), (old_keys, old_values) in zip(other.raw, self.raw, strict=True):
+            for new, old in ((keys, old_keys), (values, old_values)):
+                if old.tensors:
+                    new.replace(old.view.index_select(0, index.to(old.view.device)))
+        other.sealed = {name: packed.rows(index) for name, packed in self.sealed.items()}
+        other.kept = pick(self.kept)
+        other.recent = [pick(x) for x in self.recent]
+        other.memory = [{name: x.index_select(0, index.to(x.device)) for name, x in m.items()} for m in self.memory]
+        return other
+
+    def older_than(self, limit: int, seen: int) -> int:
+        """How many middle tokens every head holds whose position is below `limit`."""
+        if not self.held:
+            return 0
+        middle = self.positions(seen)[..., self.sinks : self.held]
+        return int((middle < limit).sum(-1).min())
+
+    def crop(self, seen: int, remove: int, stay: int) -> None:
+        """Forget the newest `remove` of `seen` tokens. `stay` tokens beside the sinks are left, in every layer."""
+        limit = seen - remove
+        sinks = min(self.sinks, limit)
+        granule = self.plan.granule(self.raw[0][0].view.shape[-1])
+        whole = min(self.sealed_tokens, stay) // granule * granule
+        rest = max(0, min(self.sealed_tokens, stay) - whole)
+        loose = max(0, stay - self.sealed_tokens)  # raw tokens beside the sinks that stay
+        if rest:  # the crop cuts through a granule: what stays of it becomes raw again
+            work, start = Workspace(), self.sinks + whole
+            index = torch.arange(start, start + rest, device=self.raw[0][0].view.device)[None, None]
+            thawed = [self.read(slot, seen, work).take(index) for slot in range(len(self.raw))]
+            for (keys, values), kv in zip(self.raw, thawed, strict=True):
+                keys.replace(torch.cat([keys.view[:, :, :sinks], kv.keys], dim=2))
+                values.replace(torch.cat([values.view[:, :, :sinks], kv.values], dim=2))
+        else:
+            for pair in self.raw:
+                for buffer in pair:
+                    buffer.truncate(sinks + loose)
+        self._forget_memory(sinks + stay)
+        if self.kept is not None:
+            self.kept = self.kept[..., : min(self.kept.shape[-1], stay)].clone()
+        if whole < self.sealed_tokens:
+            self.sealed = {name: packed.first(whole) for name, packed in self.sealed.items()} if whole else {}
+            self.sealed_tokens = whole
+        self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
+        self._latents.clear()
+
+    def _keep_memory(self, stay: Tensor) -> None:
+        first, last = self.sinks, self.sinks + self.sealed_tokens + self.middle
+        for memory in self.memory:
+            for name, x in memory.items():
+                middle = take_tokens(x[:, :, first:last], stay)
+                memory[name] = torch.cat([x[:, :, :first], middle, x[:, :, last:]], dim=2)
+
+    def _forget_memory(self, tokens: int) -> None:
+        for memory in self.memory:
+            for name, x in memory.items():
+                memory[name] = x[:, :, :tokens].clone()
+
+    # ---- bytes
+
+    def parts(self) -> list[tuple[str, str, Tensor]]:
+        """Every tensor held, as (who pays for it, part, tensor)."""
+        found: list[tuple[str, str, Tensor]] = []
+        for pair in self.raw:
+            found += [("stack", "raw", tensor) for buffer in pair for tensor in buffer.tensors]
+        payer = repr(self.plan.encode)
+        for (_, role), packed in self.sealed.items():
+            found += [(payer, f"{role}: {part}", tensor) for part, tensor in packed.parts.items()]
+        chooser = repr(self.plan.select)
+        if self.kept is not None:
+            found.append((chooser, "positions", self.kept))
+        found += [(chooser, name, x) for memory in self.memory for name, x in memory.items()]
+        found += [(chooser, "recent queries", x) for x in (*self.recent, *self.fresh) if x is not None]
+        return found

@@ -1,0 +1,90 @@
+"""The words every other file uses, and the small values that travel between stages.
+
+Shapes are written with one vocabulary:
+
+    B  batch rows          H  key/value heads      G  query heads per kv head
+    T  tokens              D  head size            R  rank (channels of a latent)
+    Q  queries (tokens of the running forward, or the most recent ones)
+
+Two lengths, never one: `seen` counts the tokens the model saw (it feeds positions), `held` the tokens that
+are stored (it feeds masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rope import Rope
+
+__all__ = ["KV", "Context", "Latent"]
+
+
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of one layer.
+
+    Keys are as the model caches them (after rotary embedding) unless a transform asked for them un-rotated.
+    """
+
+    keys: Tensor  # (B, H, T, D)
+    values: Tensor  # (B, H, T, D)
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[2]
+
+    def take(self, index: Tensor) -> KV:
+        """The tokens at `index` (B or 1, H or 1, n), one choice per row and head."""
+        return KV(take_tokens(self.keys, index), take_tokens(self.values, index))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may know about the tokens it is given, beside their keys and values.
+
+    Attributes:
+        layer: index of the layer in the model.
+        seen: tokens this sequence has fed through the model so far.
+        positions: (B or 1, H or 1, T) true position of every candidate token, ascending.
+        queries: (B, H*G, Q, D) queries of the newest Q tokens as attention used them, or None where the stage
+            did not ask for any (`Select.queries`).
+        scaling: the factor attention multiplies `q @ k` with.
+        memory: per-token tensors (B, H, T) that the stage's own `track` returned last time.
+        rope: rotates and un-rotates keys of this layer, or None where the model has no rotary embedding.
+        sinks, window: how many first and last tokens are always kept, whatever the scores say.
+    """
+
+    layer: int
+    seen: int
+    positions: Tensor
+    queries: Tensor | None = None
+    scaling: float = 1.0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    rope: Rope | None = None
+    sinks: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One named tensor a transform wants stored: channels last, tokens before them.
+
+    `energy` is the variance of each channel where the transform knows it, so that an encoder can spend bits
+    where the energy is.
+    """
+
+    data: Tensor  # (B, H or 1, T, R)
+    energy: Tensor | None = None  # (R,)
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Gather tokens of `x` (B, H, T, ...) at `index` (B or 1, H or 1, n), which broadcasts over rows and heads."""
+    rows, heads = x.shape[:2]
+    n = index.shape[-1]
+    index = index.long().view(*index.shape, *[1] * (x.dim() - 3))
+    return x.gather(2, index.expand(rows, heads, n, *x.shape[3:]))
