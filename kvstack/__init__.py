@@ -1,7 +1,7 @@
 """kvstack: a transformers KV cache that is a pipeline of compressing stages.
 
-    from kvstack import Evict, KVStack, Quant
-    out = model.generate(**inputs, past_key_values=KVStack([Quant(2), Evict(0.2)]))
+from kvstack import Evict, KVStack, Quant
+out = model.generate(**inputs, past_key_values=KVStack([Quant(2), Evict(0.2)]))
 """
 
 from .cache import KVStack

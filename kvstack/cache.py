@@ -243,8 +243,11 @@ class KVStack(Cache):
         self._set_groups(full)
         self._layer_types, self._layer_arguments, self._modules = types, arguments, modules
         self.layers = self._new_layers()
+        recording = self._recording  # assisted decoding says so before the first forward
         self._empty()
         self._model, self._model_name = model, name
+        if recording:
+            self.activate_past_recording()
         self._finish = hook.install(self, model)
         if self._disarm is not None:
             self._disarm()
@@ -388,8 +391,7 @@ class KVStack(Cache):
         select = self._plan.select
         if self._plan.transform or (select and (select.queries or select.tracks)):
             raise UseError(
-                f"{self!r} does not know its model, which this stack needs. Pass model=: "
-                "KVStack([...], model=model)."
+                f"{self!r} does not know its model, which this stack needs. Pass model=: KVStack([...], model=model)."
             )
         if layer_idx >= len(self.layers):
             held = self._cohorts
@@ -460,7 +462,14 @@ class KVStack(Cache):
             )
 
     def _attention(
-        self, call: hook.Call, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Mapping[str, Any], plain: Any
+        self,
+        call: hook.Call,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: Mapping[str, Any],
+        plain: Any,
     ) -> Any:
         """Stands in for the attention function while one of our layers runs (called by its hook)."""
         given = self._forward.given.get(call.layer)
@@ -714,7 +723,11 @@ def _is_simple(call: hook.Call, kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is plain softmax(qk)v, without any of the extras some models ask for."""
     extras = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions")
     wants_weights = getattr(call.module.config, "output_attentions", False)
-    return not wants_weights and not kwargs.get("dropout") and all(kwargs.get(name) is None or kwargs[name] is False for name in extras)
+    return (
+        not wants_weights
+        and not kwargs.get("dropout")
+        and all(kwargs.get(name) is None or kwargs[name] is False for name in extras)
+    )
 
 
 def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -725,7 +738,9 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     found: dict[str, Stage] = {}
     for stage in stages:
         if not is_stage(stage):
-            hint = f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See kvstack.stages() for the catalogue."
+            hint = (
+                f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See kvstack.stages() for the catalogue."
+            )
             raise StageError(f"{stage!r} is no stage. {hint}")
         if stage.kind in found:
             raise StageError(

@@ -223,7 +223,7 @@ def _cache_in(given: dict[str, Any]) -> KVStack | None:
 
     for name in CACHE_ARGUMENTS:
         if isinstance(given.get(name), KVStack):
-            return given[name]  # type: ignore[no-any-return]
+            return given[name]
     return None
 
 
@@ -313,7 +313,9 @@ def causal_mask(name: str, new: int, held: int, like: Tensor) -> Tensor | None:
         return visible[None, None]
     if name == "eager":
         hidden = torch.finfo(like.dtype).min
-        return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(~visible, hidden)[None, None]
+        return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(~visible, hidden)[
+            None, None
+        ]
     raise UseError(
         f"padded batches need a mask of a form kvstack can make, and attn_implementation={name!r} has another. "
         "Use 'sdpa' or 'eager'."

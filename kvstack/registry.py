@@ -73,7 +73,9 @@ def _find(group: Group, name: str) -> type[Settings]:
             found = plugin.load()
         except Exception as error:  # whatever a stranger's module raises
             where = f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist else plugin.value
-            raise SpecError(f"the plugin {name!r} ({where}) cannot be loaded: {error!r}. Update or remove it.") from error
+            raise SpecError(
+                f"the plugin {name!r} ({where}) cannot be loaded: {error!r}. Update or remove it."
+            ) from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise SpecError(f"the plugin {name!r} is not a kvstack {base.__name__}. Update or remove it.")
     return found

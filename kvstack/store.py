@@ -259,7 +259,9 @@ class Store:
         for start in range(0, len(block), transform.layers):
             chunk = block[start : start + transform.layers]
             if transform.unrotated:
-                chunk = [KV(self._rope(start + i).unrotate(kv.keys, positions), kv.values) for i, kv in enumerate(chunk)]
+                chunk = [
+                    KV(self._rope(start + i).unrotate(kv.keys, positions), kv.values) for i, kv in enumerate(chunk)
+                ]
             for role, latent in transform.forward(chunk).items():
                 found.append(((start, role), latent.data, latent.energy))
         return found

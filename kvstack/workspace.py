@@ -15,7 +15,7 @@ __all__ = ["Workspace"]
 
 
 class Workspace:
-    """Named, growing scratch buffers. What `get` returns is uninitialised and valid until the same name is asked again."""
+    """Named scratch buffers. What `get` returns is uninitialised, and valid until the same name is asked again."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

@@ -93,7 +93,7 @@ class Kivi:
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """Scales go into the query, so codes only have to become floats:  q . (low + s*c) = q.low + (q*s).c"""
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
-        b, h, groups, _, d = codes.shape
+        b, h = codes.shape[:2]
         query = query.float()
         scaled = scale.float().unsqueeze(3) * query.unsqueeze(2)  # (B, H, T/g, G, D)
         out = torch.matmul(low.float(), query.transpose(-1, -2)).unsqueeze(-1).repeat(1, 1, 1, 1, self.group)
@@ -105,7 +105,7 @@ class Kivi:
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """Scales go into the weights:  p . (low + s*c) = p.low + (p*s).c"""
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
-        b, h, t, groups, _ = codes.shape
+        b, h, _, groups, _ = codes.shape
         n = self.group_of(packed.width)
         weights = weights.float()
         out = torch.matmul(weights, low.float()).unsqueeze(-1).repeat(1, 1, 1, 1, n)  # (B, H, G, groups, n)

@@ -78,7 +78,9 @@ class Quant(Encode):
         config = model.config.get_text_config(decoder=True)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if problem := self.coder.problem(width):
-            raise BindError(f"{self!r} does not fit {type(model).__name__}: {problem} Use a group that divides {width}.")
+            raise BindError(
+                f"{self!r} does not fit {type(model).__name__}: {problem} Use a group that divides {width}."
+            )
         return self
 
     def granule(self, width: int) -> int:

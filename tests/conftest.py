@@ -1,0 +1,14 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# a first example may build models; the machine decides how long that takes
+settings.register_profile("kvstack", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("kvstack")
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

@@ -1,0 +1,82 @@
+"""Tiny random models of several architectures, seeded: no weights, no network."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 97
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    # random models are nearly indifferent to their input with the default 0.02
+    "initializer_range": 0.2,
+}
+
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+}
+
+
+@functools.cache
+def model(name: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
+    """A model of the architecture `name`; the same one for the same arguments."""
+    config_type, model_type, own = MODELS[name]
+    torch.manual_seed(0)
+    made = model_type(config_type(**SHAPE | own | changes)).eval()
+    made.set_attn_implementation(attention)
+    return made
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids (rows, length), none of them the padding token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of rows of these lengths, padded on the left."""
+    longest = max(lengths)
+    ids = tokens(len(lengths), longest, seed)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, : longest - length] = 0
+        mask[row, : longest - length] = 0
+    return ids, mask
