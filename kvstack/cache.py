@@ -334,6 +334,13 @@ class KVStack(Cache):
         positions = cohort.stores[group].positions(cohort.seen)
         return positions[local if positions.shape[0] > 1 else 0]
 
+    def read(self, layer_idx: int, row: int = 0) -> KV:
+        """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`."""
+        group, slot = self._place[layer_idx]
+        cohort, local = self._cohort_of(row)
+        kv = cohort.stores[group].read(slot, cohort.seen, Workspace())
+        return KV(kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone())
+
     def _cohort_of(self, row: int) -> tuple[Cohort, int]:
         for cohort in self._cohorts:
             rows = range(self._batch or 0) if cohort.rows is None else cohort.rows.tolist()

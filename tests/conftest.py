@@ -6,6 +6,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("kvstack", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("kvstack")
 
+# tiny models are faster on one thread, and test processes do not fight for the cores
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _inference():

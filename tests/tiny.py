@@ -56,11 +56,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 @functools.cache
-def model(name: str = "llama", attention: str = "sdpa", **changes: Any) -> Any:
+def model(name: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model of the architecture `name`; the same one for the same arguments."""
     config_type, model_type, own = MODELS[name]
     torch.manual_seed(0)
-    made = model_type(config_type(**SHAPE | own | changes)).eval()
+    made = model_type(config_type(**(SHAPE | own | changes))).to(dtype).eval()
     made.set_attn_implementation(attention)
     return made
 

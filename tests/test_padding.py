@@ -1,0 +1,115 @@
+"""A row of a left-padded batch goes through exactly what it goes through alone.
+
+Models run in float64: matrix products of several rows round differently than those of one, and in float32 that
+can move a number to the next code of a quantizer.
+"""
+
+import pytest
+import torch
+
+from kvstack import Evict, KVStack, Quant, SnapKV, UseError
+
+from . import tiny
+
+LENGTHS = [96, 61, 96, 5]
+STACKS = {
+    "quant4": [Quant(4, group=8)],
+    "evict_share": [Evict(0.4)],
+    "evict_count": [Evict(12, SnapKV(window=8, kernel=1))],
+    "h2o": [Evict(0.4, "h2o")],
+    "shared_layers": [Evict(0.4, layers=2, pool="max")],
+    "quant2_evict": [Quant(2, group=8), Evict(0.5)],
+}
+
+
+def make(name):
+    return KVStack(STACKS[name], sinks=2, window=8, block=8)
+
+
+CASES = [(stack, "llama", "sdpa") for stack in STACKS]
+CASES += [("quant2_evict", name, "eager") for name in ("llama", "qwen3", "phi3", "gpt_neox")]
+
+
+@pytest.mark.parametrize(("stack", "name", "attention"), CASES)
+def test_padded_row_equals_row_alone(stack, name, attention):
+    model = tiny.model(name, attention, torch.float64)
+    ids, mask = tiny.left_padded(LENGTHS)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    steps = 20
+    together = KVStack(STACKS[stack], sinks=2, window=8, block=8)
+    first = model(ids, attention_mask=mask, past_key_values=together, position_ids=places).logits[:, -1]
+    found = torch.cat([first[:, None], decode(model, together, mask, steps)], dim=1)
+    for row, length in enumerate(LENGTHS):
+        alone = make(stack)
+        own = ids[row : row + 1, -length:]
+        first = model(own, past_key_values=alone).logits[:, -1]
+        expected = torch.cat([first[:, None], decode(model, alone, torch.ones_like(own), steps, row)], dim=1)
+        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+        for layer in range(4):
+            assert torch.equal(together.positions(layer, row), alone.positions(layer))
+
+
+def decode(model, cache, mask, steps, first_row=0):
+    found = []
+    for step in range(steps):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        new = ((torch.arange(len(mask)) + first_row) * 7 + step * 3)[:, None] % 90 + 3
+        places = mask.sum(1, keepdim=True) - 1
+        found.append(model(new, attention_mask=mask, past_key_values=cache, position_ids=places).logits[:, -1])
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_what_pads_contain_does_not_matter(stack):
+    model = tiny.model("llama", dtype=torch.float64)
+    ids, mask = tiny.left_padded([80, 44])
+    other = torch.where(mask.bool(), ids, torch.full_like(ids, 50))
+    made = [make(stack), make(stack)]
+    for cache, text in zip(made, (ids, other), strict=True):
+        model(text, attention_mask=mask, past_key_values=cache)
+    found = [decode(model, cache, mask, 10) for cache in made]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_chunked_prefill_of_a_padded_batch(stack):
+    """Pads may fill a row's whole first chunk, and its text may begin inside a later one."""
+    model = tiny.model("llama", dtype=torch.float64)
+    lengths = [70, 20]
+    ids, mask = tiny.left_padded(lengths)
+    together = make(stack)
+    options = {"max_new_tokens": 1, "do_sample": False, "prefill_chunk_size": 32}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    batch = model.generate(ids, attention_mask=mask, past_key_values=together, **options)
+    assert together.get_seq_length() == 70
+    # the short row's text lies in the last two chunks: 32 + 6 tokens of the batch, 14 + 6 of its own
+    alone = make(stack)
+    own = ids[1:, -20:]
+    for chunk in own.split([14, 6], dim=1):
+        first = model(chunk, past_key_values=alone).logits[:, -1]
+    torch.testing.assert_close(batch.logits[0][1:].double(), first, atol=1e-4, rtol=1e-4)
+    for layer in range(4):
+        assert torch.equal(together.positions(layer, 1), alone.positions(layer))
+
+
+def test_second_turn_may_be_padded_too():
+    model = tiny.model("llama", dtype=torch.float64)
+    ids, mask = tiny.left_padded([50, 30])
+    turn, turn_mask = tiny.left_padded([12, 5], seed=1)
+    stack = make("quant4")
+    model(ids, attention_mask=mask, past_key_values=stack, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    both = torch.cat([mask, turn_mask], dim=1)
+    places = (both.cumsum(1) - 1)[:, 50:]
+    found = model(turn, attention_mask=both, past_key_values=stack, position_ids=places).logits[:, -1]
+    for row, (first, second) in enumerate([(50, 12), (30, 5)]):
+        alone = make("quant4")
+        model(ids[row : row + 1, -first:], past_key_values=alone)
+        expected = model(turn[row : row + 1, -second:], past_key_values=alone).logits[:, -1]
+        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_right_padding_is_refused():
+    model = tiny.model("llama", dtype=torch.float64)
+    ids, mask = tiny.left_padded([20, 12])
+    with pytest.raises(UseError, match=r"padding must be on the left .* Use tokenizer.padding_side = 'left'"):
+        model(ids, attention_mask=mask.flip(1), past_key_values=make("quant4"))
