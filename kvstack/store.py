@@ -52,7 +52,9 @@ class Plan:
     @property
     def layers(self) -> int:
         """Adjacent layers that are handled together."""
-        return max(self.select.layers if self.select else 1, self.transform.layers if self.transform else 1)
+        stored = self.transform.layers if self.transform else None
+        chosen = self.select and (self.select.layers or stored or self.select.usual_layers)
+        return max(chosen or 1, stored or 1)
 
     @property
     def share_heads(self) -> bool:

@@ -25,8 +25,9 @@ class Evict(Select):
     Args:
         keep: the share of these tokens KEPT, a float in (0, 1], or how many, an int of 1 or more.
         score: the name of a score (`kvstack stages` lists them) or any object with `score(kv, context)`.
-        layers: adjacent layers that keep the same tokens (default 1). With more than one, all heads of these
-            layers share one set.
+        layers: adjacent layers that keep the same tokens; with more than one, all heads of these layers share one
+            set. Default None: as many as a transform in the stack stores together, otherwise what suits the score
+            (5 for `snapkv`, 1 for the others).
         share_heads: whether all kv heads of a layer keep the same tokens (default False).
         pool: how the scores of heads and layers that share a set become one: `mean` (default) or `max`, after
             every head's scores have been brought to the same scale.
@@ -41,7 +42,7 @@ class Evict(Select):
 
     keep: float | int
     by: Score
-    layers: int = 1
+    layers: int | None = None
     share_heads: bool = False
     how: Literal["mean", "max"] = "mean"
 
@@ -54,7 +55,7 @@ class Evict(Select):
         keep: float | int,
         score: str | Score | Any = DEFAULT,
         *,
-        layers: int = 1,
+        layers: int | None = None,
         share_heads: bool = False,
         pool: Literal["mean", "max"] = "mean",
     ) -> None:
@@ -70,7 +71,8 @@ class Evict(Select):
             "keep is what stays: a share in (0, 1] or a count of tokens, an int of 1 or more.",
             "Use keep=0.2 for a fifth of the tokens.",
         )
-        check(isinstance(layers, int) and layers >= 1, self, "layers counts layers.", "Use 1 or more.")
+        counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
+        check(counts, self, "layers counts layers.", "Use 1 or more.")
         check(pool in ("mean", "max"), self, f"{pool!r} is no way to pool.", 'Use "mean" or "max".')
         if isinstance(score, str):
             score = registry.make_score(score)
@@ -88,6 +90,10 @@ class Evict(Select):
         keep = {"keep": found.pop("keep")}
         given = keep | ({} if by == registry.make_score(DEFAULT) else {"score": by}) | found
         return given | ({"pool": how} if how else {})
+
+    @property
+    def usual_layers(self) -> int:
+        return int(getattr(self.by, "layers", 1))
 
     @property
     def queries(self) -> int:

@@ -20,22 +20,28 @@ class SnapKV(Score):
     """Attention from an observation window of newest queries, smoothed along the text.
 
     Args:
-        window: newest queries that are asked (default 64).
-        kernel: tokens the scores are smoothed over, odd (default 5).
-        pool: `max` or `mean` smoothing.
-        over: `mean` or `max` over the window's queries and the query heads of a kv head.
+        window: newest queries that are asked (default 32).
+        kernel: tokens the scores are smoothed over, odd (default 15).
+        pool: `max` (default) or `mean` smoothing.
+        over: `max` (default) or `mean` over the window's queries and the query heads of a kv head.
+
+    The paper's own settings are `SnapKV(window=32, kernel=7, over="mean")` with `Evict(..., layers=1)`.
 
     Source: Li et al. 2024, arXiv 2404.14469. Differs from the paper: one choice per kv head, not per query head
-    (the paper's code repeats the cache for each), and eviction goes on while decoding, by the last few queries.
+    (the paper's code repeats the cache for each). By default it is one choice for all heads of five layers, from
+    maxima over queries, smoothed widely: a small model looks up only the beginning of an answer from the question,
+    with few heads, and needs the words that follow it (measured in docs/stages/evict.md). Eviction goes on while
+    decoding, by the last few queries.
     """
 
-    window: int = 64
-    kernel: int = 5
-    pool: Literal["mean", "max"] = "mean"
-    over: Literal["mean", "max"] = "mean"
+    window: int = 32
+    kernel: int = 15
+    pool: Literal["mean", "max"] = "max"
+    over: Literal["mean", "max"] = "max"
 
     name = "snapkv"
     source = "arXiv 2404.14469"
+    layers = 5
 
     def __post_init__(self) -> None:
         check(isinstance(self.window, int) and self.window >= 1, self, "window counts queries.", "Use 1 or more.")

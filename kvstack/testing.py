@@ -1,0 +1,227 @@
+"""Contract checks for stages and scores, for those that come with kvstack and for anyone's own.
+
+    from kvstack.testing import check_stage
+    def test_contract():
+        check_stage(MyQuant(4))
+
+Every function raises AssertionError with a sentence; nothing here needs pytest, weights or a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .cache import KVStack
+from .packed import Packed, storage_bytes
+from .select.evict import Evict
+from .stage import Encode, Select, Stage, Transform
+from .types import KV, Context
+from .workspace import Workspace
+
+__all__ = ["check_encode", "check_score", "check_select", "check_stage", "check_transform", "tiny_model"]
+
+ROLES = ("keys", "values", "latent")
+
+
+def tiny_model(**changes: Any) -> Any:
+    """A random Llama of four layers, 4 query and 2 kv heads of 16, seeded: no weights, no network."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
+
+
+def _numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_settings(thing: Any) -> None:
+    """Settings are frozen, `repr` and the spec build an equal thing, equal settings are equal."""
+    kind = type(thing)
+    assert dataclasses.is_dataclass(thing), f"{kind.__name__} is not a dataclass"
+    try:
+        setattr(thing, dataclasses.fields(thing)[0].name if dataclasses.fields(thing) else "anything", None)
+    except dataclasses.FrozenInstanceError:
+        pass
+    else:
+        raise AssertionError(f"{kind.__name__} is not frozen: use @dataclass(frozen=True, repr=False)")
+    again = kind(**thing.settings())
+    assert again == thing, f"{thing!r}: its settings build something else, {again!r}"
+    assert repr(again) == repr(thing), f"{thing!r}: equal settings print differently"
+    assert isinstance(kind.name, str), f"{kind.__name__} has no name"
+    assert kind.name.isidentifier(), f"{kind.__name__}.name must be one word"
+
+
+def check_stage(stage: Stage, model: Any = None) -> None:
+    """All that holds for any stage of its kind, alone and in a stack under a tiny model."""
+    check_settings(stage)
+    if isinstance(stage, Encode):
+        check_encode(stage)
+    elif isinstance(stage, Transform):
+        check_transform(stage)
+    elif isinstance(stage, Select):
+        check_select(stage)
+    else:
+        raise AssertionError(f"{stage!r} is of no kind: subclass Select, Transform or Encode")
+    check_in_stack(stage, model)
+
+
+def check_encode(stage: Encode) -> None:
+    """Packed parts have the layout the store needs, and take, append, rows and decode agree."""
+    for role in ROLES:
+        for width in (16, 64):
+            granule = stage.granule(width)
+            x = _numbers(2, 3, 4 * granule, width)
+            packed = stage.encode(x, role)
+            _check_packed(stage, packed, role, x)
+            whole = stage.decode(packed, role)
+            assert whole.shape == x.shape, f"{stage!r}: decode gave {tuple(whole.shape)} for {tuple(x.shape)} ({role})"
+            assert whole.dtype == x.dtype, f"{stage!r}: decode gave {whole.dtype} for {x.dtype} ({role})"
+            out = torch.empty_like(x)
+            stage.decode(packed, role, out)
+            assert torch.equal(out, whole), f"{stage!r}: decode(out=...) wrote something else ({role})"
+            _check_moves(stage, packed, role, whole, granule)
+            again = stage.decode(stage.encode(whole, role), role)
+            once, twice = (whole - x).norm(), (again - whole).norm()
+            assert twice <= once + 1e-5 * x.norm(), f"{stage!r}: a second round loses more than the first ({role})"
+            _check_products(stage, packed, role, whole)
+
+
+def _check_packed(stage: Encode, packed: Packed, role: str, x: Tensor) -> None:
+    assert packed.tokens == x.shape[2], f"{stage!r}: packed.tokens is {packed.tokens}, not {x.shape[2]} ({role})"
+    for name, part in packed.parts.items():
+        lead = part.shape[:2]
+        assert lead == x.shape[:2], f"{stage!r}: part {name!r} begins with {tuple(lead)}, not rows and heads ({role})"
+        assert x.shape[2] % part.shape[2] == 0, f"{stage!r}: units of {name!r} do not divide the tokens ({role})"
+
+
+def _check_moves(stage: Encode, packed: Packed, role: str, whole: Tensor, granule: int) -> None:
+    decode = stage.decode
+    half = 2 * granule
+    first, last = packed.first(half), packed.last(half)
+    assert torch.equal(decode(first, role), whole[:, :, :half]), f"{stage!r}: first() changes tokens ({role})"
+    assert torch.equal(decode(first.append(last), role), whole), f"{stage!r}: append() changes tokens ({role})"
+    chosen = torch.tensor([1, 3])[None, None]
+    index = (chosen.unsqueeze(-1) * granule + torch.arange(granule)).flatten()
+    taken = decode(packed.take(chosen, granule), role)
+    assert torch.equal(taken, whole[:, :, index]), f"{stage!r}: take() changes tokens ({role})"
+    rows = decode(packed.rows(torch.tensor([1, 1, 0])), role)
+    assert torch.equal(rows, whole[[1, 1, 0]]), f"{stage!r}: rows() changes tokens ({role})"
+
+
+def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> None:
+    query = _numbers(2, 3, 2, whole.shape[3], seed=1)
+    weights = _numbers(2, 3, 2, whole.shape[2], seed=2).softmax(-1)
+    dot, mix = stage.dot, stage.mix
+    if role != "values":
+        expected = query @ whole.transpose(-1, -2)
+        found = dot(query, packed, role, Workspace())
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: dot is not query @ decode ({role})"
+    if role == "values":
+        found = mix(weights, packed, role, Workspace())
+        assert torch.allclose(found, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
+
+
+def check_transform(stage: Transform) -> None:
+    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token."""
+    group = [KV(_numbers(2, 2, 64, 16, seed=i), _numbers(2, 2, 64, 16, seed=50 + i)) for i in range(stage.layers)]
+    latents = stage.forward(group)
+    assert latents, f"{stage!r}: forward gave no latents"
+    for name, latent in latents.items():
+        assert latent.data.dim() == 4, f"{stage!r}: latent {name!r} is not (B, H or 1, T, R)"
+        if latent.energy is not None:
+            assert latent.energy.shape == latent.data.shape[-1:], f"{stage!r}: energy of {name!r} is not (R,)"
+    data = {name: latent.data for name, latent in latents.items()}
+    for i, kv in enumerate(group):
+        back = stage.inverse(data, i)
+        assert back.keys.shape == kv.keys.shape, f"{stage!r}: keys of layer {i} came back as {tuple(back.keys.shape)}"
+        assert back.values.shape == kv.values.shape, f"{stage!r}: values of layer {i} have another shape"
+
+
+def check_select(stage: Select) -> None:
+    """Scores are finite, one per row, kv head and token, and do not change what they look at."""
+    score, track = stage.score, stage.track if stage.tracks else None
+    _check_scores(stage, stage.queries, score, track)
+
+
+def check_score(score: Any, model: Any = None) -> None:
+    """A score alone, and inside `Evict`, whose budget must hold."""
+    track = score.track if getattr(score, "tracks", False) else None
+    _check_scores(score, getattr(score, "queries", 0), score.score, track)
+    check_in_stack(Evict(0.3, score), model)
+
+
+def _check_scores(who: Any, wants: int, score: Any, track: Any) -> None:
+    kv = KV(_numbers(2, 2, 48, 16), _numbers(2, 2, 48, 16, seed=1))
+    before = kv.keys.clone(), kv.values.clone()
+    queries = None if wants == 0 else _numbers(2, 4, 48 if wants < 0 else min(wants, 48), 16, seed=2)
+    context = Context(
+        layer=0,
+        seen=60,
+        positions=torch.arange(12, 60, dtype=torch.int32)[None, None],
+        queries=queries,
+        scaling=0.25,
+        sinks=4,
+        window=8,
+    )
+    if track is not None:
+        memory = track(kv, context)
+        for name, x in memory.items():
+            assert x.shape[:3] == kv.keys.shape[:3], f"{who!r}: memory {name!r} is not one entry per token"
+        context = dataclasses.replace(context, memory=memory)
+    found = score(kv, context)
+    assert found.shape == kv.keys.shape[:3], f"{who!r}: score gave {tuple(found.shape)}, not {tuple(kv.keys.shape[:3])}"
+    assert torch.isfinite(found).all(), f"{who!r}: scores are not finite"
+    assert torch.equal(found, score(kv, context)), f"{who!r}: the same tokens score differently the second time"
+    unchanged = torch.equal(before[0], kv.keys) and torch.equal(before[1], kv.values)
+    assert unchanged, f"{who!r}: score wrote into the keys or values"
+
+
+def check_in_stack(stage: Stage, model: Any = None) -> None:
+    """Under a tiny model: generation runs, bytes are real, budget, sinks and window hold, copies are independent."""
+    model = tiny_model() if model is None else model
+    ids = torch.randint(3, 97, (2, 300), generator=torch.Generator().manual_seed(0))
+    stack = KVStack([stage], sinks=3, window=16)
+    with torch.no_grad():
+        model.generate(ids, past_key_values=stack, max_new_tokens=40, do_sample=False)
+    assert stack.seen == 339, f"{stage!r}: {stack.seen} tokens seen, not 339"
+    held = storage_bytes([tensor for *_, tensor in stack._parts()])
+    assert stack.nbytes == held, f"{stage!r}: nbytes {stack.nbytes} is not what the tensors hold, {held}"
+    for layer in range(model.config.num_hidden_layers):
+        positions = stack.positions(layer).long()
+        assert bool((positions.diff(dim=-1) > 0).all()), f"{stage!r}: positions of layer {layer} are not ascending"
+        ends = torch.cat([torch.arange(3), torch.arange(339 - 16, 339)])
+        kept = torch.isin(ends, positions).all() and all(torch.isin(ends, head).all() for head in positions)
+        assert bool(kept), f"{stage!r}: sinks or window of layer {layer} are gone"
+        assert stack.read(layer, 1).keys.shape[2] == stack.held, f"{stage!r}: layer {layer} does not hold `held` tokens"
+    if isinstance(stage, Select):
+        budget = stage.keep if isinstance(stage.keep, int) else stage.keep * (339 - 19)
+        assert stack.held <= budget + 19, f"{stage!r}: holds {stack.held} tokens, {budget} beside sinks and window fit"
+    stack.batch_select_indices(torch.tensor([1]))
+    stack.crop(-5)
+    assert (stack.batch_size, stack.seen) == (1, 334), f"{stage!r}: rows or crop went wrong"
+
+
+def check_registered(stage: Stage) -> None:
+    """A stage that is installed is found by its name and travels through a spec string and a dict."""
+    spec = registry.to_spec([stage])
+    assert registry.parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
+    data = {"stages": [registry.to_dict(stage)]}
+    assert registry.parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"

@@ -1,0 +1,103 @@
+"""Every stage and score meets the contract that is shipped for anyone's own."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kvstack import Encode, Evict, KVStack, Latent, Packed, Quant, Score, Transform, registry
+from kvstack.testing import check_registered, check_score, check_settings, check_stage, tiny_model
+from kvstack.types import KV
+
+STAGES = [Quant(bits) for bits in (2, 3, 4, 8)]
+STAGES += [Quant(4, group=8), Quant(4, codec="nf4"), Quant(4, codec="fp4"), Quant(8, codec="int8")]
+STAGES += [Evict(0.2), Evict(50), Evict(0.5, "h2o", layers=1), Evict(0.5, "knorm", share_heads=True, pool="max")]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=repr)
+def test_stage(stage):
+    check_stage(stage)
+    check_registered(stage)
+
+
+@pytest.mark.parametrize("name", registry.score_names())
+def test_score(name):
+    score = registry.make_score(name)
+    check_score(score)
+    check_settings(score)
+    check_registered(Evict(0.2, score))
+
+
+@dataclass(frozen=True, repr=False)
+class Pairs(Transform):
+    """Two layers as mean and half difference: lossless, so that any loss is the pipeline's."""
+
+    layers: int = 2
+    unrotated: bool = True
+    name = "pairs"
+
+    def forward(self, group):
+        one, other = group
+        flat = [torch.cat([kv.keys, kv.values], -1).transpose(1, 2).flatten(2).unsqueeze(1) for kv in (one, other)]
+        return {"mean": Latent((flat[0] + flat[1]) / 2), "half": Latent((flat[0] - flat[1]) / 2)}
+
+    def inverse(self, latents, layer):
+        sign = 1 if layer == 0 else -1
+        both = (latents["mean"] + sign * latents["half"])[:, 0]  # (B, T, H * 2D)
+        both = both.unflatten(-1, (2, -1)).transpose(1, 2)
+        return KV(*both.chunk(2, dim=-1))
+
+
+def test_transform():
+    check_stage(Pairs())
+
+
+@pytest.mark.parametrize("unrotated", [True, False])
+def test_a_lossless_transform_loses_nothing(unrotated):
+    model = tiny_model()
+    ids = torch.randint(3, 97, (2, 150), generator=torch.Generator().manual_seed(0))
+    plain, stack = KVStack(), KVStack([Pairs(unrotated=unrotated)], sinks=2, window=8, block=16)
+    for chunk in ids.split([100, 1, 1, 48], dim=1):
+        expected = model(chunk, past_key_values=plain).logits
+        torch.testing.assert_close(model(chunk, past_key_values=stack).logits, expected, atol=1e-3, rtol=1e-3)
+    assert {role for _, role in stack._cohorts[0].stores[0].sealed} == {"mean", "half"}
+
+
+def test_three_kinds_in_any_order():
+    """Evicted tokens go in all layers of the transform's group, and the latents are what is quantized."""
+    model = tiny_model()
+    ids = torch.randint(3, 97, (1, 200), generator=torch.Generator().manual_seed(0))
+    stages = [Pairs(), Quant(8), Evict(0.5)]
+    found = []
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        stack = KVStack([stages[i] for i in order], sinks=2, window=8)
+        model(ids, past_key_values=stack)
+        found.append(model(ids[:, :1], past_key_values=stack).logits)
+        assert stack.held < 120
+        assert torch.equal(stack.positions(0), stack.positions(1))
+        assert not torch.equal(stack.positions(0), stack.positions(2))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_checks_can_fail():
+    """The contract notices a stage that breaks it."""
+
+    @dataclass(frozen=True, repr=False)
+    class Forgetful(Encode):
+        name = "forgetful"
+
+        def encode(self, x, role, energy=None):
+            return Packed({"data": x}, tokens=x.shape[2], width=x.shape[3], dtype=x.dtype)
+
+        def decode(self, packed, role, out=None):
+            return packed.parts["data"] * 0.5
+
+    class Flat(Score):
+        def score(self, kv, context):
+            return kv.keys.sum((1, 3))
+
+    with pytest.raises(AssertionError, match="wrote something else"):
+        check_stage(Forgetful())
+    with pytest.raises(AssertionError, match=r"score gave \(2, 48\)"):
+        check_score(Flat())
