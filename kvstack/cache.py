@@ -746,7 +746,7 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     for stage in stages:
         if not is_stage(stage):
             hint = (
-                f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See kvstack.stages() for the catalogue."
+                f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See `kvstack stages` for the catalogue."
             )
             raise StageError(f"{stage!r} is no stage. {hint}")
         if stage.kind in found:

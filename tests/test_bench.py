@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvstack.bench import texts
+from kvstack.bench import common, texts
 from kvstack.bench.cli import bench_app
 from kvstack.bench.common import Run, opened, rotated, variants
 from kvstack.errors import KVStackError, SpecError
@@ -118,6 +118,13 @@ def test_contexts_are_numbers():
     done = CliRunner().invoke(bench_app, ["decode", "--tiny", "--contexts", "4k"])
     assert done.exit_code == 2
     assert "2048,4096" in done.output
+
+
+def test_a_missing_package_is_said_and_passed_over(monkeypatch, capsys):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    found = common.chosen(Run((), ("empty", "hqq:4")))
+    assert [variant.label for variant in found] == ["dense", "empty"]
+    assert capsys.readouterr().out == "hqq:4: skipped, the package hqq is not installed.\n"
 
 
 def test_settings_reach_the_stack():

@@ -20,8 +20,8 @@ def masked_by_layer(model, visible):
 
         return replace
 
-    layers = model.model.layers
-    return [l.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True) for i, l in enumerate(layers)]
+    modules = [layer.self_attn for layer in model.model.layers]
+    return [module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
 
 
 def visible_tokens(model, stack, seen):

@@ -9,6 +9,9 @@ treated like keys: their channels differ far more than their tokens.
 
     code = round((x - low) / scale)          x ~ low + scale * code
 
+Every number comes back within half a step of its group. Encoding what was decoded changes nothing, as long as a
+half can tell numbers of the group's size apart by less than half a step.
+
 Source: Liu et al. 2024, arXiv 2402.02750, section 3. Differs from the paper: groups that do not vary, and
 numbers that a half cannot hold, are guarded; the recent raw window belongs to the stack, not to the codec.
 """
@@ -68,8 +71,8 @@ class Kivi:
         # float32 only where a half would overflow: it doubles what the scales cost
         meta = torch.float16 if float(bound) < LARGE else torch.float32
         low = least.to(meta)
-        # rounded down, so that no number lies below its grid (a number on the grid stays where it is)
-        low = torch.where(low.float() > least, (least - least.abs() * 2**-10 - TINY).to(meta), low)
+        # never above the least number, so that none lies below its grid
+        low = torch.where(low.float() > least, next_below(low), low)
         levels = 2**self.bits - 1
         # a group that does not vary still needs a step above zero
         scale = ((most - low.float()) / levels).clamp_min(TINY).to(meta)
@@ -116,6 +119,15 @@ class Kivi:
                 part = torch.matmul(scaled, numbers[:, :, :, group])
                 out[..., group, start : start + piece.shape[4]].add_(part, alpha=weight)
         return out.view(b, h, weights.shape[2], packed.width)
+
+
+def next_below(x: Tensor) -> Tensor:
+    """The next smaller half; float32 is returned as it is. (`torch.nextafter` has no halves on every device.)"""
+    if x.dtype != torch.float16:
+        return x
+    bits = x.view(torch.int16)
+    below_zero = torch.full_like(bits, -32767)  # the bits of the largest negative half
+    return torch.where(x > 0, bits - 1, torch.where(x < 0, bits + 1, below_zero)).view(torch.float16)
 
 
 def as_floats(piece: Tensor, shift: int, width: int, work: Workspace) -> Tensor:

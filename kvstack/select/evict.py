@@ -62,7 +62,9 @@ class Evict(Select):
         # written out because the argument is called like the method that every selector has
         for name, value in (("keep", keep), ("layers", layers), ("share_heads", share_heads), ("how", pool)):
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "by", score)  # for the messages of the checks
+        if isinstance(score, str):
+            score = registry.make_score(score)
+        object.__setattr__(self, "by", score)
         share = isinstance(keep, float) and 0 < keep <= 1
         count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
         check(
@@ -74,15 +76,12 @@ class Evict(Select):
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more.")
         check(pool in ("mean", "max"), self, f"{pool!r} is no way to pool.", 'Use "mean" or "max".')
-        if isinstance(score, str):
-            score = registry.make_score(score)
         check(
             callable(getattr(score, "score", None)) and not isinstance(score, type),
             self,
             "a score is a name or an object with a method score(kv, context).",
             f"Use one of: {', '.join(registry.score_names())}.",
         )
-        object.__setattr__(self, "by", score)
 
     def settings(self) -> dict[str, Any]:
         found = super().settings()
