@@ -12,7 +12,7 @@ facts about itself and the stack settles the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -50,7 +50,7 @@ class Settings:
 
     def settings(self) -> dict[str, Any]:
         """The arguments that build this again, without those that have their default."""
-        own = fields(self) if is_dataclass(self) else ()
+        own: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
         return {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != f.default}
 
     def __repr__(self) -> str:

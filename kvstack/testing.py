@@ -54,15 +54,15 @@ def _numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def check_settings(thing: Any) -> None:
     """Settings are frozen, `repr` and the spec build an equal thing, equal settings are equal."""
-    kind = type(thing)
-    assert dataclasses.is_dataclass(thing), f"{kind.__name__} is not a dataclass"
+    kind: type[Any] = type(thing)
+    assert dataclasses.is_dataclass(kind), f"{kind.__name__} is not a dataclass"
     try:
         setattr(thing, dataclasses.fields(thing)[0].name if dataclasses.fields(thing) else "anything", None)
     except dataclasses.FrozenInstanceError:
         pass
     else:
         raise AssertionError(f"{kind.__name__} is not frozen: use @dataclass(frozen=True, repr=False)")
-    again = kind(**thing.settings())
+    again: Any = kind(**thing.settings())
     assert again == thing, f"{thing!r}: its settings build something else, {again!r}"
     assert repr(again) == repr(thing), f"{thing!r}: equal settings print differently"
     assert isinstance(kind.name, str), f"{kind.__name__} has no name"

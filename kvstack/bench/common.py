@@ -36,6 +36,7 @@ __all__ = [
     "Run",
     "Subject",
     "Variant",
+    "chosen",
     "console",
     "held_bytes",
     "mib",
@@ -159,17 +160,24 @@ def variants(specs: Sequence[str]) -> list[Variant]:
     quant:2+evict:0.2  a stack, as everywhere
     quant:4@fused=False      a stack with other settings than its stages
     """
-    made = [_variant(spec.strip()) for spec in dict.fromkeys((DENSE, *specs))]
-    return [variant for variant in made if variant is not None]
+    return [_variant(spec.strip()) for spec in dict.fromkeys((DENSE, *specs))]
 
 
-def _variant(spec: str) -> Variant | None:
+def chosen(run: Run) -> list[Variant]:
+    """The run's variants, less those whose package is not installed, which is said."""
+    found = variants(run.stacks)
+    if importlib.util.find_spec("hqq") is None:
+        for variant in found:
+            if variant.peer:
+                console().print(f"{variant.label}: skipped, the package hqq is not installed.", highlight=False)
+        found = [variant for variant in found if not variant.peer]
+    return found
+
+
+def _variant(spec: str) -> Variant:
     if spec == DENSE:
         return Variant(spec, lambda model: DynamicCache(config=model.config))
     if peer := PEER.fullmatch(spec):
-        if importlib.util.find_spec("hqq") is None:
-            console().print(f"{spec}: skipped, the package hqq is not installed.", highlight=False)
-            return None
         return _hqq(spec, int(peer["bits"]), int(peer["group"] or 64))
     if spec.startswith("hqq"):
         raise SpecError(f"{spec!r}: the bits of transformers' QuantizedCache are 2, 4 or 8, as in 'hqq:4,group=32'.")

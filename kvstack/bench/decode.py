@@ -68,10 +68,11 @@ class Speed:
 
 
 def run(run: Run, steps: int, burst: int) -> None:
+    variants = common.chosen(run)
     with common.opened(run) as subject:
         for context in run.contexts:
             ids = subject.tokens(context, run.seed)
-            found = measure(subject.model, ids, common.variants(run.stacks), steps, burst)
+            found = measure(subject.model, ids, variants, steps, burst)
             _show(f"decoding after {context:,} tokens: {subject.name}, {run.dtype}, {run.threads} threads", found)
             common.write("decode", run, subject.name, [asdict(speed) for speed in found])
 

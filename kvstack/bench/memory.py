@@ -32,7 +32,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def run(run: Run, decode: int, peak: bool) -> None:
-    variants = common.variants(run.stacks)
+    variants = common.chosen(run)
     for context in run.contexts:
         if peak:
             found = [_in_own_process(run, variant.label, context, decode) for variant in variants]

@@ -75,7 +75,7 @@ class Drift:
 
 
 def run(run: Run, windows: int, score: int, folder: Path | None) -> None:
-    variants = common.variants(run.stacks)
+    variants = common.chosen(run)
     with common.opened(run) as subject:
         for context in run.contexts:
             data = _windows(subject, context + score + 1, windows, run.seed, folder)
@@ -183,8 +183,11 @@ def _show(title: str, found: Sequence[Drift], variants: Sequence[Variant]) -> No
         for i, drift in enumerate(overall)
     ]
     kinds = [f"KL, {domain}" for domain in by_domain]
-    columns = ("cache", "bytes", *kinds, "KL, all", "q99", "top-1", "NLL", "KL of hqq at the nearest bytes")
-    caption = f"{overall[0].scored:,} tokens scored; bytes as a share of the dense cache's"
+    columns = ("cache", "bytes", *kinds, "KL, all", "q99", "top-1", "NLL", "hqq of like bytes")
+    caption = (
+        f"{overall[0].scored:,} tokens scored; bytes as a share of the dense cache's; last column: KL of the hqq cache "
+        "whose bytes are nearest"
+    )
     common.table(title, columns, rows, caption)
 
 
@@ -193,7 +196,7 @@ def _nearest(drift: Drift, peers: Sequence[Drift]) -> str:
     if not peers:
         return ""
     peer = min(peers, key=lambda other: abs(other.share - drift.share))
-    return f"{_short(peer.kl)} ({peer.variant}: {peer.share:.1%})"
+    return f"{_short(peer.kl)} at {peer.share:.1%}"
 
 
 def _short(kl: float) -> str:
