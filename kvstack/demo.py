@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from . import models
 from .bench.common import console, hardware, held_bytes, mib
 from .cache import KVStack
+from .errors import KVStackError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["STACK", "Drift", "Outcome", "build_prompt", "drift", "generate", "run"]
 
 STACK = "quant:2+evict:0.2"
-FACT = "One of the special magic numbers for Zanzibar is: 7391846."
-QUESTION = "What is the special magic number for Zanzibar mentioned in the text?"
-ANSWER = "7391846"
+FACT = "The secret password of the wizard is elephant."
+QUESTION = "What is the secret password of the wizard?"
+ANSWER = "elephant"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Clock(BaseStreamer):
 
 def build_prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
     """Some `tokens` tokens of documentation with the fact in their middle, and the question."""
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     used = 0
     for paragraph, size in _paragraphs(tokenizer):
         if used + size > tokens:
@@ -167,7 +169,7 @@ def run(model_name: str | None, spec: str, tokens: int, new_tokens: int) -> None
         KVStack.from_spec(spec)
         model, tokenizer = models.load(model_name)
         stack = KVStack.from_spec(spec, model=model)
-        inputs = _inputs(model, tokenizer, tokens)
+        inputs = _inputs(model, tokenizer, tokens, new_tokens)
     length = inputs["input_ids"].shape[1]
     _introduce(out, model_name or models.DEFAULT_MODEL, length)
     with busy.status("the dense cache reads the prompt and answers"):
@@ -187,10 +189,17 @@ def run(model_name: str | None, spec: str, tokens: int, new_tokens: int) -> None
     )
 
 
-def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Any:
+def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, new_tokens: int) -> Any:
     prompt = build_prompt(tokenizer, tokens)
     chat = bool(tokenizer.chat_template)
-    return models.encode(tokenizer, prompt if chat else f"{prompt}\n\nAnswer:", chat).to(model.device)
+    inputs = models.encode(tokenizer, prompt if chat else f"{prompt}\n\nAnswer:", chat).to(model.device)
+    total = inputs["input_ids"].shape[1] + new_tokens
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and total > limit:
+        raise KVStackError(
+            f"{total:,} tokens are more than the {limit:,} this model was made for. Use a smaller --tokens."
+        )
+    return inputs
 
 
 def _introduce(out: Console, model: str, length: int) -> None:

