@@ -8,6 +8,7 @@ than an eighth (or 16 tokens) of memory in reserve.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["Buffer"]
@@ -39,9 +40,12 @@ class Buffer:
         if self._data is None:
             self.replace(new)
             return self.view
-        if total > self._data.shape[2]:
+        # a tensor made under inference_mode cannot be written to outside of it
+        frozen = self._data.is_inference() and not torch.is_inference_mode_enabled()
+        if total > self._data.shape[2] or frozen:
             b, h, _, d = self._data.shape
-            grown = self._data.new_empty(b, h, total + max(RESERVE, total // 8), d)
+            size = (b, h, total + max(RESERVE, total // 8), d)
+            grown = torch.empty(size, dtype=self._data.dtype, device=self._data.device)
             grown[:, :, : self.length] = self.view
             self._data = grown
         self._data[:, :, self.length : total] = new

@@ -314,6 +314,10 @@ class KVStack(Cache):
         return -1
 
     @property
+    def is_initialized(self) -> bool:
+        return self._batch is not None
+
+    @property
     def batch_size(self) -> int:
         return -1 if self._batch is None else self._batch
 
@@ -326,6 +330,11 @@ class KVStack(Cache):
     def held(self) -> int:
         """Tokens held in each compressed layer (the most of any row)."""
         return max((store.held for cohort in self._cohorts for store in cohort.stores[:1]), default=0)
+
+    @property
+    def compressed_layers(self) -> list[int]:
+        """Indices of the layers this stack compresses: those with full attention. Empty before it is bound."""
+        return sorted(self._place)
 
     def positions(self, layer_idx: int, row: int = 0) -> Tensor:
         """True positions of the tokens a layer holds for one row: (H or 1, held), ascending, padding not counted."""
@@ -382,13 +391,16 @@ class KVStack(Cache):
                 raw = store.append(slot, cohort.of(key_states), cohort.of(value_states))
             if ragged:
                 continue
-            deferred = bool(ours and self._may_fuse(store, layer_idx, new))
+            deferred = ours and self._may_fuse(store, layer_idx, new)
             if not store.sealed_tokens:
                 kv = raw
             elif not deferred:
                 kv = store.read(slot, cohort.seen, self._work)
-        if deferred and not ours:
-            raise UseError("padded batches need a bound stack: pass KVStack(..., model=model).")
+        if deferred and not (call is not None and ours and hook.gives_queries(call.module)):
+            raise UseError(
+                f"padded batches need a model that calls attention through transformers' interface, and "
+                f"{self._model_name} does not. Use batches of texts of one length."
+            )
         self._forward.given[layer_idx] = Given(kv, deferred)
         return kv.keys, kv.values
 
@@ -503,33 +515,42 @@ class KVStack(Cache):
             self._forward.queries[call.layer] = query
         if not given.deferred:
             return plain(query, key, value, mask)
-        return self._attend_cohorts(call, query, value, kwargs, plain), None
+        return self._attend_cohorts(call, query, value, kwargs, plain)
 
     def _attend_cohorts(
         self, call: hook.Call, query: Tensor, value: Tensor, kwargs: Mapping[str, Any], plain: Any
-    ) -> Tensor:
-        """Attention from the store, one cohort after the other: (B, new, query heads, D)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention from the store, one cohort after the other: output (B, new, query heads, D) and, with eager
+        attention, weights (B, query heads, new, most tokens of any row)."""
         group, slot = self._place[call.layer]
         rows, heads, new, _ = query.shape
         out = query.new_zeros(rows, new, heads, value.shape[-1])
+        weights = None
+        if call.implementation == "eager":
+            weights = query.new_zeros(rows, heads, new, max(c.stores[group].held for c in self._cohorts))
         for cohort in self._cohorts:
             if not cohort.new:
                 continue
             store, q = cohort.stores[group], cohort.of(query)
-            if self._may_fuse(store, call.layer, cohort.new) and _is_simple(call, kwargs):
-                part = store.attend(slot, q, self._scaling[call.layer], self._work)
+            if self._may_fuse(store, call.layer, cohort.new) and _is_simple(kwargs):
+                part, unsorted = store.attend(slot, q, self._scaling[call.layer], self._work)
+                seen = None if weights is None else store.in_order(unsorted)
             else:
                 kv = store.read(slot, cohort.seen, self._work)
                 mask = hook.causal_mask(call.implementation, cohort.new, kv.tokens, q)
                 # positions of all rows: only flash attention looks at them, to find packed texts
                 changes = {"position_ids": None} if "position_ids" in kwargs else {}
-                part = plain(q, kv.keys, kv.values, mask, **changes)[0]
+                part, seen = plain(q, kv.keys, kv.values, mask, **changes)
+            part = part.to(query.dtype)
             if cohort.rows is None and cohort.new == new:
-                return part.to(query.dtype)
+                return part, seen
             where = torch.arange(rows, device=out.device) if cohort.rows is None else cohort.rows.to(out.device)
-            out[where, new - cohort.new :] = part.to(out.dtype)
-        return out
+            out[where, new - cohort.new :] = part
+            if weights is not None and seen is not None:
+                weights[where, :, new - cohort.new :, weights.shape[-1] - seen.shape[-1] :] = seen.to(weights.dtype)
+        return out, weights
 
+    @torch.no_grad()
     def _leave(self, call: hook.Call) -> None:
         """An attention module has ended (called by its hook): compress what is complete."""
         if self._forward.given.pop(call.layer, None) is None:
@@ -558,6 +579,7 @@ class KVStack(Cache):
                 scalings = [self._scaling.get(layer, 1.0) for layer in store.layers]
                 store.settle(cohort.seen, cohort.fresh, scalings, self._work)
 
+    @torch.no_grad()
     def _catch_up(self) -> None:
         """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended."""
         if self._recording and self._uncropped:
@@ -577,6 +599,7 @@ class KVStack(Cache):
         super().activate_past_recording()
         self._recording, self._uncropped = True, False
 
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: 0 or a negative number, as transformers has it. Where the text is cut back to
         before tokens that were evicted or sealed, what is held of it stays."""
@@ -726,15 +749,10 @@ def _tensors_in(thing: Any) -> list[Tensor]:
     return []
 
 
-def _is_simple(call: hook.Call, kwargs: Mapping[str, Any]) -> bool:
+def _is_simple(kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is plain softmax(qk)v, without any of the extras some models ask for."""
-    extras = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions")
-    wants_weights = getattr(call.module.config, "output_attentions", False)
-    return (
-        not wants_weights
-        and not kwargs.get("dropout")
-        and all(kwargs.get(name) is None or kwargs[name] is False for name in extras)
-    )
+    extras = ("softcap", "s_aux", "position_bias", "sliding_window")
+    return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in extras)
 
 
 def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:

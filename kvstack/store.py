@@ -127,6 +127,7 @@ class Store:
         want = self.plan.select.queries if self.plan.select else 0
         if want == 0:
             return
+        queries = queries.detach()
         if queries.shape[2] > 1:
             self.recent[slot] = None
             # clone: a view would keep the queries of the whole prompt until the group is complete
@@ -143,7 +144,7 @@ class Store:
         return Context(
             layer=layer,
             seen=seen,
-            positions=self.positions(seen),
+            positions=self.positions(seen).to(self.raw[slot][0].view.device),
             queries=queries,
             scaling=scaling,
             memory=memory,
@@ -190,7 +191,7 @@ class Store:
         select = self.plan.select
         assert select is not None
         first, last = self.sinks, self.sinks + self.sealed_tokens + self.middle
-        scores = []
+        scores: list[Tensor] = []
         for slot, layer in enumerate(self.layers):
             kv = self.read(slot, seen, work)
             fresh = self.fresh[slot]
@@ -207,7 +208,7 @@ class Store:
                     f"{select!r} on layer {layer}: scores hold NaN or infinity, so the keys do. "
                     "Check the model's dtype (float16 overflows) and its input."
                 )
-            scores.append(score)
+            scores.append(score.to(scores[0].device) if scores else score)
         pooled = select.pool(scores) if self.plan.share_heads else scores[0]
         return choose(pooled, self.sealed_tokens, granule, drop)
 
@@ -320,11 +321,11 @@ class Store:
             keys = self._rope(slot).rotate(keys, positions)
         return lambda out: out.copy_(keys), lambda out: out.copy_(kv.values)
 
-    def attend(self, slot: int, query: Tensor, scaling: float, work: Workspace) -> Tensor:
+    def attend(self, slot: int, query: Tensor, scaling: float, work: Workspace) -> tuple[Tensor, Tensor]:
         """Attention of one query per row over sealed codes and raw tokens, without decoding the codes.
 
-        query (B, H*G, 1, D) -> (B, 1, H*G, D). Softmax does not care for the order of tokens, so the sealed ones
-        come first here.
+        query (B, H*G, 1, D) -> output (B, 1, H*G, D), weights (B, H*G, 1, held) with the sealed tokens first:
+        softmax does not care for their order.
         """
         encode = self.plan.encode
         assert encode is not None
@@ -336,7 +337,12 @@ class Store:
         weights = logits.softmax(dim=-1, dtype=torch.float32)
         mixed = encode.mix(weights[..., : self.sealed_tokens], self.sealed[slot, "values"], "values", work)
         mixed = mixed.to(values.dtype) + torch.matmul(weights[..., self.sealed_tokens :].to(values.dtype), values)
-        return mixed.reshape(b, 1, query.shape[1], -1)
+        return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
+
+    def in_order(self, weights: Tensor) -> Tensor:
+        """`weights` of `attend`, their last axis in the order of positions."""
+        sealed, sinks = self.sealed_tokens, self.sealed_tokens + self.sinks
+        return torch.cat([weights[..., sealed:sinks], weights[..., :sealed], weights[..., sinks:]], dim=-1)
 
     def end_forward(self) -> None:
         self._latents.clear()

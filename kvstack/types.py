@@ -86,5 +86,6 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Gather tokens of `x` (B, H, T, ...) at `index` (B or 1, H or 1, n), which broadcasts over rows and heads."""
     rows, heads = x.shape[:2]
     n = index.shape[-1]
-    index = index.long().view(*index.shape, *[1] * (x.dim() - 3))
+    # layers of a group may live on several devices
+    index = index.to(x.device).long().view(*index.shape, *[1] * (x.dim() - 3))
     return x.gather(2, index.expand(rows, heads, n, *x.shape[3:]))

@@ -82,8 +82,8 @@ def run(page: Path, chosen: list[Block], monkeypatch: pytest.MonkeyPatch) -> Non
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, vars(module))
-        if block.prints is not None:
-            assert lines(printed.getvalue()) == lines(block.prints), f"{name_of(page)}:{block.line}"
+        if block.prints is not None and lines(printed.getvalue()) != lines(block.prints):
+            pytest.fail(f"{name_of(page)}:{block.line} prints\n{printed.getvalue()}", pytrace=False)
 
 
 def lines(text: str) -> list[str]:

@@ -1,0 +1,171 @@
+"""Every mode of `generate` with stacks that compress, and the ways models differ."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from kvstack import Evict, KVStack, Quant, UseError
+
+from . import tiny
+from .test_contracts import Pairs
+from .test_identity import ARCHITECTURES, MODES
+
+STACKS = {
+    "quant": [Quant(4, group=8)],
+    "evict": [Evict(0.4)],
+    "both": [Evict(24, "h2o"), Quant(3, group=8)],
+    "three": [Pairs(), Evict(0.5), Quant(8, group=8)],
+}
+SETTINGS = {"sinks": 2, "window": 8, "block": 8}
+
+
+def small(name):
+    return KVStack(STACKS[name], **SETTINGS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stack", STACKS)
+def test_runs_and_compresses(stack, mode):
+    model = tiny.model("llama")
+    cache = small(stack)
+    ids = tiny.tokens(1, 30).repeat(1, 3)
+    model.generate(ids, past_key_values=cache, max_new_tokens=20, **MODES[mode])
+    assert cache.seen >= 90 + 15
+    if mode != "prompt_lookup":  # what the last forward brought is compressed when it has been verified
+        assert cache.compression > (0.2 if stack != "three" else 0.1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    model = tiny.model(name)
+    cache = small("both")
+    model.generate(tiny.tokens(2, 90), past_key_values=cache, max_new_tokens=20, do_sample=False)
+    assert cache.held <= 24 + 10
+    assert cache.seen == 109
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_assisted_decoding_compresses_only_what_is_verified(attention):
+    """A draft model that is often wrong: the stack must hold the text that was accepted, in order."""
+    model, draft = tiny.model("llama", attention), tiny.model("llama", attention, num_hidden_layers=1)
+    cache = small("evict")
+    ids = tiny.tokens(1, 60)
+    out = model.generate(ids, past_key_values=cache, assistant_model=draft, max_new_tokens=30, do_sample=False)
+    assert cache.seen <= out.shape[1]
+    for layer in range(4):
+        assert int(cache.positions(layer).max()) == cache.seen - 1
+    # what the first forward saw was exact, so its verified tokens are those of the dense cache
+    dense = model.generate(ids, max_new_tokens=30, do_sample=False)
+    assert torch.equal(out[:, :61], dense[:, :61])
+
+
+def test_two_turns():
+    """Full ids, or new ids with a mask of the full length: the same tokens."""
+    model = tiny.model("llama")
+    first, second = tiny.tokens(1, 70), tiny.tokens(1, 20, seed=1)
+    found = []
+    for full in (True, False):
+        cache = small("both")
+        answer = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        text = torch.cat([answer, second], dim=1)
+        ids = text if full else text[:, cache.seen :]
+        mask = torch.ones_like(text)
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        found.append(out[:, -8:])
+        assert cache.held <= 24 + 10
+        assert cache.seen == 70 + 8 + 20 + 7
+    assert torch.equal(*found)
+
+
+def test_reset_begins_anew():
+    model = tiny.model("llama")
+    cache = small("both")
+    expected = model.generate(tiny.tokens(1, 70), past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert cache.nbytes > 0
+    cache.reset()
+    assert (cache.seen, cache.held, cache.nbytes) == (0, 0, 0)
+    again = model.generate(tiny.tokens(1, 70), past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert torch.equal(again, expected)
+
+
+def test_a_stack_of_another_batch_after_reset():
+    model = tiny.model("llama")
+    cache = small("both")
+    for rows in (1, 3):
+        cache.reset()
+        model(tiny.tokens(rows, 50), past_key_values=cache)
+        assert cache.batch_size == rows
+
+
+def test_one_prompt_many_continuations():
+    """A prompt is read once, then its rows are repeated."""
+    model = tiny.model("llama")
+    cache = small("quant")
+    model(tiny.tokens(1, 60), past_key_values=cache)
+    alone = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(3)
+    new = tiny.tokens(3, 1, seed=2)
+    found = model(new, past_key_values=cache).logits
+    torch.testing.assert_close(found[:1], model(new[:1], past_key_values=alone).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_weights_can_be_asked_for():
+    model = tiny.model("llama", "eager")
+    cache = small("quant")
+    model(tiny.tokens(1, 60), past_key_values=cache)
+    out = model(tiny.tokens(1, 1), past_key_values=cache, output_attentions=True)
+    assert [tuple(a.shape) for a in out.attentions] == [(1, 4, 1, 61)] * 4
+
+
+def test_inference_mode_and_back():
+    model = tiny.model("llama")
+    cache = small("both")
+    with torch.inference_mode():
+        model(tiny.tokens(1, 60), past_key_values=cache)
+    model(tiny.tokens(1, 1), past_key_values=cache)
+    with torch.enable_grad():
+        logits = model(tiny.tokens(1, 1), past_key_values=cache).logits
+    assert logits.requires_grad
+    assert not any(x.requires_grad for *_, x in cache._parts())
+
+
+def deepseek():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4}
+    shape |= {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 16, "v_head_dim": 16, "qk_nope_head_dim": 16}
+    shape |= {"first_k_dense_replace": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**shape)).eval()
+
+
+def test_a_model_that_caches_latents():
+    """DeepSeek's attention rebuilds its keys from what it caches: codes cannot be read directly, but decoded."""
+    model = deepseek()
+    ids = tiny.tokens(1, 80)
+    dense = model(ids).logits[:, -1]
+    cache = KVStack([Quant(8, group=8), Evict(1.0, "keydiff")], **SETTINGS)
+    model(ids[:, :-1], past_key_values=cache)
+    found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    assert cache.compression > 0.3
+    assert float((found - dense).norm() / dense.norm()) < 0.05
+    with pytest.raises(UseError, match="does not attend to the keys it caches"):
+        model(ids, past_key_values=KVStack([Evict(0.5)], **SETTINGS))
+
+
+def test_a_model_without_the_interface():
+    """GPT-J calls its own attention: scores without queries, and everything else, work all the same."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    shape = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256}
+    model = GPTJForCausalLM(GPTJConfig(**shape)).eval()
+    ids = tiny.tokens(1, 80)
+    dense = model(ids).logits[:, -1]
+    cache = KVStack([Quant(8, group=8)], **SETTINGS)
+    model(ids[:, :-1], past_key_values=cache)
+    found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    assert float((found - dense).norm() / dense.norm()) < 0.02
+    ids, mask = tiny.left_padded([40, 20])
+    with pytest.raises(UseError, match="padded batches"):
+        model(ids, attention_mask=mask, past_key_values=KVStack([Quant(8, group=8)], **SETTINGS))
