@@ -98,11 +98,13 @@ class Kivi:
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         b, h = codes.shape[:2]
         query = query.float()
-        scaled = scale.float().unsqueeze(3) * query.unsqueeze(2)  # (B, H, T/g, G, D)
-        out = torch.matmul(low.float(), query.transpose(-1, -2)).unsqueeze(-1).repeat(1, 1, 1, 1, self.group)
+        scaled = scale.unsqueeze(3) * query.unsqueeze(2)  # (B, H, T/g, G, D), float32
+        found: dict[int, Tensor] = {}  # first token of a run -> (B, H, T/g, G, run)
         for start, piece, shift, width, weight in runs(codes, self.bits, 3, self.group):
             part = torch.matmul(scaled, as_floats(piece, shift, width, work).transpose(-1, -2))
-            out[..., start : start + piece.shape[3]].add_(part, alpha=weight)
+            add_to(found, start, part, weight, piece.shape[3])
+        out = torch.cat([found[start] for start in sorted(found)], dim=-1)
+        out += torch.matmul(low.float(), query.transpose(-1, -2)).unsqueeze(-1)
         return out.transpose(2, 3).reshape(b, h, query.shape[2], packed.tokens)
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
@@ -111,14 +113,27 @@ class Kivi:
         b, h, _, groups, _ = codes.shape
         n = self.group_of(packed.width)
         weights = weights.float()
-        out = torch.matmul(weights, low.float()).unsqueeze(-1).repeat(1, 1, 1, 1, n)  # (B, H, G, groups, n)
+        scaled = [weights * scale[..., group].unsqueeze(2) for group in range(groups)]  # (B, H, G, T), float32
+        found: dict[int, Tensor] = {}  # first channel of a run -> (B, H, G, run)
         for start, piece, shift, width, weight in runs(codes, self.bits, 4, n):
             numbers = as_floats(piece, shift, width, work)  # (B, H, T, groups, run)
             for group in range(groups):
-                scaled = weights * scale[..., group].float().unsqueeze(2)  # (B, H, G, T)
-                part = torch.matmul(scaled, numbers[:, :, :, group])
-                out[..., group, start : start + piece.shape[4]].add_(part, alpha=weight)
-        return out.view(b, h, weights.shape[2], packed.width)
+                part = torch.matmul(scaled[group], numbers[:, :, :, group])
+                add_to(found, group * n + start, part, weight, piece.shape[4])
+        out = torch.cat([found[start] for start in sorted(found)], dim=-1)
+        lows = torch.matmul(weights, low.float())  # (B, H, G, groups)
+        return out + (lows if groups == 1 else lows.repeat_interleave(n, -1))
+
+
+def add_to(found: dict[int, Tensor], start: int, part: Tensor, weight: int, run: int) -> None:
+    """Add products of the run that begins at `start`. The first plane makes the runs; those of a later, narrower
+    plane (3 bits = 2 + 1) are shorter and lie inside them."""
+    if weight == 1:
+        found[start] = part
+        return
+    size = next(iter(found.values())).shape[-1]
+    inside = start % size
+    found[start - inside][..., inside : inside + run].add_(part, alpha=weight)
 
 
 def next_below(x: Tensor) -> Tensor:
