@@ -32,7 +32,7 @@ from .packed import storage_bytes
 from .report import Part, Report
 from .rope import Rope, find_rope
 from .stage import Encode, Select, Stage, Transform, is_stage
-from .store import Plan, Store
+from .store import RAW, Plan, Store
 from .types import KV
 from .workspace import Workspace
 
@@ -368,7 +368,8 @@ class KVStack(Cache):
         if self._model is not None and not ours:
             raise UseError(
                 f"{self!r} is bound to a {self._model_name}, and something else called its update. A stack serves "
-                "one model: make a new KVStack for another, and call the model, not its cache."
+                "one model: make a new KVStack for another, and call the model, not its cache. Hooks do not run inside "
+                "a model that torch.compile compiled whole: leave it uncompiled, or compile its mlp blocks."
             )
         if self._model is None:
             self._grow_unbound(layer_idx)
@@ -671,6 +672,14 @@ class KVStack(Cache):
         self._cohorts = chosen
         self._batch = indices.numel()
 
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        raise UseError(
+            "a KVStack cannot be offloaded layer by layer: it stores groups of layers, compressed, in place."
+        )
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        self.offload(layer_idx, only_non_sliding)
+
     def reset(self) -> None:
         """Forget everything, ready for another text; the stack stays bound."""
         if self._model is not None:
@@ -730,13 +739,20 @@ class KVStack(Cache):
 
     def report(self) -> Report:
         """Bytes by stage and part; prints as a table, `to_dict()` for data."""
-        groups: dict[tuple[str, str], list[Tensor]] = {}
-        for payer, part, tensor in self._parts():
-            groups.setdefault((payer, part), []).append(tensor)
-        if scratch := self._work.tensors():
-            groups["stack", "scratch"] = scratch
-        parts = [Part(payer, part, storage_bytes(tensors)) for (payer, part), tensors in groups.items()]
+        groups: dict[tuple[str, str], int] = {}
+        for payer, part, nbytes in self._part_bytes():
+            groups[payer, part] = groups.get((payer, part), 0) + nbytes
+        parts = [Part(payer, part, nbytes) for (payer, part), nbytes in groups.items() if nbytes]
         return Report(repr(self), self.seen, self.held, self.nbytes, self.dense_nbytes, parts)
+
+    def _part_bytes(self) -> list[tuple[str, str, int]]:
+        raw = [part for cohort in self._cohorts for store in cohort.stores for part in store.raw_bytes()]
+        rest = [(payer, part, storage_bytes([x])) for payer, part, x in self._parts() if (payer, part) != RAW]
+        return [*((RAW[0], name, nbytes) for name, nbytes in raw), *rest, ("stack", "scratch", self._scratch)]
+
+    @property
+    def _scratch(self) -> int:
+        return storage_bytes(self._work.tensors())
 
 
 def _tensors_in(thing: Any) -> list[Tensor]:

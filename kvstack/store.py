@@ -21,13 +21,16 @@ from torch import Tensor
 from .budget import Cut, allowance, choose, how_many
 from .buffer import Buffer
 from .errors import UseError
-from .packed import Packed
+from .packed import Packed, storage_bytes
 from .rope import Rope, arange
 from .stage import Encode, Select, Transform
 from .types import KV, Context, take_tokens
 from .workspace import Workspace
 
-__all__ = ["Plan", "Store"]
+__all__ = ["RAW", "Plan", "Store"]
+
+RAW = ("stack", "raw")
+"""Who pays for the raw buffers, and what they are called among a store's parts."""
 
 RECENT_QUERIES = 8
 """Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
@@ -420,7 +423,7 @@ class Store:
         """Every tensor held, as (who pays for it, part, tensor)."""
         found: list[tuple[str, str, Tensor]] = []
         for pair in self.raw:
-            found += [("stack", "raw", tensor) for buffer in pair for tensor in buffer.tensors]
+            found += [(*RAW, tensor) for buffer in pair for tensor in buffer.tensors]
         payer = repr(self.plan.encode)
         for (_, role), packed in self.sealed.items():
             found += [(payer, f"{role}: {part}", tensor) for part, tensor in packed.parts.items()]
@@ -429,4 +432,16 @@ class Store:
             found.append((chooser, "positions", self.kept))
         found += [(chooser, name, x) for memory in self.memory for name, x in memory.items()]
         found += [(chooser, "recent queries", x) for x in (*self.recent, *self.fresh) if x is not None]
+        return found
+
+    def raw_bytes(self) -> list[tuple[str, int]]:
+        """What the raw buffers spend on sinks, window, the tail between them, and reserve."""
+        found: list[tuple[str, int]] = []
+        for buffer in (buffer for pair in self.raw for buffer in pair):
+            whole = storage_bytes(buffer.tensors)
+            token = buffer.view[:, :, :1].numel() * buffer.view.element_size() if buffer.length else 0
+            window = min(self.plan.window, buffer.length - self.sinks)
+            tokens = {"sinks": self.sinks, "window": window, "tail": buffer.length - self.sinks - window}
+            found += [(name, n * token) for name, n in tokens.items()]
+            found.append(("reserve", whole - buffer.length * token))
         return found

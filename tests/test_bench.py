@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvstack.bench import common, texts
@@ -91,6 +92,32 @@ def test_prefill_takes_turns(bench):
     assert all(len(row["rounds_s"]) == 2 for row in rows.values())
 
 
+def test_needles_are_asked_of_every_cache(bench):
+    rows = bench("needles", "--samples", "2", "--keys", "3", stacks=("evict:0.2",))
+    assert [row["found"] for row in rows.values()] == [0, 0]  # a random model knows nothing
+    assert rows["dense"]["share"] == 1
+    assert rows["evict:0.2"]["share"] < 0.5
+
+
+def test_a_needle_stands_in_its_sample():
+    from kvstack.bench.needles import _sample
+
+    class Letters:
+        def __call__(self, text, **kwargs):
+            return {"input_ids": torch.tensor([list(text.encode()[:9000])])}
+
+    class Subject(common.Subject):
+        def encode(self, text, length):
+            return torch.tensor([list(text.encode()[:length])])
+
+    sample = _sample(Subject("letters", None, Letters()), 3000, 4, seed=1)
+    text = bytes(sample.ids[0].tolist()).decode()
+    asked = text.rsplit("number of the ", 1)[1].split()[0]
+    assert sample.ids.shape == (1, 3000)
+    assert text.count("The special number of the") == 5
+    assert f"The special number of the {asked} is {sample.answer}.\n" in text
+
+
 def test_figures_say_where_they_come_from(bench):
     row = bench("prefill", "--rounds", "1", "--seed", "3", "--contexts", "64", stacks=("empty",))["dense"]
     assert row["context"] == 64
@@ -130,7 +157,7 @@ def test_a_missing_package_is_said_and_passed_over(monkeypatch, capsys):
 def test_settings_reach_the_stack():
     with opened(Run((), (), tiny=True)) as subject:
         cache = variants(["quant:4@fused=False,window=32"])[1].make(subject.model)
-    assert repr(cache) == "KVStack([Quant()], window=32, fused=False)"
+    assert repr(cache) == "KVStack([Quant(bits=4)], window=32, fused=False)"
 
 
 def test_every_cache_goes_first_once():

@@ -35,7 +35,7 @@ BUILD = [
     (lambda: Quant(4, codec="zip"), "no codec is called 'zip'. Use one of: kivi, nf4, fp4, int8."),
     (lambda: Quant(4, group=20), "a group must be a multiple of 8, so that its codes fill whole bytes. Use group=32."),
     (lambda: Quant(4, group=32, codec="nf4"), "bitsandbytes knows blocks of 64, 128,"),
-    (lambda: KVStack([Quant(2), Quant(4)]), "Quant(bits=2) and Quant() are both of the kind 'encode'"),
+    (lambda: KVStack([Quant(2), Quant(4)]), "Quant(bits=2) and Quant(bits=4) are both of the kind 'encode'"),
     (lambda: KVStack([Evict(0.2), Evict(5)]), "are both of the kind 'select': a stack has one place for each kind."),
     (lambda: KVStack([3]), "3 is no stage. See `kvstack stages` for the catalogue."),
     (lambda: KVStack([Quant]), "is no stage. Use Quant(...)."),

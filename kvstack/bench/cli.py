@@ -146,6 +146,26 @@ def prefill(
     bench.run(settings, rounds)
 
 
+@bench_app.command()
+def needles(
+    model: Model = None,
+    contexts: Contexts = None,
+    stack: Stacks = None,
+    threads: Threads = 2,
+    seed: Seed = 0,
+    tiny: Tiny = False,
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions for each cache.")] = 10,
+    keys: Annotated[int, typer.Option(min=1, max=10, help="Facts hidden in a text, of which one is asked for.")] = 1,
+) -> None:
+    """Whether a number hidden in a long text is still found."""
+    from . import needles as bench
+
+    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
+    bench.run(settings, samples, keys)
+
+
 def _run(
     model: str | None,
     contexts: str | None,

@@ -110,7 +110,7 @@ class Kivi:
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """Scales go into the weights:  p . (low + s*c) = p.low + (p*s).c"""
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
-        b, h, _, groups, _ = codes.shape
+        groups = codes.shape[3]
         n = self.group_of(packed.width)
         weights = weights.float()
         scaled = [weights * scale[..., group].unsqueeze(2) for group in range(groups)]  # (B, H, G, T), float32

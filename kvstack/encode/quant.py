@@ -28,7 +28,7 @@ class Quant(Encode):
     """Store every number in a few bits.
 
     Args:
-        bits: bits per number: 2, 3, 4 (default) or 8 with `kivi`, 4 with `nf4` and `fp4`, 8 with `int8`.
+        bits: bits per number: 2, 3, 4 or 8 with `kivi`, 4 with `nf4` and `fp4`, 8 with `int8`.
             Scales come on top: 32 bits per group with `kivi`, 16 with the others.
         group: numbers that share a scale; default 32 for `kivi`, 64 for the others.
         codec: `kivi` (default; asymmetric, keys per channel, values per token), or bitsandbytes' `nf4`, `fp4`,
@@ -43,7 +43,7 @@ class Quant(Encode):
         KVStack([Quant(bits=2)])
     """
 
-    bits: int = 4
+    bits: int
     group: int | None = None
     codec: str = "kivi"
 
