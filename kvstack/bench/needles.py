@@ -110,9 +110,7 @@ def _encode(subject: Subject, text: str) -> Tensor:
 def _answer(subject: Subject, model: PreTrainedModel, sample: Sample, cache: object) -> str:
     ids = sample.ids.to(model.device)
     mask = torch.ones_like(ids)
-    out = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False
-    )
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
     new = out[0, ids.shape[1] :]
     return str(new.tolist()) if subject.tokenizer is None else str(subject.tokenizer.decode(new))
 

@@ -5,9 +5,11 @@ one channel; values have no such channels, so a scale is shared by `group` chann
 treated like keys: their channels differ far more than their tokens.
 
     keys    (B, H, T, D) -> codes (B, H, T/g, g*bits/8, D)   scale, low (B, H, T/g, D)
-    values  (B, H, T, D) -> codes (B, H, T, D/g, g*bits/8)   scale, low (B, H, T, D/g)
+    values  (B, H, T, D) -> codes (B, H, T/g, g*bits/8, D)   scale, low (B, H, T, D/g)
 
     code = round((x - low) / scale)          x ~ low + scale * code
+
+Codes of both are packed along the tokens, g tokens at a time, so that unpacking works on long runs of channels.
 
 Every number comes back within half a step of its group. Encoding what was decoded changes nothing, as long as a
 half can tell numbers of the group's size apart by less than half a step.
@@ -26,7 +28,7 @@ from torch import Tensor
 from ..errors import UseError
 from ..packed import Packed
 from ..workspace import Workspace
-from .bits import multiple, pack, runs, unpack
+from .bits import pack, runs, unpack
 
 __all__ = ["Kivi"]
 
@@ -42,19 +44,15 @@ class Kivi:
     group: int
 
     def granule(self, width: int, role: str) -> int:
-        return 1 if role == "values" else self.group
+        return self.group
 
     def group_of(self, width: int) -> int:
         """Channels of a value that share a scale: `group`, or the whole head where heads are smaller."""
         return min(self.group, width)
 
     def problem(self, width: int) -> str | None:
-        group, step = self.group_of(width), multiple(self.bits)
-        if width % group or group % step:
-            return (
-                f"values have {width} channels, which do not divide into groups of {self.group} "
-                f"packed {step} at a time."
-            )
+        if width % self.group_of(width):
+            return f"values have {width} channels, which do not divide into groups of {self.group}."
         return None
 
     def encode(self, x: Tensor, role: str) -> Packed:
@@ -78,7 +76,7 @@ class Kivi:
         scale = ((most - low.float()) / levels).clamp_min(TINY).to(meta)
         codes = ((grouped - low.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
         parts = {
-            "codes": pack(codes, self.bits, dim),
+            "codes": pack(codes.view(b, h, t // self.group, self.group, d), self.bits, 3),
             "scale": scale.squeeze(dim),
             "low": low.squeeze(dim),
         }
@@ -86,11 +84,12 @@ class Kivi:
 
     def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
         codes, scale, low = packed.parts["codes"], packed.parts["scale"].float(), packed.parts["low"].float()
-        b, h = codes.shape[:2]
-        dim, n = (4, self.group_of(packed.width)) if role == "values" else (3, self.group)
-        numbers = unpack(codes, self.bits, dim, n).float()
-        numbers.mul_(scale.unsqueeze(dim)).add_(low.unsqueeze(dim))
-        numbers = numbers.view(b, h, packed.tokens, packed.width)
+        b, h, t, d = *codes.shape[:2], packed.tokens, packed.width
+        numbers = unpack(codes, self.bits, 3, self.group).float()  # (B, H, T/g, g, D)
+        dim = 3
+        if role == "values":
+            numbers, dim = numbers.view(b, h, t, d // self.group_of(d), self.group_of(d)), 4
+        numbers = numbers.mul_(scale.unsqueeze(dim)).add_(low.unsqueeze(dim)).view(b, h, t, d)
         return numbers.to(packed.dtype) if out is None else out.copy_(numbers)
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
@@ -110,19 +109,20 @@ class Kivi:
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """Scales go into the weights:  p . (low + s*c) = p.low + (p*s).c"""
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
-        groups = codes.shape[3]
-        n = self.group_of(packed.width)
+        b, h, g = weights.shape[:3]
+        n, groups = self.group_of(packed.width), scale.shape[3]
         weights = weights.float()
-        scaled = [weights * scale[..., group].unsqueeze(2) for group in range(groups)]  # (B, H, G, T), float32
-        found: dict[int, Tensor] = {}  # first channel of a run -> (B, H, G, run)
-        for start, piece, shift, width, weight in runs(codes, self.bits, 4, n):
-            numbers = as_floats(piece, shift, width, work)  # (B, H, T, groups, run)
-            for group in range(groups):
-                part = torch.matmul(scaled[group], numbers[:, :, :, group])
-                add_to(found, group * n + start, part, weight, piece.shape[4])
-        out = torch.cat([found[start] for start in sorted(found)], dim=-1)
-        lows = torch.matmul(weights, low.float())  # (B, H, G, groups)
-        return out + (lows if groups == 1 else lows.repeat_interleave(n, -1))
+        scaled = [weights * scale[..., i].unsqueeze(2) for i in range(groups)]  # (B, H, G, T), float32
+        scaled = [x.unflatten(3, (-1, self.group)) for x in scaled]  # (B, H, G, T/g, g)
+        out = torch.matmul(weights, low.float()).repeat_interleave(n, -1)  # (B, H, G, D)
+        for start, piece, shift, width, weight in runs(codes, self.bits, 3, self.group):
+            run = piece.shape[3]
+            numbers = as_floats(piece, shift, width, work).flatten(2, 3)  # (B, H, T/g * run, D)
+            for i, group in enumerate(scaled):
+                mine = group[..., start : start + run].reshape(b, h, g, -1)
+                channels = slice(i * n, (i + 1) * n)
+                out[..., channels].add_(torch.matmul(mine, numbers[..., channels]), alpha=weight)
+        return out
 
 
 def add_to(found: dict[int, Tensor], start: int, part: Tensor, weight: int, run: int) -> None:
