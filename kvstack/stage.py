@@ -79,8 +79,6 @@ class Score(Settings):
     """How many of the most recent queries `score` wants in `Context.queries`; -1 for all of the running forward."""
     tracks: ClassVar[bool] = False
     """True where `track` keeps a per-token memory."""
-    comparable: ClassVar[bool] = False
-    """True where scores of different heads and layers are on one scale, as attention weights are."""
     layers: int = 1
     """Adjacent layers that should keep the same tokens where neither the user nor a transform says how many."""
 

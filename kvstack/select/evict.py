@@ -29,8 +29,8 @@ class Evict(Select):
             set. Default None: as many as a transform in the stack stores together, otherwise what suits the score
             (5 for `snapkv`, 1 for the others).
         share_heads: whether all kv heads of a layer keep the same tokens (default False).
-        pool: how the scores of heads and layers that share a set become one: `max` (default) or `mean`. Scores that
-            are not on one scale in all heads (`Score.comparable`) are brought to one first.
+        pool: how the scores of heads and layers that share a set become one: `mean` (default) or `max`, after every
+            head's scores have been brought to the same scale.
 
     The budget holds while decoding and at every later turn.
 
@@ -44,7 +44,7 @@ class Evict(Select):
     by: Score
     layers: int | None = None
     share_heads: bool = False
-    how: Literal["mean", "max"] = "max"
+    how: Literal["mean", "max"] = "mean"
 
     name = "evict"
     source = "one paper a score"
@@ -57,7 +57,7 @@ class Evict(Select):
         *,
         layers: int | None = None,
         share_heads: bool = False,
-        pool: Literal["mean", "max"] = "max",
+        pool: Literal["mean", "max"] = "mean",
     ) -> None:
         # written out because the argument is called like the method that every selector has
         for name, value in (("keep", keep), ("layers", layers), ("share_heads", share_heads), ("how", pool)):
@@ -111,7 +111,8 @@ class Evict(Select):
 
     def pool(self, scores: Sequence[Tensor]) -> Tensor:
         heads = torch.cat(list(scores), dim=1)  # (B, heads of all layers, T)
-        if not getattr(self.by, "comparable", False):
-            spread = heads.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
-            heads = (heads - heads.mean(-1, keepdim=True)) / spread
+        # scores of one head are comparable with each other, those of two heads are not: some are attention
+        # weights that sum to one, some are distances
+        spread = heads.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
+        heads = (heads - heads.mean(-1, keepdim=True)) / spread
         return heads.amax(1, keepdim=True) if self.how == "max" else heads.mean(1, keepdim=True)

@@ -27,7 +27,6 @@ class H2O(Score):
 
     name = "h2o"
     source = "arXiv 2306.14048"
-    comparable = True
     queries = -1
     tracks = True
 

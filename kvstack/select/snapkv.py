@@ -41,7 +41,6 @@ class SnapKV(Score):
 
     name = "snapkv"
     source = "arXiv 2404.14469"
-    comparable = True
     layers = 5
 
     def __post_init__(self) -> None:

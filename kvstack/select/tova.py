@@ -23,7 +23,6 @@ class TOVA(Score):
 
     name = "tova"
     source = "arXiv 2401.06104"
-    comparable = True
     queries = 1
 
     def score(self, kv: KV, context: Context) -> Tensor:

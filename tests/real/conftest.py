@@ -1,0 +1,12 @@
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _all_cores():
+    """Real models are large enough to gain from more threads."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
