@@ -1,0 +1,1 @@
+"""Transforms: layers that are stored together. The contract is `kvstack.stage.Transform`."""
