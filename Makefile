@@ -38,6 +38,7 @@ bench: .venv/.bench
 	.venv/bin/kvstack bench memory
 	.venv/bin/kvstack bench quality
 	.venv/bin/kvstack bench prefill
+	.venv/bin/kvstack bench needles
 
 docs: .venv/.test
 	.venv/bin/python -m pytest tests/test_docs.py

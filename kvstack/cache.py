@@ -603,7 +603,8 @@ class KVStack(Cache):
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: 0 or a negative number, as transformers has it. Where the text is cut back to
-        before tokens that were evicted or sealed, what is held of it stays."""
+        before tokens that were evicted or sealed, what is held of it stays; heads that kept different tokens let go
+        of their newest until all hold equally many."""
         if tokens_to_remove > 0:
             raise UseError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove, or 0.")
         remove = -tokens_to_remove

@@ -27,7 +27,9 @@ def make(name):
 
 
 CASES = [(stack, "llama", "sdpa") for stack in STACKS]
-CASES += [("quant2_evict", name, "eager") for name in ("llama", "qwen3", "phi3", "gpt_neox", "gemma3")]
+CASES += [("quant2_evict", name, "eager") for name in ("llama", "qwen3", "phi3", "gpt_neox")]
+# eager attention of transformers turns fully masked rows of a float64 model into NaN in sliding layers
+CASES += [("quant2_evict", "gemma3", "sdpa")]
 
 
 @pytest.mark.parametrize(("stack", "name", "attention"), CASES)

@@ -30,7 +30,7 @@ class SnapKV(Score):
     Source: Li et al. 2024, arXiv 2404.14469. Differs from the paper: one choice per kv head, not per query head
     (the paper's code repeats the cache for each). By default it is one choice for all heads of five layers, from
     maxima over queries, smoothed widely: a small model looks up only the beginning of an answer from the question,
-    with few heads, and needs the words that follow it (docs/stages/evict.md has the command that shows it). Eviction goes on while
+    with few heads, and needs the words that follow it (measured in docs/stages/evict.md). Eviction goes on while
     decoding, by the last few queries.
     """
 
