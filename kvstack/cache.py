@@ -292,6 +292,10 @@ class KVStack(Cache):
             for kind, arguments in zip(self._layer_types, self._layer_arguments, strict=True)
         ]
 
+    def _others(self) -> list[Any]:
+        """The layers that are not ours to compress, as transformers made them."""
+        return [other for layer, other in enumerate(self.layers) if layer not in self._place]
+
     # ---- lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -610,9 +614,8 @@ class KVStack(Cache):
         remove = -tokens_to_remove
         if remove > self.seen:
             raise UseError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens.")
-        for layer, other in enumerate(self.layers):
-            if layer not in self._place:
-                other.crop(tokens_to_remove)
+        for other in self._others():
+            other.crop(tokens_to_remove)
         if remove:
             for cohort in self._cohorts:
                 gone = min(remove, cohort.seen)
@@ -634,24 +637,21 @@ class KVStack(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of `beam_idx` (B,), as beam search asks at every step."""
-        for layer, other in enumerate(self.layers):
-            if layer not in self._place:
-                other.reorder_cache(beam_idx)
+        for other in self._others():
+            other.reorder_cache(beam_idx)
         self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        for layer, other in enumerate(self.layers):
-            if layer not in self._place:
-                other.batch_repeat_interleave(repeats)
+        for other in self._others():
+            other.batch_repeat_interleave(repeats)
         if self._batch is not None:
             self._select_rows(torch.arange(self._batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows at `indices`."""
-        for layer, other in enumerate(self.layers):
-            if layer not in self._place:
-                other.batch_select_indices(indices)
+        for other in self._others():
+            other.batch_select_indices(indices)
         self._select_rows(indices)
 
     def _select_rows(self, indices: Tensor) -> None:
@@ -715,9 +715,8 @@ class KVStack(Cache):
 
     def _parts(self) -> list[tuple[str, str, Tensor]]:
         found = [part for cohort in self._cohorts for store in cohort.stores for part in store.parts()]
-        for layer, other in enumerate(self.layers):
-            if layer not in self._place:
-                found += [("model", "uncompressed layers", x) for x in _tensors_in(vars(other))]
+        for other in self._others():
+            found += [("model", "uncompressed layers", x) for x in _tensors_in(vars(other))]
         return found
 
     @property
@@ -730,7 +729,7 @@ class KVStack(Cache):
         """Bytes a dense cache of the same seen tokens holds, in the model's own dtype."""
         rows = self._batch or 0
         dense = sum(rows * self._columns[i] * numbers * size for i, (numbers, size) in self._shapes.items())
-        others = [x for i, other in enumerate(self.layers) if i not in self._place for x in _tensors_in(vars(other))]
+        others = [x for other in self._others() for x in _tensors_in(vars(other))]
         return dense + storage_bytes(others)
 
     @property

@@ -56,11 +56,6 @@ class Packed:
         # clone: a view would keep the storage of all tokens alive
         return self._map(lambda part: part[:, :, : part.shape[2] * tokens // self.tokens].clone(), tokens)
 
-    def last(self, tokens: int) -> Packed:
-        """The newest `tokens` tokens, whole granules, as a view."""
-        start = self.tokens - tokens
-        return self._map(lambda part: part[:, :, part.shape[2] * start // self.tokens :], tokens)
-
     def take(self, granules: Tensor, size: int) -> Packed:
         """Whole granules of `size` tokens at `granules` (B or 1, H or 1, n), in that order."""
 

