@@ -5,13 +5,16 @@ out = model.generate(**inputs, past_key_values=KVStack([Quant(2), Evict(0.2)]))
 """
 
 from .cache import KVStack
+from .calibration import Calibration
+from .calibrator import calibrate
 from .encode import Quant
-from .errors import BindError, KVStackError, SpecError, StageError, UseError
+from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .packed import Packed
 from .report import Report
 from .select import H2O, TOVA, Evict, ExpectedAttention, KeyDiff, KNorm, Random, SnapKV, Streaming
 from .stage import Encode, Score, Select, Stage, Transform
-from .types import KV, Context, Latent
+from .transform import CommonKV
+from .types import KV, Channels, Context, Latent
 
 __version__ = "0.1.0"
 
@@ -20,6 +23,10 @@ __all__ = [
     "KV",
     "TOVA",
     "BindError",
+    "Calibration",
+    "CalibrationError",
+    "Channels",
+    "CommonKV",
     "Context",
     "Encode",
     "Evict",
@@ -43,4 +50,5 @@ __all__ = [
     "Transform",
     "UseError",
     "__version__",
+    "calibrate",
 ]

@@ -13,7 +13,7 @@ padding. So a padded row goes through exactly the arithmetic it would go through
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -232,7 +232,9 @@ class KVStack(Cache):
             raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
         if self.stages:
             self._check_model(name, full, types, modules)
-            self._plan = self._make_plan([stage.bind(model) for stage in self.stages])
+            # a transform may take a minute to fit: what is wrong elsewhere is said before
+            stages = sorted(self.stages, key=lambda stage: stage.kind == "transform")
+            self._plan = _allotted(self._make_plan([stage.bind(model) for stage in stages]))
             self._ropes = {i: find_rope(model, modules[i], types[i]) for i in full}
             transform = self._plan.transform
             if transform and transform.unrotated and (bare := [i for i in full if self._ropes[i] is None]):
@@ -262,7 +264,7 @@ class KVStack(Cache):
                 "to compress. Use a DynamicCache."
             )
         transform, select = self._plan.transform, self._plan.select
-        if transform and len(full) % transform.layers:
+        if transform and transform.layers and len(full) % transform.layers:
             divisors = [n for n in range(1, len(full) + 1) if len(full) % n == 0]
             raise BindError(
                 f"{transform!r} stores {transform.layers} layers together, and {name} has {len(full)} full-attention "
@@ -390,10 +392,14 @@ class KVStack(Cache):
         kv = KV(key_states, value_states)
         ragged = len(self._cohorts) > 1 or self._cohorts[0].new != new
         deferred = ragged
+        fresh = [key_states, value_states]
+        if self._plan.hidden:
+            assert call is not None  # a stack with a transform is bound
+            fresh.append(self._hidden(call))
         for cohort in self._cohorts:
             store = cohort.stores[group]
             if cohort.new:
-                raw = store.append(slot, cohort.of(key_states), cohort.of(value_states))
+                raw = store.append(slot, KV(*(cohort.of(x) for x in fresh)))
             if ragged:
                 continue
             deferred = ours and self._may_fuse(store, layer_idx, new)
@@ -408,6 +414,15 @@ class KVStack(Cache):
             )
         self._forward.given[layer_idx] = Given(kv, deferred)
         return kv.keys, kv.values
+
+    def _hidden(self, call: hook.Call) -> Tensor:
+        """What the running attention module was given, (B, 1, new, hidden size)."""
+        if call.hidden is None:
+            raise UseError(
+                f"{self._plan.transform!r} needs the hidden states, and layer {call.layer} of {self._model_name} is "
+                "not given any as `hidden_states`. Use merge='project'."
+            )
+        return call.hidden.unsqueeze(1)
 
     def _grow_unbound(self, layer_idx: int) -> None:
         """Serve a caller that is no transformers model: layers come as they are named, and are settled when the
@@ -426,8 +441,7 @@ class KVStack(Cache):
                 cohort.stores += [Store(self._plan, group, self._ropes) for group in self._groups[len(cohort.stores) :]]
 
     def _may_fuse(self, store: Store, layer: int, new: int) -> bool:
-        simple = self.fused and new == 1 and self._plan.transform is None
-        return simple and store.sealed_tokens > 0 and layer in self._direct
+        return self.fused and new == 1 and store.sealed_tokens > 0 and layer in self._direct
 
     def _begin(self, keys: Tensor, call: hook.Call | None) -> None:
         """A new forward: check it, and find out which of its tokens are padding."""
@@ -538,7 +552,7 @@ class KVStack(Cache):
                 continue
             store, q = cohort.stores[group], cohort.of(query)
             if self._may_fuse(store, call.layer, cohort.new) and _is_simple(kwargs):
-                part, unsorted = store.attend(slot, q, self._scaling[call.layer], self._work)
+                part, unsorted = store.attend(slot, q, cohort.seen, self._scaling[call.layer], self._work)
                 seen = None if weights is None else store.in_order(unsorted)
             else:
                 kv = store.read(slot, cohort.seen, self._work)
@@ -771,6 +785,15 @@ def _is_simple(kwargs: Mapping[str, Any]) -> bool:
     return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in extras)
 
 
+def _allotted(plan: Plan) -> Plan:
+    """Where the transform knows its channels and the encoder can spend bits unevenly: the two agree on a budget."""
+    transform, encode = plan.transform, plan.encode
+    if transform is None or encode is None or not transform.channels:
+        return plan
+    channels = encode.allot(transform.channels, transform.numbers)
+    return plan if channels is None else replace(plan, transform=transform.trim(channels))
+
+
 def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     if isinstance(stages, str):
         raise StageError(f"KVStack({stages!r}): stages is a list. Use KVStack.from_spec({stages!r}).")
@@ -790,7 +813,7 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
             )
         found[stage.kind] = stage
     transform, select = found.get("transform"), found.get("select")
-    if isinstance(transform, Transform) and isinstance(select, Select) and select.layers:
+    if isinstance(transform, Transform) and isinstance(select, Select) and select.layers and transform.layers:
         few, many = sorted((transform.layers, select.layers))
         if many % few:
             raise StageError(

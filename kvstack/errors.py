@@ -4,6 +4,7 @@
     ├── StageError   a stage's settings, or the stages of one stack, cannot work
     ├── SpecError    a spec string, dict or name does not describe a stack
     ├── BindError    the stack and this model do not fit each other
+    ├── CalibrationError  a calibration is damaged, is missing, or belongs to another model
     └── UseError     a bound stack was used in a way that would give wrong results
 
 All of them are `ValueError`s as well, so code that knows nothing of kvstack can still catch bad input.
@@ -28,3 +29,7 @@ class BindError(KVStackError):
 
 class UseError(KVStackError):
     """A bound stack was used in a way that would give wrong results."""
+
+
+class CalibrationError(KVStackError):
+    """A calibration is damaged, is missing, or belongs to another model."""

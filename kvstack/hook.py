@@ -43,6 +43,7 @@ class Call:
     layer: int
     implementation: str
     mask: Any
+    hidden: Tensor | None
 
 
 class _Running(threading.local):
@@ -192,7 +193,8 @@ def _entering(names: list[str]) -> Callable[..., None]:
             return
         layer = module.layer_idx
         assert isinstance(layer, int)
-        _running.call = call = Call(stack, module, layer, implementation(module), given.get("attention_mask"))
+        how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
+        _running.call = call = Call(stack, module, layer, how, mask, hidden)
         try:
             stack._enter(call)
         except BaseException:

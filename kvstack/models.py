@@ -35,7 +35,6 @@ def cache_dir() -> Path:
     """Where kvstack keeps files between runs: `$KVSTACK_CACHE`, or the user's cache folder."""
     if chosen := os.environ.get("KVSTACK_CACHE"):
         return Path(chosen).expanduser()
-    _require("platformdirs")
     import platformdirs
 
     return platformdirs.user_cache_path("kvstack")

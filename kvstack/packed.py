@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .types import take_tokens
+from .types import Channels, take_tokens
 
 __all__ = ["Packed", "storage_bytes"]
 
@@ -31,12 +31,14 @@ class Packed:
         tokens: tokens held.
         width: channels of the decoded tensor.
         dtype: type of the decoded tensor.
+        channels: what `Encode.encode` was told of the channels; it belongs to the model, not to these tokens.
     """
 
     parts: dict[str, Tensor]
     tokens: int
     width: int
     dtype: torch.dtype
+    channels: Channels | None = None
 
     def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
         parts = {name: change(part) for name, part in self.parts.items()}

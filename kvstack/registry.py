@@ -24,7 +24,11 @@ __all__ = ["make_score", "parse", "score_names", "stage_names", "stage_type", "t
 Group = Literal["stages", "scores"]
 
 BUILT_IN: dict[Group, dict[str, str]] = {
-    "stages": {"evict": "kvstack.select:Evict", "quant": "kvstack.encode:Quant"},
+    "stages": {
+        "commonkv": "kvstack.transform:CommonKV",
+        "evict": "kvstack.select:Evict",
+        "quant": "kvstack.encode:Quant",
+    },
     "scores": {
         "expected": "kvstack.select:ExpectedAttention",
         "h2o": "kvstack.select:H2O",

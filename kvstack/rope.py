@@ -41,6 +41,12 @@ class Rope:
         """The inverse of `rotate`."""
         return self._turn(x, positions, backwards=True)
 
+    def pull(self, gradient: Tensor, positions: Tensor) -> Tensor:
+        """The gradient with regard to un-rotated keys, from that with regard to rotated ones: the transpose of
+        `rotate`."""
+        cos, sin = self.tables(positions[:, 0], gradient.float())
+        return self.unrotate(gradient, positions) * (cos[0, 0, 0] ** 2 + sin[0, 0, 0] ** 2)
+
     def _turn(self, x: Tensor, positions: Tensor, backwards: bool) -> Tensor:
         b, h, t, d = x.shape
         if positions.shape[1] > 1:  # every head has its own positions: heads become rows

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import StageError
 from .packed import Packed
-from .types import KV, Context, Latent
+from .types import KV, Channels, Context, Latent
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Settings:
     def settings(self) -> dict[str, Any]:
         """The arguments that build this again, without those that have their default."""
         own: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
-        return {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != f.default}
+        return {f.name: getattr(self, f.name) for f in own if f.init and getattr(self, f.name) != f.default}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
@@ -131,12 +131,18 @@ class Transform(Stage):
     """Turns the keys and values of a group of adjacent layers into named latents, and back."""
 
     kind = "transform"
-    layers: int
-    """Adjacent layers that are stored together."""
+    layers: int | None
+    """Adjacent layers that are stored together; None: chosen when the stage is bound."""
     share_heads: bool = True
     """Whether a token must be kept by all heads of the group or by none."""
     unrotated: bool = False
     """Whether keys are wanted without rotary embedding; the stack re-rotates what `inverse` gives back."""
+    hidden: bool = False
+    """Whether `KV.hidden` is wanted; it is held for all tokens that are still raw."""
+
+    def of(self, layers: Sequence[int]) -> Self:
+        """This stage for the group of `layers` (indices in the model), where groups differ."""
+        return self
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         """Latents of one block of tokens; `group` holds one `KV` per layer, in layer order."""
@@ -146,17 +152,53 @@ class Transform(Stage):
         """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
         raise NotImplementedError  # the other method a transform must write
 
+    # ---- optional: read without rebuilding
+
+    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        """The keys alone (B, H, T, D), as `inverse` gives them."""
+        return self.inverse(latents, layer).keys
+
+    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        """`weights` (B, H, G, T) times the values: (B, H, G, D). Override to weigh the latents first."""
+        return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
+
+    # ---- optional: a budget over all groups
+
+    @property
+    def numbers(self) -> int:
+        """Numbers kept per token in all groups together, where `channels` says what there is to choose from."""
+        return 0
+
+    @property
+    def channels(self) -> Sequence[Channels]:
+        """The channels of every group, once bound; empty where nothing is known of them."""
+        return ()
+
+    def trim(self, channels: Sequence[Channels]) -> Self:
+        """A copy that emits just the leading channels of each group that are named here."""
+        return self
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What was fitted to the model for this group; all caches of the model share it."""
+        return ()
+
 
 class Encode(Stage):
     """Stores one tensor in fewer bytes."""
 
     kind = "encode"
 
-    def granule(self, width: int) -> int:
+    def granule(self, width: int, channels: Channels | None = None) -> int:
         """Tokens that are encoded together when a token has `width` channels."""
         return 1
 
-    def encode(self, x: Tensor, role: str, energy: Tensor | None = None) -> Packed:
+    def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[Channels] | None:
+        """Spread the bits of `numbers` numbers over the channels of all groups: the leading channels that got any,
+        with their `bits`. None (the default) where every number takes the same."""
+        return None
+
+    def encode(self, x: Tensor, role: str, channels: Channels | None = None) -> Packed:
         """Pack `x` (B, H, T, R), T a multiple of the granule. `role` is `keys`, `values` or a latent's name."""
         raise NotImplementedError  # one of the two methods an encoder must write
 

@@ -13,7 +13,7 @@ the middle stays raw.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .errors import UseError
 from .packed import Packed, storage_bytes
 from .rope import Rope, arange
 from .stage import Encode, Select, Transform
-from .types import KV, Context, take_tokens
+from .types import KV, Context, Latent, take_tokens
 from .workspace import Workspace
 
 __all__ = ["RAW", "Plan", "Store"]
@@ -55,7 +55,7 @@ class Plan:
     @property
     def layers(self) -> int:
         """Adjacent layers that are handled together."""
-        stored = self.transform.layers if self.transform else None
+        stored = self.transform.layers if self.transform else None  # None before the stack is bound
         chosen = self.select and (self.select.layers or stored or self.select.usual_layers)
         return max(chosen or 1, stored or 1)
 
@@ -65,8 +65,16 @@ class Plan:
         wish = bool(self.select and self.select.share_heads) or bool(self.transform and self.transform.share_heads)
         return wish or self.layers > 1
 
+    @property
+    def hidden(self) -> bool:
+        """Whether the hidden states of raw tokens are held too."""
+        return self.transform is not None and self.transform.hidden
+
     def granule(self, width: int) -> int:
-        return self.encode.granule(width) if self.encode else 1
+        if self.encode is None:
+            return 1
+        known = self.transform.channels if self.transform else ()
+        return self.encode.granule(width, known[0] if known else None)
 
 
 class Store:
@@ -77,7 +85,12 @@ class Store:
         self.layers = list(layers)
         self.ropes = ropes
         n = len(self.layers)
-        self.raw = [(Buffer(), Buffer()) for _ in range(n)]
+        # slot of the first layer of those that are stored together -> the transform fitted to them
+        self.transforms: dict[int, Transform] = {}
+        if plan.transform is not None:
+            size = plan.transform.layers or 1
+            self.transforms = {i: plan.transform.of(self.layers[i : i + size]) for i in range(0, n, size)}
+        self.raw: list[tuple[Buffer, ...]] = [tuple(Buffer() for _ in range(3 if plan.hidden else 2)) for _ in range(n)]
         self.sealed: dict[tuple[int, str], Packed] = {}
         self.sealed_tokens = 0
         self.kept: Tensor | None = None  # (B, H or 1, sealed + chosen raw) positions, once something was evicted
@@ -119,11 +132,11 @@ class Store:
 
     # ---- writing
 
-    def append(self, slot: int, keys: Tensor, values: Tensor) -> KV:
+    def append(self, slot: int, kv: KV) -> KV:
         """New tokens of one layer; returns views of all its raw tokens."""
         self.dirty = True
-        raw_keys, raw_values = self.raw[slot]
-        return KV(raw_keys.append(keys), raw_values.append(values))
+        new = [x for x in (kv.keys, kv.values, kv.hidden) if x is not None]
+        return KV(*(buffer.append(x) for buffer, x in zip(self.raw[slot], new, strict=True)))
 
     def remember(self, slot: int, queries: Tensor) -> None:
         """Keep what the selector wants to see of the running forward's queries (B, H*G, Q, D)."""
@@ -229,9 +242,9 @@ class Store:
                 self.sealed = {name: packed_.take(cut.granules, granule) for name, packed_ in self.sealed.items()}
                 self.sealed_tokens = packed.shape[-1]
         block: list[KV] = []
-        for keys, values in self.raw:
+        for buffers in self.raw:
             kept = []
-            for buffer in (keys, values):
+            for buffer in buffers:
                 x = buffer.view
                 mid = x[:, :, sinks : sinks + middle]
                 if cut is not None:
@@ -247,29 +260,27 @@ class Store:
     def _seal(self, block: list[KV], positions: Tensor) -> None:
         plan = self.plan
         assert plan.encode is not None
-        for name, data, energy in self._latents_of(block, positions):
+        for name, latent in self._latents_of(block, positions):
             try:
-                packed = plan.encode.encode(data, name[1], energy)
+                packed = plan.encode.encode(latent.data, name[1], latent.channels)
             except UseError as error:
                 raise UseError(f"{plan.encode!r} on layer {self.layers[name[0]]}: {error}") from None
             self.sealed[name] = self.sealed[name].append(packed) if name in self.sealed else packed
         self.sealed_tokens += positions.shape[-1]
 
-    def _latents_of(self, block: list[KV], positions: Tensor) -> list[tuple[tuple[int, str], Tensor, Tensor | None]]:
+    def _latents_of(self, block: list[KV], positions: Tensor) -> list[tuple[tuple[int, str], Latent]]:
         """What is to be encoded, by (first slot, role)."""
-        transform = self.plan.transform
-        if transform is None:
+        if not self.transforms:
             pairs = enumerate(block)
-            return [((i, role), getattr(kv, role), None) for i, kv in pairs for role in ("keys", "values")]
+            return [((i, role), Latent(getattr(kv, role))) for i, kv in pairs for role in ("keys", "values")]
         found = []
-        for start in range(0, len(block), transform.layers):
-            chunk = block[start : start + transform.layers]
+        for start, transform in self.transforms.items():
+            chunk = block[start : start + (transform.layers or 1)]
             if transform.unrotated:
                 chunk = [
-                    KV(self._rope(start + i).unrotate(kv.keys, positions), kv.values) for i, kv in enumerate(chunk)
+                    replace(kv, keys=self._rope(start + i).unrotate(kv.keys, positions)) for i, kv in enumerate(chunk)
                 ]
-            for role, latent in transform.forward(chunk).items():
-                found.append(((start, role), latent.data, latent.energy))
+            found += [((start, role), latent) for role, latent in transform.forward(chunk).items()]
         return found
 
     def _rope(self, slot: int) -> Rope:
@@ -282,7 +293,7 @@ class Store:
     def read(self, slot: int, seen: int, work: Workspace) -> KV:
         """All held tokens of one layer in position order. Views of the raw part where nothing is sealed, scratch
         memory (valid until the next read) otherwise."""
-        keys, values = (buffer.view for buffer in self.raw[slot])
+        keys, values = self._raw(slot)
         if not self.sealed_tokens:
             return KV(keys, values)
         return KV(
@@ -305,42 +316,78 @@ class Store:
 
     def _decoders(self, slot: int, seen: int) -> tuple[Callable[[Tensor], object], Callable[[Tensor], object]]:
         """Two functions that write the sealed keys and values of a layer into a given tensor."""
-        encode, transform = self.plan.encode, self.plan.transform
+        encode = self.plan.encode
         assert encode is not None
-        if transform is None:
+        if not self.transforms:
 
             def write(role: str) -> Callable[[Tensor], object]:
                 return lambda out: encode.decode(self.sealed[slot, role], role, out)
 
             return write("keys"), write("values")
-        start = slot - slot % transform.layers
-        if start not in self._latents:  # decoded once per forward, for all layers of the group
-            mine = {role: packed for (first, role), packed in self.sealed.items() if first == start}
-            self._latents = {start: {role: encode.decode(packed, role) for role, packed in mine.items()}}
-        kv = transform.inverse(self._latents[start], slot - start)
-        keys = kv.keys
-        if transform.unrotated:
-            positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
-            keys = self._rope(slot).rotate(keys, positions)
+        start, transform = self._transform_of(slot)
+        kv = transform.inverse(self._decoded(start), slot - start)
+        keys = self._rotated(slot, kv.keys, seen)
         return lambda out: out.copy_(keys), lambda out: out.copy_(kv.values)
 
-    def attend(self, slot: int, query: Tensor, scaling: float, work: Workspace) -> tuple[Tensor, Tensor]:
-        """Attention of one query per row over sealed codes and raw tokens, without decoding the codes.
+    def _raw(self, slot: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer.view for buffer in self.raw[slot][:2])
+        return keys, values
+
+    def _transform_of(self, slot: int) -> tuple[int, Transform]:
+        """The transform that stores a layer, and the slot of its first one."""
+        start = max(first for first in self.transforms if first <= slot)
+        return start, self.transforms[start]
+
+    def _decoded(self, start: int) -> dict[str, Tensor]:
+        """The latents of a group of layers, decoded once per forward for all of them."""
+        if start not in self._latents:
+            encode = self.plan.encode
+            assert encode is not None
+            mine = {role: packed for (first, role), packed in self.sealed.items() if first == start}
+            self._latents = {start: {role: encode.decode(packed, role) for role, packed in mine.items()}}
+        return self._latents[start]
+
+    def _rotated(self, slot: int, keys: Tensor, seen: int) -> Tensor:
+        """Keys that a transform rebuilt, as attention wants them."""
+        if not self._transform_of(slot)[1].unrotated:
+            return keys
+        positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
+        return self._rope(slot).rotate(keys, positions)
+
+    def attend(self, slot: int, query: Tensor, seen: int, scaling: float, work: Workspace) -> tuple[Tensor, Tensor]:
+        """Attention of one query per row over sealed codes and raw tokens, without a decoded copy of both.
 
         query (B, H*G, 1, D) -> output (B, 1, H*G, D), weights (B, H*G, 1, held) with the sealed tokens first:
         softmax does not care for their order.
         """
-        encode = self.plan.encode
-        assert encode is not None
-        keys, values = (buffer.view for buffer in self.raw[slot])
+        keys, values = self._raw(slot)
         b, h, _, d = keys.shape
         grouped = query.reshape(b, h, -1, d) * scaling  # (B, H, G, D)
-        packed = encode.dot(grouped, self.sealed[slot, "keys"], "keys", work)
+        packed = self._dot(slot, grouped, seen, work)
         logits = torch.cat([packed, torch.matmul(grouped, keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
         weights = logits.softmax(dim=-1, dtype=torch.float32)
-        mixed = encode.mix(weights[..., : self.sealed_tokens], self.sealed[slot, "values"], "values", work)
+        mixed = self._mix(slot, weights[..., : self.sealed_tokens], work)
         mixed = mixed.to(values.dtype) + torch.matmul(weights[..., self.sealed_tokens :].to(values.dtype), values)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
+
+    def _dot(self, slot: int, query: Tensor, seen: int, work: Workspace) -> Tensor:
+        """`query` (B, H, G, D) times the sealed keys: (B, H, G, sealed)."""
+        encode = self.plan.encode
+        assert encode is not None
+        if not self.transforms:
+            return encode.dot(query, self.sealed[slot, "keys"], "keys", work)
+        start, transform = self._transform_of(slot)
+        keys = self._rotated(slot, transform.keys(self._decoded(start), slot - start), seen)
+        return torch.matmul(query, keys.transpose(-1, -2).to(query.dtype))
+
+    def _mix(self, slot: int, weights: Tensor, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, sealed) times the sealed values: (B, H, G, D)."""
+        encode = self.plan.encode
+        assert encode is not None
+        if not self.transforms:
+            return encode.mix(weights, self.sealed[slot, "values"], "values", work)
+        start, transform = self._transform_of(slot)
+        return transform.weigh(weights, self._decoded(start), slot - start)
 
     def in_order(self, weights: Tensor) -> Tensor:
         """`weights` of `attend`, their last axis in the order of positions."""
@@ -360,8 +407,8 @@ class Store:
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.index_select(0, index.to(x.device))
 
-        for (keys, values), (old_keys, old_values) in zip(other.raw, self.raw, strict=True):
-            for new, old in ((keys, old_keys), (values, old_values)):
+        for buffers, old_buffers in zip(other.raw, self.raw, strict=True):
+            for new, old in zip(buffers, old_buffers, strict=True):
                 if old.tensors:
                     new.replace(old.view.index_select(0, index.to(old.view.device)))
         other.sealed = {name: packed.rows(index) for name, packed in self.sealed.items()}
@@ -386,10 +433,15 @@ class Store:
         rest = max(0, min(self.sealed_tokens, stay) - whole)
         loose = max(0, stay - self.sealed_tokens)  # raw tokens beside the sinks that stay
         if rest:  # the crop cuts through a granule: what stays of it becomes raw again
+            if self.plan.hidden:
+                raise UseError(
+                    f"{self.plan.transform!r} merges hidden states, and those of compressed tokens are gone: crop "
+                    f"back to a multiple of {granule} compressed tokens, or use merge='project'."
+                )
             work, start = Workspace(), self.sinks + whole
             index = torch.arange(start, start + rest, device=self.raw[0][0].view.device)[None, None]
             thawed = [self.read(slot, seen, work).take(index) for slot in range(len(self.raw))]
-            for (keys, values), kv in zip(self.raw, thawed, strict=True):
+            for (keys, values, *_), kv in zip(self.raw, thawed, strict=True):
                 keys.replace(torch.cat([keys.view[:, :, :sinks], kv.keys], dim=2))
                 values.replace(torch.cat([values.view[:, :, :sinks], kv.values], dim=2))
         else:

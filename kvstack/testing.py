@@ -139,20 +139,29 @@ def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> 
         assert torch.allclose(found, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
 
 
-def check_transform(stage: Transform) -> None:
-    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token."""
-    group = [KV(_numbers(2, 2, 64, 16, seed=i), _numbers(2, 2, 64, 16, seed=50 + i)) for i in range(stage.layers)]
+def check_transform(stage: Transform, model: Any = None) -> None:
+    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
+    `weigh` agree with it."""
+    bound = stage.bind(tiny_model() if model is None else model)
+    assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
+    stage = bound.of(list(range(bound.layers)))
+    group = [KV(_numbers(2, 2, 64, 16, seed=i), _numbers(2, 2, 64, 16, seed=50 + i)) for i in range(bound.layers)]
     latents = stage.forward(group)
     assert latents, f"{stage!r}: forward gave no latents"
     for name, latent in latents.items():
         assert latent.data.dim() == 4, f"{stage!r}: latent {name!r} is not (B, H or 1, T, R)"
-        if latent.energy is not None:
-            assert latent.energy.shape == latent.data.shape[-1:], f"{stage!r}: energy of {name!r} is not (R,)"
+        if latent.channels is not None:
+            energy = latent.channels.energy
+            assert energy.shape == latent.data.shape[-1:], f"{stage!r}: the energy of {name!r} is not (R,)"
     data = {name: latent.data for name, latent in latents.items()}
     for i, kv in enumerate(group):
         back = stage.inverse(data, i)
         assert back.keys.shape == kv.keys.shape, f"{stage!r}: keys of layer {i} came back as {tuple(back.keys.shape)}"
         assert back.values.shape == kv.values.shape, f"{stage!r}: values of layer {i} have another shape"
+        assert torch.equal(stage.keys(data, i), back.keys), f"{stage!r}: keys() of layer {i} differ from inverse()"
+        weights = _numbers(2, 2, 3, 64, seed=100 + i).softmax(-1)
+        found, expected = stage.weigh(weights, data, i), weights @ back.values
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
 
 
 def check_select(stage: Select) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .rope import Rope
 
-__all__ = ["KV", "Context", "Latent"]
+__all__ = ["KV", "Channels", "Context", "Latent"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class KV:
     """Keys and values of one layer.
 
     Keys are as the model caches them (after rotary embedding) unless a transform asked for them un-rotated.
+    `hidden` is what the attention module was given, where a transform asked for it (`Transform.hidden`).
     """
 
     keys: Tensor  # (B, H, T, D)
     values: Tensor  # (B, H, T, D)
+    hidden: Tensor | None = None  # (B, 1, T, hidden size)
 
     @property
     def tokens(self) -> int:
@@ -70,16 +73,31 @@ class Context:
     window: int = 0
 
 
-@dataclass(frozen=True)
-class Latent:
-    """One named tensor a transform wants stored: channels last, tokens before them.
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """What is known of a latent's channels before any token is: part of the fitted stage, not of a cache.
 
-    `energy` is the variance of each channel where the transform knows it, so that an encoder can spend bits
-    where the energy is.
+    `energy` is the variance of each channel, descending. `bits` is how many bits each is worth to an encoder that
+    spends them unevenly (`Encode.allot`), None before that.
     """
 
+    energy: Tensor  # (R,)
+    bits: Tensor | None = None  # (R,), descending
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(bits, channels that have as many), in the order of the channels."""
+        assert self.bits is not None
+        widths, counts = self.bits.unique_consecutive(return_counts=True)
+        return tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One named tensor a transform wants stored: channels last, tokens before them."""
+
     data: Tensor  # (B, H or 1, T, R)
-    energy: Tensor | None = None  # (R,)
+    channels: Channels | None = None
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

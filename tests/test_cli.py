@@ -169,9 +169,8 @@ def test_demo_prompt_hides_the_fact_in_the_middle(folder):
 
 
 def test_unknown_stage():
-    assert (
-        failed("generate", "--stack", "foo:2", "hello") == "error: no stage is called 'foo'. Use one of: evict, quant."
-    )
+    names = "commonkv, evict, quant"
+    assert failed("generate", "--stack", "foo:2", "hello") == f"error: no stage is called 'foo'. Use one of: {names}."
 
 
 def test_bad_setting_of_a_stage():

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvstack import Encode, Evict, KVStack, Latent, Packed, Quant, Score, Transform, registry
+from kvstack import CommonKV, Encode, Evict, KVStack, Latent, Packed, Quant, Score, Transform, registry
 from kvstack.testing import check_registered, check_score, check_settings, check_stage, tiny_model
 from kvstack.types import KV
 
 STAGES = [Quant(bits) for bits in (2, 3, 4, 8)]
 STAGES += [Quant(4, group=8), Quant(4, codec="nf4"), Quant(4, codec="fp4"), Quant(8, codec="int8")]
 STAGES += [Evict(0.2), Evict(50), Evict(0.5, "h2o", layers=1), Evict(0.5, "knorm", share_heads=True, pool="max")]
+STAGES += [CommonKV(), CommonKV(0.25, layers=2), CommonKV(50, layers=1)]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=repr)
@@ -87,7 +88,7 @@ def test_checks_can_fail():
     class Forgetful(Encode):
         name = "forgetful"
 
-        def encode(self, x, role, energy=None):
+        def encode(self, x, role, channels=None):
             return Packed({"data": x}, tokens=x.shape[2], width=x.shape[3], dtype=x.dtype)
 
         def decode(self, packed, role, out=None):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..packed import Packed
 from ..stage import Encode
+from ..types import Channels
 
 __all__ = ["Plain"]
 
@@ -18,7 +19,7 @@ class Plain(Encode):
 
     name = "plain"
 
-    def encode(self, x: Tensor, role: str, energy: Tensor | None = None) -> Packed:
+    def encode(self, x: Tensor, role: str, channels: Channels | None = None) -> Packed:
         return Packed({"data": x.contiguous()}, tokens=x.shape[2], width=x.shape[3], dtype=x.dtype)
 
     def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
@@ -11,7 +12,10 @@ from torch import Tensor
 from ..errors import BindError
 from ..packed import Packed
 from ..stage import Encode, check
+from ..types import Channels
 from ..workspace import Workspace
+from . import waterfill
+from .allot import spread
 from .blockwise import Blockwise
 from .kivi import Kivi
 
@@ -29,7 +33,9 @@ class Quant(Encode):
 
     Args:
         bits: bits per number: 2, 3, 4 or 8 with `kivi`, 4 with `nf4` and `fp4`, 8 with `int8`.
-            Scales come on top: 32 bits per group with `kivi`, 16 with the others.
+            Scales come on top: 32 bits per group with `kivi`, 16 with the others. Where a transform knows how much
+            energy each channel of its latents has, `kivi` gives way to codes of 0 to 8 bits a channel that are `bits`
+            on average, scales included.
         group: numbers that share a scale; default 32 for `kivi`, 64 for the others.
         codec: `kivi` (default; asymmetric, keys per channel, values per token), or bitsandbytes' `nf4`, `fp4`,
             `int8`.
@@ -83,14 +89,31 @@ class Quant(Encode):
             )
         return self
 
-    def granule(self, width: int) -> int:
+    def granule(self, width: int, channels: Channels | None = None) -> int:
+        if _allotted(channels):
+            return waterfill.GRANULE
         # both kinds of tensor are cut at the same tokens
         return max(self.coder.granule(width, "keys"), self.coder.granule(width, "values"))
 
-    def encode(self, x: Tensor, role: str, energy: Tensor | None = None) -> Packed:
+    def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[Channels] | None:
+        if self.codec != "kivi":
+            return None
+        # the gains are part of what the bits pay for; a latent without any channel could not be stored
+        bits = max(len(channels), self.bits * numbers - waterfill.gain_bits(len(channels)))
+        found = []
+        for known, widths in zip(channels, spread([known.energy for known in channels], bits), strict=True):
+            rank = max(1, int((widths > 0).sum()))
+            found.append(Channels(known.energy[:rank].clone(), widths[:rank].clamp_min(1)))
+        return found
+
+    def encode(self, x: Tensor, role: str, channels: Channels | None = None) -> Packed:
+        if channels is not None and _allotted(channels):
+            return waterfill.encode(x, channels)
         return self.coder.encode(x, role)
 
     def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
+        if _allotted(packed.channels):
+            return waterfill.decode(packed, out)
         return self.coder.decode(packed, role, out)
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
@@ -98,3 +121,7 @@ class Quant(Encode):
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         return self.coder.mix(weights, packed, role, work)
+
+
+def _allotted(channels: Channels | None) -> bool:
+    return channels is not None and channels.bits is not None

@@ -1,0 +1,243 @@
+"""What calibration found about a model, as data: the axes of every group of layers, and how it is kept on disk.
+
+A file holds tensors (safetensors, so reading it runs no code) and a manifest: which model, which texts, which
+versions, and a checksum over all tensors. A file that is damaged, or made for another model, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from .basis import Basis
+from .errors import CalibrationError
+from .types import Channels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Calibration", "Group", "identity"]
+
+FORMAT = "1"
+MANY = 4096
+"""Weights of each tensor that go into a model's identity."""
+NOT_THE_MODEL = re.compile(r"_.*|transformers_version|.*dtype|use_cache|quantization_config|output_.*|.*_token_ids?")
+"""Settings of a config that change without the model changing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The axes of a group of adjacent layers.
+
+    Attributes:
+        layers: indices in the model.
+        shapes: (H, D of keys, D of values) of each of them.
+        mean: (N,) of the group's un-rotated keys and values, side by side, float32.
+        weight: (N,) how much an error in each number matters, float32.
+        axes: (N, N) rows orthonormal, most important first, in units of sqrt(weight), float16.
+        energy: (N,) variance along each axis, float32, falling.
+    """
+
+    layers: tuple[int, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    mean: Tensor
+    weight: Tensor
+    axes: Tensor
+    energy: Tensor
+
+    def basis(self, rank: int, device: torch.device) -> Basis:
+        """The `rank` most important axes, ready to use."""
+        axes = orthonormal(self.axes[:rank].to(device, torch.float32))
+        mean, weight = self.mean.to(device), self.weight.to(device)
+        return Basis(axes / weight.sqrt(), mean, weight, self.shapes)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Rows that are orthonormal up to float16, made so up to float32: two Newton steps towards the polar factor."""
+    for _ in range(2):
+        rows = 1.5 * rows - 0.5 * (rows @ rows.T) @ rows
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Made by `kvstack.calibrate`; give it to `CommonKV(calibration=...)`, or save it.
+
+    Attributes:
+        groups: one per group of layers that are stored together.
+        manifest: model, texts, tokens and versions it was made with.
+    """
+
+    groups: tuple[Group, ...]
+    manifest: Mapping[str, str]
+    _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
+
+    def __repr__(self) -> str:
+        model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
+        return f"<Calibration of {model}: {len(self.groups)} groups of layers, {tokens} tokens>"
+
+    @property
+    def layers(self) -> int:
+        """Layers in a group."""
+        return len(self.groups[0].layers)
+
+    @property
+    def channels(self) -> tuple[Channels, ...]:
+        return tuple(Channels(group.energy) for group in self.groups)
+
+    def basis(self, layers: Sequence[int], rank: int, device: torch.device) -> Basis:
+        """The leading axes of the group that is `layers`; stacks that need the same share one copy."""
+        key = (tuple(layers), rank, device)
+        found = self._bases.get(key)
+        if found is None:
+            group = next(group for group in self.groups if group.layers == tuple(layers))
+            found = self._bases[key] = group.basis(rank, device)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    # ---- spectra
+
+    def spectrum(self) -> dict[tuple[int, ...], Tensor]:
+        """Layers of a group -> energy (N,) along each of its axes, falling. The energies of all groups are in one
+        unit: what an error of that size would cost, up to a common factor."""
+        return {group.layers: group.energy.clone() for group in self.groups}
+
+    def rank(self, share: float = 0.99) -> dict[tuple[int, ...], int]:
+        """Layers of a group -> axes that hold `share` of its energy."""
+        return {
+            layers: int((energy.cumsum(0) < share * energy.sum()).sum()) + 1
+            for layers, energy in self.spectrum().items()
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the spectra of all groups into a picture (needs matplotlib)."""
+        from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for layers, energy in self.spectrum().items():
+            axes.semilogy((energy / energy.sum()).numpy(), label=f"layers {layers[0]} to {layers[-1]}")
+        axes.set(xlabel="axis", ylabel="share of the group's energy", title=self.manifest.get("model", ""))
+        axes.set_ylim(bottom=1e-7)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path)
+
+    # ---- files
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}": getattr(group, name).contiguous()
+            for i, group in enumerate(self.groups)
+            for name in ("mean", "weight", "axes", "energy")
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, complete or not at all."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        tensors = self._tensors()
+        groups = [{"layers": group.layers, "shapes": group.shapes} for group in self.groups]
+        metadata = {
+            **self.manifest,
+            "format": FORMAT,
+            "groups": json.dumps(groups),
+            "checksum": checksum(tensors, json.dumps(groups)),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # beside its place, so that the renaming stays on one disk
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CalibrationError: no such file, damaged, truncated, or of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        again = "Make it again: kvstack calibrate MODEL, or kvstack.calibrate(model)."
+        if not Path(path).is_file():
+            raise CalibrationError(f"{os.fspath(path)!r} is no file. {again}")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CalibrationError(f"{os.fspath(path)!r} is damaged or no calibration: {error}. {again}") from None
+        if metadata.get("format") != FORMAT:
+            raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
+        if metadata.pop("checksum", None) != checksum(tensors, metadata.get("groups", "")):
+            raise CalibrationError(f"{os.fspath(path)!r} is damaged: its checksum is another. {again}")
+        described = json.loads(metadata.pop("groups"))
+        del metadata["format"]
+        groups = [
+            Group(
+                tuple(entry["layers"]),
+                tuple(tuple(shape) for shape in entry["shapes"]),
+                *(tensors[f"{i}.{name}"] for name in ("mean", "weight", "axes", "energy")),
+            )
+            for i, entry in enumerate(described)
+        ]
+        return cls(tuple(groups), metadata)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `CalibrationError` where this was made for another model."""
+        mine, theirs = self.manifest.get("identity"), identity(model)
+        if mine != theirs:
+            raise CalibrationError(
+                f"{self!r} was made for another model than this {type(model).__name__} (identity {mine}, not "
+                f"{theirs}). Make one for it: kvstack calibrate MODEL, or kvstack.calibrate(model)."
+            )
+
+
+def checksum(tensors: Mapping[str, Tensor], described: str) -> str:
+    digest = hashlib.sha256(described.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def identity(model: PreTrainedModel) -> str:
+    """A fingerprint of a model's config and weights, whatever folder it came from and floating type it is held in.
+
+    Weights are sampled, 4,096 of each tensor, so that a large model is recognised in a moment.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()
+    plain = {name: value for name, value in config.items() if not NOT_THE_MODEL.fullmatch(name)}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // MANY)]
+        if sample.is_floating_point():
+            sample = sample.to(torch.bfloat16)
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
