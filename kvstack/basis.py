@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Basis:
 
     Attributes:
         axes: (R, N), most important first.
+        dtype: type that rebuilding is computed in.
         mean: (N,).
         weight: (N,), or None where every number counts the same.
         shapes: (H, D of keys, D of values) of every layer.
@@ -41,6 +43,16 @@ class Basis:
     mean: Tensor
     weight: Tensor | None
     shapes: tuple[tuple[int, int, int], ...]
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def back(self) -> Tensor:
+        """The axes, (R, N), to rebuild with."""
+        return self.axes.to(self.dtype)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.axes, self.mean, self.weight, self.back) if x is not None]
 
     def project(self, x: Tensor) -> Tensor:
         """Numbers (..., N) -> the latent (..., R) that leaves the least weighted error."""
@@ -63,12 +75,13 @@ class Basis:
         heads, _, width = self.shapes[layer]
         part = self._slice(layer, keys=False)
         mixed = torch.einsum("bhgt,btr->bhgr", weights, z.to(weights.dtype))
-        axes = self.axes[:, part].unflatten(1, (heads, width)).to(weights.dtype)  # (R, H, D)
+        axes = self.back[:, part].unflatten(1, (heads, width)).to(weights.dtype)  # (R, H, D)
         mean = self.mean[part].view(heads, 1, width).to(weights.dtype)
         return torch.einsum("bhgr,rhd->bhgd", mixed, axes) + weights.sum(-1, keepdim=True) * mean
 
     def _rebuilt(self, z: Tensor, part: slice) -> Tensor:
-        return torch.addmm(self.mean[part], z.flatten(0, 1).float(), self.axes[:, part]).unflatten(0, z.shape[:2])
+        x = z.flatten(0, 1).to(self.dtype) @ self.back[:, part]
+        return (x + self.mean[part]).unflatten(0, z.shape[:2])
 
     def _slice(self, layer: int, keys: bool) -> slice:
         sizes = [heads * width for heads, *widths in self.shapes for width in widths]

@@ -30,7 +30,7 @@ from .encode.plain import Plain
 from .errors import BindError, StageError, UseError
 from .packed import storage_bytes
 from .report import Part, Report
-from .rope import Rope, find_rope
+from .rope import Rope, find_ropes
 from .stage import Encode, Select, Stage, Transform, is_stage
 from .store import RAW, Plan, Store
 from .types import KV
@@ -235,7 +235,7 @@ class KVStack(Cache):
             # a transform may take a minute to fit: what is wrong elsewhere is said before
             stages = sorted(self.stages, key=lambda stage: stage.kind == "transform")
             self._plan = _allotted(self._make_plan([stage.bind(model) for stage in stages]))
-            self._ropes = {i: find_rope(model, modules[i], types[i]) for i in full}
+            self._ropes = find_ropes(model, {i: modules[i] for i in full}, types)
             transform = self._plan.transform
             if transform and transform.unrotated and (bare := [i for i in full if self._ropes[i] is None]):
                 raise BindError(

@@ -56,11 +56,11 @@ class Group:
     axes: Tensor
     energy: Tensor
 
-    def basis(self, rank: int, device: torch.device) -> Basis:
-        """The `rank` most important axes, ready to use."""
+    def basis(self, rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
+        """The `rank` most important axes on `device`, for rebuilding in `dtype`."""
         axes = orthonormal(self.axes[:rank].to(device, torch.float32))
         mean, weight = self.mean.to(device), self.weight.to(device)
-        return Basis(axes / weight.sqrt(), mean, weight, self.shapes)
+        return Basis(axes / weight.sqrt(), mean, weight, self.shapes, dtype)
 
 
 def orthonormal(rows: Tensor) -> Tensor:
@@ -96,13 +96,13 @@ class Calibration:
     def channels(self) -> tuple[Channels, ...]:
         return tuple(Channels(group.energy) for group in self.groups)
 
-    def basis(self, layers: Sequence[int], rank: int, device: torch.device) -> Basis:
+    def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
         """The leading axes of the group that is `layers`; stacks that need the same share one copy."""
-        key = (tuple(layers), rank, device)
+        key = (tuple(layers), rank, device, dtype)
         found = self._bases.get(key)
         if found is None:
             group = next(group for group in self.groups if group.layers == tuple(layers))
-            found = self._bases[key] = group.basis(rank, device)
+            found = self._bases[key] = group.basis(rank, device, dtype)
         return found
 
     @property

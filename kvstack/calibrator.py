@@ -32,7 +32,7 @@ from . import hook, samples
 from .basis import flat
 from .calibration import Calibration, Group, identity
 from .errors import CalibrationError
-from .rope import Rope, find_rope
+from .rope import Rope, find_ropes
 from .types import KV
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ class Plan:
 
     def __init__(self, model: PreTrainedModel, layers: int | None) -> None:
         types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        modules = hook.attention_modules(model)
-        self.full = [i for i, kind in enumerate(types) if kind == "full_attention" and i in modules]
+        self.modules = hook.attention_modules(model)
+        self.full = [i for i, kind in enumerate(types) if kind == "full_attention" and i in self.modules]
         if not self.full:
             raise CalibrationError(f"{type(model).__name__} has no full-attention layer to calibrate for.")
         self.size = group_size(len(self.full)) if layers is None else layers
@@ -176,8 +176,8 @@ class Plan:
                 f"divide. Use one of {divisors}."
             )
         self.groups = [self.full[i : i + self.size] for i in range(0, len(self.full), self.size)]
-        self.devices = {i: next(modules[i].parameters()).device for i in self.full}
-        self.ropes = {i: find_rope(model, modules[i], types[i]) for i in self.full}
+        self.devices = {i: next(self.modules[i].parameters()).device for i in self.full}
+        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full}, types)
         self.rotates = all(rope is not None for rope in self.ropes.values())
         if not self.rotates:  # all or none: keys of a group are compared with each other
             self.ropes = dict.fromkeys(self.full)

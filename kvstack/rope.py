@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Rope", "find_rope"]
+__all__ = ["Rope", "find_ropes"]
 
 
 class Rope:
@@ -26,6 +27,22 @@ class Rope:
 
     def __init__(self, rotary: nn.Module, apply: Any, layer_type: str | None) -> None:
         self._rotary, self._apply, self._layer_type = rotary, apply, layer_type
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def remember(self, positions: Tensor) -> None:
+        """Compute the tables of `positions` (B or 1, 1, T) once, for all calls with this very tensor until `forget`."""
+        if positions.shape[1] == 1 and (self._last is None or self._last[0] is not positions):
+            self._last = None
+            self._last = (positions, *self._tables_of(positions, torch.empty(0, device=positions.device)))
+
+    def forget(self) -> None:
+        self._last = None
+
+    def _tables_of(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._last is not None and self._last[0] is positions:
+            return self._last[1:]
+        cos, sin = self.tables(positions[:, 0], like)
+        return cos.float(), sin.float()
 
     def tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, T, rotated channels) for `positions` (B, T)."""
@@ -52,13 +69,29 @@ class Rope:
         if positions.shape[1] > 1:  # every head has its own positions: heads become rows
             flat = positions.expand(b, h, t).reshape(b * h, t)
             return self._turn(x.reshape(b * h, 1, t, d), flat.unsqueeze(1), backwards).view(b, h, t, d)
-        cos, sin = self.tables(positions[:, 0], x.float())
+        cos, sin = self._tables_of(positions, x.float())
         if backwards:
             # cos and sin carry the model's attention scaling a: undo a * rotation, not only the rotation
             square = (cos[..., :1] ** 2 + sin[..., :1] ** 2).clamp_min(1e-12)
             cos, sin = cos / square, -sin / square
-        turned: Tensor = self._apply(x.float(), x.float(), cos.float(), sin.float())[1]
+        x32 = x.float()
+        # it rotates queries and keys at once, and there are no queries: one head of them is the least to pass
+        turned: Tensor = self._apply(x32[:, :1], x32, cos, sin)[1]
         return turned.to(x.dtype)
+
+
+def find_ropes(
+    model: PreTrainedModel, modules: Mapping[int, nn.Module], types: Sequence[str]
+) -> dict[int, Rope | None]:
+    """The rotary embedding of every layer; layers that rotate alike share one."""
+    found: dict[int, Rope | None] = {}
+    alike: dict[Any, Rope | None] = {}
+    for layer, attention in modules.items():
+        key = (type(attention), types[layer])
+        if key not in alike:
+            alike[key] = find_rope(model, attention, types[layer])
+        found[layer] = alike[key]
+    return found
 
 
 def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> Rope | None:

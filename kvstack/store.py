@@ -99,6 +99,7 @@ class Store:
         self.fresh: list[Tensor | None] = [None] * n
         self.dirty = False
         self._latents: dict[int, dict[str, Tensor]] = {}
+        self._sealed_positions: Tensor | None = None
 
     # ---- lengths and positions
 
@@ -200,7 +201,7 @@ class Store:
             if dropped:
                 self.recent = [None] * len(self.layers)
         self.fresh = [None] * len(self.layers)
-        self._latents.clear()
+        self.end_forward()
 
     def _cut(self, seen: int, granule: int, drop: int, scalings: Sequence[float], work: Workspace) -> Cut:
         """Score all held tokens of all layers and decide which of the middle ones stay."""
@@ -351,8 +352,12 @@ class Store:
         """Keys that a transform rebuilt, as attention wants them."""
         if not self._transform_of(slot)[1].unrotated:
             return keys
-        positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
-        return self._rope(slot).rotate(keys, positions)
+        if self._sealed_positions is None:
+            self._sealed_positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
+        positions = self._sealed_positions.to(keys.device)
+        rope = self._rope(slot)
+        rope.remember(positions)
+        return rope.rotate(keys, positions)
 
     def attend(self, slot: int, query: Tensor, seen: int, scaling: float, work: Workspace) -> tuple[Tensor, Tensor]:
         """Attention of one query per row over sealed codes and raw tokens, without a decoded copy of both.
@@ -395,7 +400,12 @@ class Store:
         return torch.cat([weights[..., sealed:sinks], weights[..., :sealed], weights[..., sinks:]], dim=-1)
 
     def end_forward(self) -> None:
+        """Drop what was decoded for all layers of a group."""
         self._latents.clear()
+        if self._sealed_positions is not None:
+            self._sealed_positions = None
+            for slot in range(len(self.layers)):
+                self._rope(slot).forget()
 
     # ---- rows and crops
 
@@ -455,7 +465,7 @@ class Store:
             self.sealed = {name: packed.first(whole) for name, packed in self.sealed.items()} if whole else {}
             self.sealed_tokens = whole
         self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
-        self._latents.clear()
+        self.end_forward()
 
     def _keep_memory(self, stay: Tensor) -> None:
         first, last = self.sinks, self.sinks + self.sealed_tokens + self.middle

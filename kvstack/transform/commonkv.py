@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..calibrator import Plan, calibrated
 from ..errors import BindError
 from ..stage import Transform, check
 from ..types import KV, Channels, Latent
+from ..weights import WeightAxes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +37,18 @@ class CommonKV(Transform):
             encoder that can spend bits unevenly, such as `Quant(2)`, the budget is this many numbers of that many bits,
             spread over all channels.
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
+        basis: where the axes of a group come from. `calibrated` (default): the directions along which its un-rotated keys
+            and values vary on calibration text, each number weighed by how much it matters. `weights` (the paper's):
+            singular vectors of its key and value projections; no data, and much worse.
+        merge: how a group's layers become one latent. `project` (default): the latent that leaves the least error in the
+            group's keys and values. `mean` (the paper's, with `basis="weights"`): the mean of what each layer's hidden
+            state would give; hidden states of raw tokens are then held too.
+        weights: with `merge="mean"`: how much each layer of the model counts in its group's mean (equal by default);
+            `kvstack.sensitivity` measures some.
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a
             small model) and kept in the user's cache folder.
+        rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
+            model's own. On processors with products of bfloat16 that is several times faster.
 
     Source: CommonKV, arXiv 2508.16134. Differs from the paper: the axes are principal axes of un-rotated keys and
     values on calibration text, weighed by how much each number matters to the model's predictions, not singular
@@ -52,12 +63,20 @@ class CommonKV(Transform):
 
     keep: float | int = 0.5
     layers: int | None = None
+    basis: Literal["calibrated", "weights"] = "calibrated"
+    merge: Literal["project", "mean"] = "project"
+    weights: tuple[float, ...] | None = None
     calibration: str | os.PathLike[str] | Calibration | None = None
+    rebuild: Literal["float32", "bfloat16"] | None = None
 
+    _dtype: torch.dtype = field(init=False, repr=False, compare=False)
     _plan: Plan = field(init=False, repr=False, compare=False)
-    _axes: Calibration = field(init=False, repr=False, compare=False)
+    _axes: Calibration | WeightAxes = field(init=False, repr=False, compare=False)
     _numbers: int = field(init=False, repr=False, compare=False)
     _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
+    _rank: int = field(init=False, repr=False, compare=False, default=0)
+    _down: Tensor | None = field(init=False, repr=False, compare=False, default=None)
+    _shares: Tensor = field(init=False, repr=False, compare=False)
     _basis: Basis = field(init=False, repr=False, compare=False)
     _mine: Channels | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -78,35 +97,74 @@ class CommonKV(Transform):
         layers = self.layers
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more.")
+        check(self.basis in ("calibrated", "weights"), self, f"{self.basis!r} is no basis.", 'Use "calibrated".')
+        check(self.merge in ("project", "mean"), self, f"{self.merge!r} is no way to merge.", 'Use "project".')
+        paper = self.basis == "weights"
+        check(
+            paper or self.merge == "project",
+            self,
+            "a calibrated basis has no latents of single layers to take the mean of.",
+            'Use merge="project", or basis="weights".',
+        )
+        check(not paper or self.calibration is None, self, "weights need no calibration.", "Leave it out.")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+            check(self.merge == "mean", self, "weights weigh the layers of a mean.", 'Use merge="mean".')
+            check(
+                min(self.weights) >= 0 < sum(self.weights), self, "weights are shares, none below 0.", "Use 1.0 each."
+            )
+        known = self.rebuild in (None, "float32", "bfloat16")
+        check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
 
     # ---- fitted to a model
 
+    @property
+    def hidden(self) -> bool:  # type: ignore[override]
+        return self.merge == "mean"
+
     def bind(self, model: PreTrainedModel) -> Self:
         plan = Plan(model, self.layers)
-        calibration = self._calibration_of(model, plan)
-        numbers = sum(len(group.energy) for group in calibration.groups)
-        budget = int(self.keep * numbers) if isinstance(self.keep, float) else self.keep * len(plan.groups)
-        return self._with(
-            layers=plan.size,
-            unrotated=plan.rotates,
-            _plan=plan,
-            _axes=calibration,
-            _numbers=budget,
-            _channels=leading(calibration.channels, budget),
-        )
+        dtype = model.dtype if self.rebuild is None else getattr(torch, self.rebuild)
+        fitted = self._with(layers=plan.size, unrotated=plan.rotates, _plan=plan, _dtype=dtype)
+        return fitted._bind_weights(model) if self.basis == "weights" else fitted._bind_calibrated(model)
 
-    def _calibration_of(self, model: PreTrainedModel, plan: Plan) -> Calibration:
-        if self.calibration is None:
-            return calibrated(model, plan.size)
-        given = self.calibration
+    def _bind_calibrated(self, model: PreTrainedModel) -> Self:
+        found = self._calibration_of(model)
+        numbers = [len(group.energy) for group in found.groups]
+        self._check_rank(min(numbers))
+        budget = int(self.keep * sum(numbers)) if isinstance(self.keep, float) else self.keep * len(numbers)
+        return self._with(_axes=found, _numbers=budget, _channels=leading(found.channels, budget))
+
+    def _calibration_of(self, model: PreTrainedModel) -> Calibration:
+        given, size = self.calibration, self._plan.size
+        if given is None:
+            return calibrated(model, size)
         found = given if isinstance(given, Calibration) else Calibration.load(given)
         found.check(model)
-        if found.layers != plan.size:
+        if found.layers != size:
             raise BindError(
-                f"{self!r}: the calibration is for groups of {found.layers} layers, not of {plan.size}. "
-                f"Use layers={found.layers}, or calibrate with layers={plan.size}."
+                f"{self!r}: the calibration is for groups of {found.layers} layers, not of {size}. "
+                f"Use layers={found.layers}, or calibrate with layers={size}."
             )
         return found
+
+    def _bind_weights(self, model: PreTrainedModel) -> Self:
+        plan = self._plan
+        found = WeightAxes(model, {i: plan.modules[i] for i in plan.full}, plan.groups)
+        self._check_rank(found.full_rank)
+        rank = int(self.keep * found.numbers) // len(plan.groups) if isinstance(self.keep, float) else self.keep
+        # more axes than the weights have rank would be zeros
+        rank = min(max(1, rank), found.full_rank)
+        if self.weights is not None and len(self.weights) != len(plan.full):
+            raise BindError(
+                f"{self!r}: weights holds {len(self.weights)} numbers, and {type(model).__name__} has "
+                f"{len(plan.full)} full-attention layers. Give one for each."
+            )
+        return self._with(_axes=found, _numbers=rank * len(plan.groups), _rank=rank)
+
+    def _check_rank(self, most: int) -> None:
+        if isinstance(self.keep, int) and self.keep > most:
+            raise BindError(f"{self!r}: a group of {self.layers} layers has {most} axes. Use keep={most} or less.")
 
     def _with(self, **changes: Any) -> Self:
         fitted = copy.copy(self)
@@ -116,9 +174,16 @@ class CommonKV(Transform):
 
     def of(self, layers: Sequence[int]) -> Self:
         group = self._plan.groups.index(list(layers))
-        mine = self._channels[group]
-        basis = self._axes.basis(layers, len(mine.energy), self._plan.devices[layers[0]])
-        return self._with(_basis=basis, _mine=mine)
+        device = self._plan.devices[layers[0]]
+        mine = self._channels[group] if self._channels else None
+        rank = len(mine.energy) if mine else self._rank
+        basis = self._axes.basis(layers, rank, device, self._dtype)
+        fitted = self._with(_basis=basis, _mine=mine)
+        if self.merge == "project" or not isinstance(self._axes, WeightAxes):
+            return fitted
+        size, given = len(layers), self.weights or (1.0,) * len(self._plan.full)
+        shares = torch.tensor(given[group * size : (group + 1) * size], device=device)
+        return fitted._with(_down=self._axes.down(layers, rank, device), _shares=shares / shares.sum().clamp_min(1e-12))
 
     @property
     def numbers(self) -> int:
@@ -133,14 +198,22 @@ class CommonKV(Transform):
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        basis = self._basis
-        return [x for x in (basis.axes, basis.mean, basis.weight) if x is not None]
+        return [*self._basis.tensors, *(x for x in (self._down,) if x is not None)]
 
     # ---- there and back
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
-        z = self._basis.project(flat(group))
+        z = self._basis.project(flat(group)) if self._down is None else self._mean(group)
         return {LATENT: Latent(z.to(group[0].keys.dtype).unsqueeze(1), self._mine)}
+
+    def _mean(self, group: Sequence[KV]) -> Tensor:
+        """The paper's merge: the weighted mean of the latents (B, T, R) of all layers' hidden states."""
+        assert self._down is not None
+        found = []
+        for kv, share in zip(group, self._shares, strict=True):
+            assert kv.hidden is not None
+            found.append(share * (kv.hidden[:, 0].to(self._down.device).float() @ self._down.T))
+        return torch.stack(found).sum(0)
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
         z = latents[LATENT].squeeze(1)
