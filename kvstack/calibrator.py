@@ -42,9 +42,9 @@ __all__ = ["TOKENS", "Plan", "calibrate", "calibrated", "group_size"]
 
 log = logging.getLogger("kvstack")
 
-TOKENS = 12_288
+TOKENS = 10_240
 """Tokens read by default, scored ones not counted."""
-PROMPT, SCORED = 1024, 256
+PROMPT, SCORED = 1024, 128
 SAMPLED_TOKENS, SAMPLED_WINDOW = 2048, 160
 SINKS = 4
 """First tokens of a text, which are unlike all others and stay raw in any stack."""
@@ -73,7 +73,7 @@ def calibrate(
         model: any decoder-only model of transformers. Its weights are not changed.
         texts: what to read, best of all kinds that will be read later; they take turns. Default: prose,
             documentation, code, numbers and chat that come with Python and with this package.
-        tokens: how many to read (default 12,288).
+        tokens: how many to read (default 10,240).
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
         tokenizer: the model's; default the one in the folder the model was loaded from. With no tokenizer at all the
             model is calibrated on text that it writes itself.

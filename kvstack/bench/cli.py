@@ -123,7 +123,7 @@ def quality(
     """Drift of the next tokens from the dense cache, on three kinds of text."""
     from . import quality as bench
 
-    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
+    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, ())
     bench.run(settings, windows, score, texts)
 
 
@@ -158,12 +158,17 @@ def needles(
     json: Json = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions for each cache.")] = 10,
     keys: Annotated[int, typer.Option(min=1, max=10, help="Facts hidden in a text, of which one is asked for.")] = 1,
+    blind: Annotated[bool, typer.Option("--blind", help="Compress the text before the question is seen.")] = False,
+    tasks: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder with RULER's CONTEXT/TASK.jsonl files.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of that folder, may be repeated.")] = None,
 ) -> None:
     """Whether a number hidden in a long text is still found."""
     from . import needles as bench
 
     settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
-    bench.run(settings, samples, keys)
+    bench.run(settings, samples, keys, blind, tasks, task or bench.RULER)
 
 
 def _run(

@@ -26,6 +26,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .. import KVStack, __version__, models, registry
 from ..errors import KVStackError, SpecError
 from ..packed import storage_bytes
+from ..store import RAW
 from .texts import documentation
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "prefill",
     "progress",
     "rotated",
+    "share_of_bfloat16",
     "step",
     "table",
     "variants",
@@ -215,6 +217,35 @@ def _settings(text: str, spec: str) -> dict[str, Any]:
 def held_bytes(cache: Cache) -> int:
     """Bytes of the storages of all tensors a cache holds, scales and zeros included."""
     return cache.nbytes if isinstance(cache, KVStack) else storage_bytes(_tensors_in(cache.layers))
+
+
+def share_of_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
+    """Bytes held, as a share of what a dense bfloat16 cache of the same tokens holds.
+
+    Numbers a cache holds as the model made them (raw tokens, unquantized latents, a dense cache's all) count two
+    bytes each, also where the model runs in float32; everything else counts what it is.
+    """
+    if isinstance(cache, KVStack):
+        parts = cache._parts()
+        wide = [x for payer, part, x in parts if payer == RAW[0] or part in PLAIN or part.endswith(": data")]
+        narrow = storage_bytes([x for *_, x in parts]) - storage_bytes(wide)
+        size = model.dtype.itemsize
+        return (narrow + storage_bytes(wide) * 2 / size) / (cache.dense_nbytes * 2 / size)
+    tensors = _tensors_in(cache.layers)
+    wide = [x for x in tensors if x.dtype == model.dtype]
+    held = storage_bytes(tensors) - storage_bytes(wide) + storage_bytes(wide) * 2 / model.dtype.itemsize
+    return held / _dense_bfloat16(cache, model)
+
+
+PLAIN = ("recent queries", "uncompressed layers")
+
+
+def _dense_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
+    """Bytes of a dense cache of the same tokens: that of a DynamicCache, worked out from one layer's shape."""
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return float(cache.get_seq_length() * len(cache.layers) * heads * width * 2 * 2)
 
 
 def _tensors_in(thing: object) -> list[Tensor]:

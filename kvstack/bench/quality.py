@@ -14,7 +14,7 @@ tokens that are scored read the same compressed text, and none of them is compre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTEXTS", "STACKS", "Drift", "measure", "run"]
 
-CONTEXTS = (1024,)
-STACKS = (
+CONTEXTS = (1024, 4096, 7680)
+SHORT = (
     "quant:8",
     "quant:4",
     "quant:2",
@@ -42,7 +42,19 @@ STACKS = (
     "hqq:4",
     "hqq:2,group=16",
     "hqq:2",
+    "commonkv:0.5",
+    "commonkv:0.5+quant:2",
+    "commonkv:0.3,basis=weights,layers=5",
+    "commonkv:0.3,basis=weights,layers=5,merge=mean",
 )
+STACKS = {
+    1024: SHORT,
+    # an eighth, a sixteenth
+    4096: ("commonkv:0.87+quant:2", "commonkv:0.45+quant:2@window=16", "commonkv+quant:2+evict:0.5", "hqq:2"),
+    # a fiftieth, a hundredth, and the line of the README
+    7680: ("commonkv:0.136+quant:2@window=16", "commonkv:0.056+quant:2@window=16", "commonkv+quant:2+evict:0.2"),
+}
+"""What is measured by default at each context; at others, what 1,024 has."""
 ALL = "all"
 """Stands for the mean of all domains."""
 
@@ -54,7 +66,7 @@ class Sample:
     kl: Tensor
     same: Tensor
     nll: Tensor
-    nbytes: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -69,15 +81,16 @@ class Drift:
     top1: float
     nll: float
     share: float
-    """Bytes held, as a share of the dense cache's."""
+    """Bytes held, as a share of a bfloat16 dense cache's (`common.share_of_bfloat16`)."""
     scored: int
     """Tokens."""
 
 
 def run(run: Run, windows: int, score: int, folder: Path | None) -> None:
-    variants = common.chosen(run)
     with common.opened(run) as subject:
         for context in run.contexts:
+            stacks = run.stacks or STACKS.get(context, SHORT)
+            variants = common.chosen(replace(run, stacks=stacks))
             data = _windows(subject, context + score + 1, windows, run.seed, folder)
             found = measure(subject.model, data, context, variants)
             title = f"{context:,} tokens compressed, the next {score} scored: {subject.name}, {run.dtype}"
@@ -116,10 +129,10 @@ def _read(model: PreTrainedModel, ids: Tensor, context: int, variants: Sequence[
     for variant in variants:
         cache = variant.make(model)
         common.prefill(model, ids[:, :context], cache)
-        nbytes = common.held_bytes(cache)
+        share = common.share_of_bfloat16(cache, model)
         logits = _continue(model, ids, context, cache)
         dense = logits if dense is None else dense
-        found[variant.label] = _compare(dense, logits, ids[0, context + 1 :], nbytes)
+        found[variant.label] = _compare(dense, logits, ids[0, context + 1 :], share)
     return found
 
 
@@ -131,12 +144,12 @@ def _continue(model: PreTrainedModel, ids: Tensor, context: int, cache: object) 
     return logits[0].float().log_softmax(-1)
 
 
-def _compare(dense: Tensor, own: Tensor, targets: Tensor, nbytes: int) -> Sample:
+def _compare(dense: Tensor, own: Tensor, targets: Tensor, share: float) -> Sample:
     return Sample(
         kl=torch.nn.functional.kl_div(own, dense, log_target=True, reduction="none").sum(-1),
         same=own.argmax(-1) == dense.argmax(-1),
         nll=-own.gather(-1, targets[:, None])[:, 0],
-        nbytes=nbytes,
+        share=share,
     )
 
 
@@ -144,7 +157,6 @@ def _compare(dense: Tensor, own: Tensor, targets: Tensor, nbytes: int) -> Sample
 
 
 def _drifts(context: int, domain: str, samples: Mapping[str, Sequence[Sample]]) -> list[Drift]:
-    dense = sum(sample.nbytes for sample in samples[DENSE])
     found = []
     for label, mine in samples.items():
         kl = torch.cat([sample.kl for sample in mine])
@@ -156,7 +168,7 @@ def _drifts(context: int, domain: str, samples: Mapping[str, Sequence[Sample]]) 
             kl_q99=kl.quantile(0.99).item(),
             top1=torch.cat([sample.same for sample in mine]).float().mean().item(),
             nll=torch.cat([sample.nll for sample in mine]).mean().item(),
-            share=sum(sample.nbytes for sample in mine) / dense,
+            share=sum(sample.share for sample in mine) / len(mine),
             scored=kl.numel(),
         )
         found.append(drift)
@@ -172,7 +184,7 @@ def _show(title: str, found: Sequence[Drift], variants: Sequence[Variant]) -> No
     rows = [
         [
             drift.variant,
-            f"{drift.share:.1%}",
+            f"{drift.share:.2%}",
             *(_short(mine[i].kl) for mine in by_domain.values()),
             _short(drift.kl),
             _short(drift.kl_q99),
@@ -185,8 +197,8 @@ def _show(title: str, found: Sequence[Drift], variants: Sequence[Variant]) -> No
     kinds = [f"KL, {domain}" for domain in by_domain]
     columns = ("cache", "bytes", *kinds, "KL, all", "q99", "top-1", "NLL", "hqq of like bytes")
     caption = (
-        f"{overall[0].scored:,} tokens scored; bytes as a share of the dense cache's; last column: KL of the hqq cache "
-        "whose bytes are nearest"
+        f"{overall[0].scored:,} tokens scored; bytes as a share of a bfloat16 dense cache's; last column: KL of the "
+        "hqq cache whose bytes are nearest"
     )
     common.table(title, columns, rows, caption)
 

@@ -37,12 +37,12 @@ class CommonKV(Transform):
             encoder that can spend bits unevenly, such as `Quant(2)`, the budget is this many numbers of that many bits,
             spread over all channels.
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
-        basis: where the axes of a group come from. `calibrated` (default): the directions along which its un-rotated keys
-            and values vary on calibration text, each number weighed by how much it matters. `weights` (the paper's):
-            singular vectors of its key and value projections; no data, and much worse.
-        merge: how a group's layers become one latent. `project` (default): the latent that leaves the least error in the
-            group's keys and values. `mean` (the paper's, with `basis="weights"`): the mean of what each layer's hidden
-            state would give; hidden states of raw tokens are then held too.
+        basis: where the axes of a group come from. `calibrated` (default): the directions along which its un-rotated
+            keys and values vary on calibration text, each number weighed by how much it matters. `weights` (the
+            paper's): singular vectors of its key and value projections; no data, and much worse.
+        merge: how a group's layers become one latent. `project` (default): the latent that leaves the least error in
+            the group's keys and values. `mean` (the paper's, with `basis="weights"`): the mean of what each layer's
+            hidden state would give; hidden states of raw tokens are then held too.
         weights: with `merge="mean"`: how much each layer of the model counts in its group's mean (equal by default);
             `kvstack.sensitivity` measures some.
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a

@@ -1,0 +1,98 @@
+"""Codes of a latent whose variances are known."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from kvstack import Channels, Quant, UseError
+from kvstack.encode import waterfill
+from kvstack.encode.allot import STEPS
+
+
+def channels(decay=0.8, count=24, bits=60):
+    energy = 50 * decay ** torch.arange(float(count))
+    found = Quant(2).allot([Channels(energy)], numbers=bits)
+    assert found is not None
+    return found[0]
+
+
+def latent(known, tokens=64, seed=0):
+    x = torch.randn(2, 1, tokens, len(known.energy), generator=torch.Generator().manual_seed(seed))
+    return x * known.energy.sqrt()
+
+
+def test_bytes_are_the_bits():
+    known = channels()
+    packed = waterfill.encode(latent(known), known)
+    assert packed.parts["codes"].numel() == 2 * 64 * int(known.bits.sum()) // 8
+    assert packed.parts["gains"].numel() == 2 * 64 * 2 * len(known.runs) // 8
+
+
+def test_numbers_on_the_grid_survive():
+    """Codes at unit gain come back as they were: for every width, both ends of the range included."""
+    for bits in range(1, 9):
+        known = Channels(torch.full((4,), 9.0), torch.full((4,), bits, dtype=torch.uint8))
+        codes = torch.randint(0, 2**bits, (1, 1, 16, 4), generator=torch.Generator().manual_seed(bits))
+        codes[:, :, :, 0], codes[:, :, :, 1] = 0, 2**bits - 1
+        x = (codes - (2**bits - 1) / 2) * STEPS[bits - 1] * 3
+        torch.testing.assert_close(waterfill.decode(waterfill.encode(x, known)), x)
+
+
+def test_decoding_and_encoding_again_changes_nothing():
+    known = channels()
+    once = waterfill.decode(waterfill.encode(latent(known), known))
+    torch.testing.assert_close(waterfill.decode(waterfill.encode(once, known)), once)
+
+
+def test_error_falls_with_the_bits():
+    errors = []
+    whole = latent(channels(bits=90))
+    for bits in (30, 40, 60, 90):
+        known = channels(bits=bits)
+        kept, lost = whole.split([len(known.energy), whole.shape[-1] - len(known.energy)], dim=-1)
+        error = (waterfill.decode(waterfill.encode(kept, known)) - kept).square().sum()
+        errors.append(float(error + lost.square().sum()))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0, 2.0])
+def test_gains_follow_tokens_that_are_large_or_small(size):
+    """Without a gain, a token twice as large is clipped and a small one gets coarse steps."""
+    known = Channels(torch.ones(32), torch.full((32,), 3, dtype=torch.uint8))
+    x = size * latent(known)
+    error = (waterfill.decode(waterfill.encode(x, known)) - x).square().mean()
+    step = STEPS[2]
+    fixed = ((x / step + 3.5).round().clamp(0, 7) - 3.5) * step
+    assert error <= (fixed - x).square().mean()
+    if size != 1.0:
+        assert error < 0.6 * (fixed - x).square().mean()
+
+
+@given(st.integers(0, 10), st.integers(1, 4))
+def test_moves_and_products_agree_with_decoding(seed, granules):
+    known, stage = channels(), Quant(2)
+    x = latent(known, tokens=8 * (granules + 1), seed=seed)
+    packed = stage.encode(x, "latent", known)
+    whole = stage.decode(packed, "latent")
+    assert torch.equal(stage.decode(packed.first(8), "latent"), whole[:, :, :8])
+    taken = packed.take(torch.tensor([granules])[None, None], 8)
+    assert torch.equal(stage.decode(taken, "latent"), whole[:, :, 8 * granules :])
+    assert torch.equal(stage.decode(packed.first(8).append(taken), "latent")[:, :, 8:], whole[:, :, 8 * granules :])
+    out = torch.empty_like(whole)
+    stage.decode(packed, "latent", out)
+    assert torch.equal(out, whole)
+
+
+def test_nan_is_refused():
+    known = channels()
+    x = latent(known)
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UseError, match="NaN or infinity"):
+        waterfill.encode(x, known)
+
+
+def test_a_channel_without_energy_is_harmless():
+    known = Channels(torch.tensor([4.0, 0.0]), torch.tensor([4, 1], dtype=torch.uint8))
+    x = torch.tensor([[1.0, 0.0]]).expand(8, 2)[None, None]
+    assert torch.allclose(waterfill.decode(waterfill.encode(x, known)), x, atol=0.5)
