@@ -739,6 +739,13 @@ class KVStack(Cache):
         return storage_bytes([tensor for *_, tensor in self._parts()] + self._work.tensors())
 
     @property
+    def model_nbytes(self) -> int:
+        """Bytes of what stages fitted to the model (axes of a calibration): held once for all caches of the model, so
+        not part of `nbytes`."""
+        stores = self._cohorts[0].stores
+        return storage_bytes([x for store in stores for stage in store.transforms.values() for x in stage.tensors])
+
+    @property
     def dense_nbytes(self) -> int:
         """Bytes a dense cache of the same seen tokens holds, in the model's own dtype."""
         rows = self._batch or 0
@@ -757,7 +764,7 @@ class KVStack(Cache):
         for payer, part, nbytes in self._part_bytes():
             groups[payer, part] = groups.get((payer, part), 0) + nbytes
         parts = [Part(payer, part, nbytes) for (payer, part), nbytes in groups.items() if nbytes]
-        return Report(repr(self), self.seen, self.held, self.nbytes, self.dense_nbytes, parts)
+        return Report(repr(self), self.seen, self.held, self.nbytes, self.dense_nbytes, parts, self.model_nbytes)
 
     def _part_bytes(self) -> list[tuple[str, str, int]]:
         raw = [part for cohort in self._cohorts for store in cohort.stores for part in store.raw_bytes()]

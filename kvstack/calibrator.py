@@ -38,7 +38,7 @@ from .types import KV
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "Plan", "calibrate", "calibrated", "group_size"]
+__all__ = ["TOKENS", "Plan", "calibrate", "calibrated", "group_size", "usual_path"]
 
 log = logging.getLogger("kvstack")
 
@@ -113,17 +113,16 @@ def calibrate(
     return Calibration(tuple(groups), manifest)
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], Calibration]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, dict[str, Calibration]] = weakref.WeakKeyDictionary()
 
 
 def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
     """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
     folder, or made now and kept there."""
-    mark = identity(model)
+    path = usual_path(model, layers)
     known = _known.setdefault(model, {})
-    if (mark, layers) in known:
-        return known[mark, layers]
-    path = folder() / f"{model.config.model_type}-{mark}-{layers}.safetensors"
+    if path.name in known:
+        return known[path.name]
     found = None
     if path.exists():
         try:
@@ -140,8 +139,13 @@ def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
         )
         found = calibrate(model, layers=layers)
         found.save(path)
-    known[mark, layers] = found
+    known[path.name] = found
     return found
+
+
+def usual_path(model: PreTrainedModel, layers: int) -> Path:
+    """Where `CommonKV()` looks for a calibration of `model`."""
+    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}.safetensors"
 
 
 def folder() -> Path:

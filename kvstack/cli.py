@@ -1,4 +1,4 @@
-"""The command `kvstack`: demo, generate, stages, bench. Each imports what it needs when it runs."""
+"""The command `kvstack`: demo, generate, calibrate, stages, bench. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -151,6 +151,67 @@ def _device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
         raise KVStackError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder or name of a causal model.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", dir_okay=False, help="Where to write; the user's cache if not given.")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None, typer.Option(exists=True, help="A text file or a folder of .txt files; may be repeated.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read; 10,240 if not given.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw the energy of every group's axes into this picture.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one and none is given.")] = None,
+) -> None:
+    """Find the axes that CommonKV stores a model's cache along, and keep them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import calibrator, models
+
+    given = None if texts is None else _texts(texts)
+    lm, tokenizer = models.load(None if model == models.DEFAULT_MODEL else model)
+    lm = lm.to(_device(device))
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading", total=None)
+        found = calibrator.calibrate(
+            lm,
+            given,
+            tokens or calibrator.TOKENS,
+            layers=layers,
+            tokenizer=tokenizer,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    path = out or calibrator.usual_path(lm, found.layers)
+    found.save(path)
+    if plot is not None:
+        found.plot(plot)
+    table = _spectra(found)
+    Console().print(table, f"{path}, {found.nbytes / 2**20:.1f} MiB", sep="\n", highlight=False, soft_wrap=True)
+
+
+def _texts(paths: list[Path]) -> dict[str, str]:
+    files = [file for path in paths for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    if not files:
+        raise KVStackError(f"{', '.join(map(str, paths))}: no .txt files. Name text files or folders of them.")
+    return {str(file): file.read_text(encoding="utf-8") for file in files}
+
+
+def _spectra(found: Any) -> Any:
+    from rich.table import Table
+
+    shares = (0.9, 0.99, 0.999)
+    table = Table("layers", "axes", *(f"for {share:.1%} of the energy" for share in shares))
+    ranks = [found.rank(share) for share in shares]
+    for layers, energy in found.spectrum().items():
+        table.add_row(f"{layers[0]} to {layers[-1]}", str(len(energy)), *(str(rank[layers]) for rank in ranks))
+    return table
 
 
 @app.command()

@@ -33,6 +33,8 @@ class Report:
     nbytes: int
     dense_nbytes: int
     parts: list[Part]
+    model_nbytes: int = 0
+    """Bytes that were fitted to the model: held once for all its caches, and not part of `nbytes`."""
 
     @property
     def compression(self) -> float:
@@ -43,7 +45,10 @@ class Report:
         return {**asdict(self), "compression": self.compression}
 
     def table(self) -> Table:
-        table = Table(title=self.stack, caption=f"{self.held:,} of {self.seen:,} tokens held", title_justify="left")
+        caption = f"{self.held:,} of {self.seen:,} tokens held"
+        if self.model_nbytes:
+            caption += f"; beside it {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
+        table = Table(title=self.stack, caption=caption, title_justify="left")
         for name, justify in (("paid by", "left"), ("part", "left"), ("KiB", "right"), ("of dense", "right")):
             table.add_column(name, justify="right" if justify == "right" else "left")
         for part in sorted(self.parts, key=lambda p: (p.payer, -p.nbytes)):

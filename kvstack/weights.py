@@ -94,6 +94,7 @@ def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tup
         biases = (None, None, None) if bias is None else bias.split(sizes)
         return heads, width, ((parts[1], biases[1]), (parts[2], biases[2]))
     if hasattr(attention, "query_key_value") and "gpt_neox" in sys.modules[type(attention).__module__].__name__:
+        heads = config.num_attention_heads
         weight, bias = matrix(attention.query_key_value, config)  # each head: its query, key and value
         by_head = weight.view(heads, 3, width, -1)
         halves = None if bias is None else bias.view(heads, 3, width)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from kvstack import Evict, KVStack, Quant, UseError
+from kvstack import CommonKV, Evict, KVStack, Quant, UseError
 
 from . import tiny
 from .test_contracts import Pairs
@@ -17,6 +17,7 @@ STACKS = {
     "evict": [Evict(0.4)],
     "both": [Evict(24, "h2o"), Quant(3, group=8)],
     "three": [Pairs(), Evict(0.5), Quant(8, group=8)],
+    "commonkv": [CommonKV(0.5, layers=2), Evict(0.5), Quant(2)],
 }
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 

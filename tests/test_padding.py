@@ -7,7 +7,7 @@ can move a number to the next code of a quantizer.
 import pytest
 import torch
 
-from kvstack import Evict, KVStack, Quant, SnapKV, UseError
+from kvstack import CommonKV, Evict, KVStack, Quant, SnapKV, UseError
 
 from . import tiny
 
@@ -19,6 +19,7 @@ STACKS = {
     "h2o": [Evict(0.4, "h2o")],
     "shared_layers": [Evict(0.4, layers=2, pool="max")],
     "quant2_evict": [Quant(2, group=8), Evict(0.5)],
+    "commonkv": [CommonKV(0.5, layers=2), Evict(0.5), Quant(2)],
 }
 
 

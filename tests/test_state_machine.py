@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvstack import Evict, KVStack, Quant
+from kvstack import CommonKV, Evict, KVStack, Quant, Transform
 
 from . import tiny
 from .test_contracts import Pairs
@@ -38,6 +38,7 @@ STACKS = {
     "quant_evict": [Quant(8, group=8), Evict(0.5, layers=1)],
     "quant_count": [Evict(20, "keydiff", layers=2), Quant(4, group=8)],
     "transform": [Pairs(), Quant(8, group=8), Evict(0.5)],
+    "commonkv": [CommonKV(1.0, layers=2), Evict(0.5)],
 }
 
 
@@ -190,7 +191,8 @@ class Conversation(RuleBasedStateMachine):
     def compare(self, held, given):
         bits = next((stage.bits for stage in self.stages if isinstance(stage, Quant)), None)
         if bits is None:
-            assert torch.equal(held, given)
+            exact = not any(isinstance(stage, Transform) for stage in self.stages)
+            assert torch.equal(held, given) if exact else torch.allclose(held, given, atol=2e-3, rtol=1e-3)
             return
         # no group spans more than all numbers do; un-rotated keys span more, and two latents bring two errors
         span = (self.stack.most - self.stack.least) * (2.9 if Pairs() in self.stages else 1)
@@ -226,7 +228,8 @@ class Conversation(RuleBasedStateMachine):
 
 
 def tensors_in(thing, seen=None):
-    """All tensors reachable from `thing`, found without kvstack's help; row numbers are not what is cached."""
+    """All tensors reachable from `thing`, found without kvstack's help; row numbers are not what is cached, and what
+    was fitted to the model (stages, channels) belongs to all its caches."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return
@@ -235,7 +238,7 @@ def tensors_in(thing, seen=None):
         yield thing
     elif isinstance(thing, dict):
         for name, value in thing.items():
-            if name not in ("rows", "ropes", "plan"):
+            if name not in ("rows", "ropes", "plan", "transforms", "channels"):
                 yield from tensors_in(value, seen)
     elif isinstance(thing, list | tuple):
         for value in thing:

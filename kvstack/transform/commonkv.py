@@ -198,7 +198,8 @@ class CommonKV(Transform):
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        return [*self._basis.tensors, *(x for x in (self._down,) if x is not None)]
+        known = (self._mine.energy, self._mine.bits) if self._mine else ()
+        return [*self._basis.tensors, *(x for x in (*known, self._down) if x is not None)]
 
     # ---- there and back
 

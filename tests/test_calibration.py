@@ -1,0 +1,281 @@
+"""Calibrations: what they find, and that a file is trusted only where it should be."""
+
+import logging
+import os
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvstack import BindError, Calibration, CalibrationError, CommonKV, KVStack, Quant, calibrate, calibrator
+from kvstack.calibration import identity
+from kvstack.cli import app
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def found():
+    with torch.no_grad():
+        return calibrate(tiny.model("llama"), layers=2)
+
+
+@pytest.fixture
+def saved(found, tmp_path):
+    path = tmp_path / "model.safetensors"
+    found.save(path)
+    return path
+
+
+def test_axes_cover_all_layers_and_are_ordered(found):
+    assert [group.layers for group in found.groups] == [(0, 1), (2, 3)]
+    for group in found.groups:
+        assert group.axes.shape == (128, 128)
+        assert bool((group.energy.diff() <= 0).all())
+        assert bool((group.weight > 0).all())
+    assert found.nbytes == sum(128 * 128 * 2 + 3 * 128 * 4 for _ in range(2))
+
+
+def test_energies_are_the_variances_of_the_latents():
+    """On the very text that was read, a latent's channels vary as their energies say, and not together."""
+    model = tiny.model("llama")
+    windows = calibrator._written_by(model, calibrator.SAMPLED_TOKENS)
+    found = calibrate(model, layers=4)
+    group = found.groups[0]
+    basis = group.basis(128, torch.device("cpu"), torch.float32)
+    plan = calibrator.Plan(model, 4)
+    latents = []
+    for number, (ids, prompt) in enumerate(windows):
+        with torch.no_grad():
+            cache, _ = calibrator._read(model, ids, prompt, plan.full, seed=number)
+        sums = calibrator._Sums(plan.full, plan.ropes)
+        latents.append(basis.project(sums._flat(cache, lambda rope, x, where: rope.unrotate(x, where))))
+    z = torch.cat(latents)
+    covariance = torch.cov(z.T, correction=0)
+    torch.testing.assert_close(covariance.diagonal(), group.energy[:128], rtol=0.02, atol=1e-3 * float(group.energy[0]))
+    off = covariance - covariance.diagonal().diag()
+    assert float(off.abs().max()) < 0.01 * float(group.energy[0])
+
+
+def test_the_weight_is_the_fisher_information():
+    """Half the weight times a small squared error is the KL that the error causes, up to one common factor: what
+    matters most in the tiny model is told from what matters least."""
+    model = tiny.model("llama")
+    windows = calibrator._written_by(model, 1600)
+    plan = calibrator.Plan(model, 2)
+    sums = [calibrator._Sums(group, plan.ropes) for group in plan.groups]
+    caused = torch.zeros(4)
+    for number, (ids, prompt) in enumerate(windows):
+        kvs, gradients = calibrator._read(model, ids, prompt, plan.full, seed=number)
+        for one in sums:
+            one.add(kvs, gradients)
+        for layer in range(4):
+            caused[layer] += kl_of_noise_in_values(model, ids, prompt, layer)
+    weights = torch.stack([one.weight().split([32] * 4)[2 * i + 1].mean() for one in sums for i in range(2)])
+    shares, expected = weights / weights.sum(), caused / caused.sum()
+    assert shares.argsort().tolist() == expected.argsort().tolist()
+    torch.testing.assert_close(shares, expected, atol=0.1, rtol=0.3)
+
+
+def kl_of_noise_in_values(model, ids, prompt, layer):
+    from transformers import DynamicCache
+
+    logits = []
+    for size in (0.0, 1e-2):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :prompt], past_key_values=cache)
+        values = cache.layers[layer].values
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(layer))
+        noise[:, :, : calibrator.SINKS] = 0
+        cache.layers[layer].values = values + size * noise
+        logits.append(model(ids[:, prompt:], past_key_values=cache).logits.double().log_softmax(-1))
+    exact, noisy = logits
+    return float((exact.exp() * (exact - noisy)).sum())
+
+
+def test_calibrating_leaves_the_model_as_it_was():
+    model = tiny.model("llama", num_hidden_layers=2)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model.train()
+    random = torch.random.get_rng_state()
+    with torch.inference_mode():
+        calibrate(model, tokens=200)
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert torch.equal(random, torch.random.get_rng_state())
+    model.eval()
+
+
+def test_the_same_text_gives_the_same_calibration(found):
+    again = calibrate(tiny.model("llama"), layers=2)
+    assert all(torch.equal(a.axes, b.axes) for a, b in zip(found.groups, again.groups, strict=True))
+
+
+# ---- files
+
+
+def test_a_file_gives_back_what_was_saved(found, saved):
+    again = Calibration.load(saved)
+    assert again.manifest == found.manifest
+    for a, b in zip(found.groups, again.groups, strict=True):
+        assert (a.layers, a.shapes) == (b.layers, b.shapes)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "weight", "axes", "energy"))
+    again.check(tiny.model("llama"))
+    assert os.listdir(saved.parent) == [saved.name], "nothing partial is left"
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.99])
+def test_a_flipped_bit_is_noticed(saved, where):
+    data = bytearray(saved.read_bytes())
+    data[int(where * len(data))] ^= 4
+    saved.write_bytes(data)
+    with pytest.raises(CalibrationError, match="damaged"):
+        Calibration.load(saved)
+
+
+@pytest.mark.parametrize("size", [0, 7, 2000, -1])
+def test_a_truncated_file_is_refused(saved, size):
+    saved.write_bytes(saved.read_bytes()[:size])
+    with pytest.raises(CalibrationError, match="damaged"):
+        Calibration.load(saved)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(CalibrationError, match=r"none\.safetensors' is no file.*kvstack calibrate MODEL"):
+        Calibration.load(tmp_path / "none.safetensors")
+
+
+def test_another_safetensors_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CalibrationError, match="no calibration of this version"):
+        Calibration.load(tmp_path / "model.safetensors")
+
+
+def test_a_foreign_calibration_is_refused(saved):
+    other = tiny.model("llama", intermediate_size=80)
+    with pytest.raises(CalibrationError, match="another model than this LlamaForCausalLM"):
+        KVStack([CommonKV(layers=2, calibration=str(saved))], model=other)
+
+
+def test_groups_of_another_size_are_refused(saved):
+    with pytest.raises(BindError, match=r"groups of 2 layers, not of 4\. Use layers=2, or calibrate with layers=4"):
+        KVStack([CommonKV(layers=4, calibration=saved)], model=tiny.model("llama"))
+
+
+def test_a_failed_write_leaves_the_old_file(found, saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        found.save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+# ---- whose it is
+
+
+def test_identity_is_of_the_weights_not_of_their_type():
+    model = tiny.model("llama")
+    assert identity(model) == identity(tiny.model("llama", dtype=torch.bfloat16))
+    assert identity(model) != identity(tiny.model("qwen2"))
+    other = tiny.model("llama", num_hidden_layers=2)
+    before = identity(other)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    assert identity(other) != before
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] -= 1
+
+
+def test_identity_knows_the_rotation():
+    assert identity(tiny.model("llama")) != identity(tiny.model("llama", max_position_embeddings=512))
+
+
+# ---- by itself
+
+
+def test_commonkv_calibrates_itself_once_and_says_so(monkeypatch, tmp_path, caplog):
+    model = tiny.model("mistral")
+    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path)
+    calibrator._known.pop(model, None)
+    with caplog.at_level(logging.WARNING, "kvstack"):
+        KVStack([CommonKV()], model=model)
+        KVStack([CommonKV(0.2), Quant(2)], model=model)
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "CommonKV calibrates itself for this MistralForCausalLM"
+    ]
+    (path,) = tmp_path.iterdir()
+    assert str(path) in caplog.text
+    calibrator._known.pop(model)
+    monkeypatch.setattr(calibrator, "calibrate", lambda *a, **k: pytest.fail("the file was there"))
+    KVStack([CommonKV()], model=model)
+
+
+def test_a_damaged_file_in_the_cache_is_made_anew(monkeypatch, tmp_path, caplog):
+    model = tiny.model("mistral")
+    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path)
+    path = calibrator.usual_path(model, 4)
+    path.write_bytes(b"nothing")
+    calibrator._known.pop(model, None)
+    with caplog.at_level(logging.WARNING, "kvstack"):
+        KVStack([CommonKV()], model=model)
+    assert "is damaged" in caplog.text
+    Calibration.load(path).check(model)
+
+
+def test_stacks_share_one_copy_of_the_axes():
+    model = tiny.model("llama")
+    one, other = (KVStack([CommonKV(0.5)], model=model) for _ in range(2))
+    axes = [stack._cohorts[0].stores[0].transforms[0]._basis.axes for stack in (one, other)]
+    assert axes[0] is axes[1]
+    assert one.model_nbytes == other.model_nbytes > 0
+    assert "that all caches of the model share" in str(one.report())
+
+
+USUAL = [(30, 5), (32, 4), (28, 4), (24, 4), (18, 6), (3, 3), (1, 1), (26, 2), (16, 4)]
+
+
+@pytest.mark.parametrize(("count", "size"), USUAL)
+def test_usual_group(count, size):
+    assert calibrator.group_size(count) == size
+
+
+# ---- mistakes
+
+
+def test_layers_that_do_not_divide():
+    with pytest.raises(CalibrationError, match=r"layers=3: LlamaForCausalLM has 4 .* Use one of \[1, 2, 4\]"):
+        calibrate(tiny.model("llama"), layers=3)
+
+
+def test_texts_without_a_tokenizer():
+    with pytest.raises(CalibrationError, match="Pass tokenizer="):
+        calibrate(tiny.model("llama"), ["a text"])
+
+
+# ---- spectra
+
+
+def test_ranks_follow_the_spectrum(found):
+    assert all(1 <= a <= b for a, b in zip(found.rank(0.5).values(), found.rank(0.99).values(), strict=True))
+    energy = found.spectrum()[0, 1]
+    rank = found.rank(0.9)[0, 1]
+    assert float(energy[:rank].sum()) >= 0.9 * float(energy.sum()) > float(energy[: rank - 1].sum())
+
+
+def test_spectra_can_be_drawn(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "spectra.png")
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command(tmp_path, monkeypatch):
+    """On a folder with a tiny model and no tokenizer the command says what is missing."""
+    folder = tmp_path / "model"
+    tiny.model("llama").save_pretrained(folder)
+    done = CliRunner().invoke(app, ["calibrate", str(folder)])
+    assert done.exit_code == 2
+    assert "cannot be loaded as a model" in done.stderr
