@@ -12,6 +12,7 @@ padding. So a padded row goes through exactly the arithmetic it would go through
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -25,7 +26,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from . import hook, registry
+from . import hook, registry, saved
 from .encode.plain import Plain
 from .errors import BindError, StageError, UseError
 from .packed import storage_bytes
@@ -353,7 +354,9 @@ class KVStack(Cache):
         """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`."""
         group, slot = self._place[layer_idx]
         cohort, local = self._cohort_of(row)
-        kv = cohort.stores[group].read(slot, cohort.seen, Workspace())
+        store = cohort.stores[group]
+        kv = store.read(slot, cohort.seen, Workspace())
+        store.end_forward()
         return KV(kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone())
 
     def _cohort_of(self, row: int) -> tuple[Cohort, int]:
@@ -723,7 +726,35 @@ class KVStack(Cache):
         return other
 
     def __reduce__(self) -> Any:
-        raise UseError("a KVStack belongs to a model in memory and cannot be pickled. copy.deepcopy works.")
+        raise UseError(
+            "a KVStack belongs to a model in memory and cannot be pickled. copy.deepcopy works, and save() and load()."
+        )
+
+    # ---- on disk
+
+    @torch.no_grad()
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what is held to one safetensors file, packed as it is."""
+        if self._model is None:
+            raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
+        self._catch_up()
+        saved.write(self, path)
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, path: str | os.PathLike[str], *, model: PreTrainedModel) -> Self:
+        """A stack that goes on where the one that was saved to `path` stopped.
+
+        Raises:
+            UseError: no such file, damaged, or saved with another model or calibration.
+        """
+        described, tensors = saved.load(path)
+        stack = cls.from_spec(described["stack"], model=model)
+        saved.read(stack, described, tensors, os.fspath(path))
+        return stack
+
+    def _device_of(self, layer: int) -> torch.device:
+        return next(self._modules[layer].parameters()).device
 
     # ---- bytes
 

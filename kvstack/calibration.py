@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,16 +21,17 @@ from torch import Tensor
 
 from .basis import Basis
 from .errors import CalibrationError
+from .files import read_tensors, write_tensors
 from .types import Channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Calibration", "Group", "identity"]
+__all__ = ["Calibration", "Group", "identity", "sampled"]
 
-FORMAT = "1"
+FORMAT = "kvstack calibration 1"
 MANY = 4096
-"""Weights of each tensor that go into a model's identity."""
+"""Numbers of each tensor that go into a fingerprint."""
 NOT_THE_MODEL = re.compile(r"_.*|transformers_version|.*dtype|use_cache|quantization_config|output_.*|.*_token_ids?")
 """Settings of a config that change without the model changing."""
 
@@ -149,29 +149,9 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, complete or not at all."""
-        from safetensors.torch import save
-
-        path = Path(path)
-        tensors = self._tensors()
         groups = [{"layers": group.layers, "shapes": group.shapes} for group in self.groups]
-        metadata = {
-            **self.manifest,
-            "format": FORMAT,
-            "groups": json.dumps(groups),
-            "checksum": checksum(tensors, json.dumps(groups)),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # beside its place, so that the renaming stays on one disk
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        metadata = {**self.manifest, "format": FORMAT, "groups": json.dumps(groups)}
+        write_tensors(Path(path), self._tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -180,21 +160,10 @@ class Calibration:
         Raises:
             CalibrationError: no such file, damaged, truncated, or of another format.
         """
-        from safetensors import SafetensorError, safe_open
-
         again = "Make it again: kvstack calibrate MODEL, or kvstack.calibrate(model)."
-        if not Path(path).is_file():
-            raise CalibrationError(f"{os.fspath(path)!r} is no file. {again}")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CalibrationError(f"{os.fspath(path)!r} is damaged or no calibration: {error}. {again}") from None
+        metadata, tensors = read_tensors(Path(path), CalibrationError, "calibration", again)
         if metadata.get("format") != FORMAT:
             raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
-        if metadata.pop("checksum", None) != checksum(tensors, metadata.get("groups", "")):
-            raise CalibrationError(f"{os.fspath(path)!r} is damaged: its checksum is another. {again}")
         described = json.loads(metadata.pop("groups"))
         del metadata["format"]
         groups = [
@@ -217,14 +186,6 @@ class Calibration:
             )
 
 
-def checksum(tensors: Mapping[str, Tensor], described: str) -> str:
-    digest = hashlib.sha256(described.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def identity(model: PreTrainedModel) -> str:
     """A fingerprint of a model's config and weights, whatever folder it came from and floating type it is held in.
 
@@ -232,12 +193,18 @@ def identity(model: PreTrainedModel) -> str:
     """
     config = model.config.get_text_config(decoder=True).to_dict()
     plain = {name: value for name, value in config.items() if not NOT_THE_MODEL.fullmatch(name)}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        flat = weight.detach().flatten()
+    head = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.sha256(f"{head} {sampled(model.state_dict())}".encode()).hexdigest()[:24]
+
+
+def sampled(tensors: Mapping[Any, Tensor]) -> str:
+    """A fingerprint of 4,096 numbers of each tensor, in bfloat16 whatever type they have."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(x.shape)}".encode())
+        flat = x.detach().flatten()
         sample = flat[:: max(1, flat.numel() // MANY)]
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16)
         digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()

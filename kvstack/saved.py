@@ -1,0 +1,176 @@
+"""A cache on disk: one safetensors file with what is held, and the settings, lengths and identities to go on with it.
+
+Nothing is decoded: what is packed stays packed, so the file is about as large as the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .calibration import identity, sampled
+from .errors import UseError
+from .files import read_tensors, write_tensors
+from .packed import Packed
+from .types import Channels
+
+if TYPE_CHECKING:
+    from .cache import KVStack
+    from .store import Store
+
+__all__ = ["read", "write"]
+
+FORMAT = "kvstack cache 1"
+
+
+class _Writer:
+    """Collects tensors under short names; a description holds the names in their place."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._known: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+
+    def put(self, x: Tensor | None) -> str | None:
+        if x is None:
+            return None
+        key = (x.data_ptr(), tuple(x.shape), x.stride())  # what several share is written once
+        if key not in self._known or not x.numel():
+            self._known[key] = str(len(self.tensors))
+            self.tensors[self._known[key]] = x.contiguous()
+        return self._known[key]
+
+
+def write(stack: KVStack, path: str | os.PathLike[str]) -> None:
+    writer, model = _Writer(), stack._model
+    assert model is not None
+    described = {
+        "stack": stack.to_dict(),
+        "model": identity(model),
+        "batch": stack._batch,
+        "columns": list(stack._columns.items()),
+        "shapes": [[layer, *shape] for layer, shape in stack._shapes.items()],
+        "scaling": list(stack._scaling.items()),
+        "direct": sorted(stack._direct),
+        "cohorts": [
+            {
+                "rows": None if cohort.rows is None else cohort.rows.tolist(),
+                "seen": cohort.seen,
+                "stores": [_describe(store, writer) for store in cohort.stores],
+            }
+            for cohort in stack._cohorts
+        ],
+        "others": [_describe_layer(layer, writer) for layer in stack._others()],
+    }
+    write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)})
+
+
+def _describe(store: Store, writer: _Writer) -> dict[str, Any]:
+    put = writer.put
+    return {
+        "raw": [[put(buffer.view) if buffer.tensors else None for buffer in buffers] for buffers in store.raw],
+        "sealed": [
+            {
+                "slot": slot,
+                "role": role,
+                "parts": {name: put(part) for name, part in packed.parts.items()},
+                "tokens": packed.tokens,
+                "width": packed.width,
+                "dtype": str(packed.dtype).removeprefix("torch."),
+                "channels": packed.channels and [put(packed.channels.energy), put(packed.channels.bits)],
+            }
+            for (slot, role), packed in store.sealed.items()
+        ],
+        "sealed_tokens": store.sealed_tokens,
+        "kept": put(store.kept),
+        "memory": [{name: put(x) for name, x in memory.items()} for memory in store.memory],
+        "recent": [put(x) for x in store.recent],
+        "fitted": _fitted(store),
+    }
+
+
+def _fitted(store: Store) -> list[str]:
+    """Fingerprints of what the transform was fitted to: latents mean nothing on other axes."""
+    return [sampled(dict(enumerate(transform.tensors))) for transform in store.transforms.values()]
+
+
+def _describe_layer(layer: Any, writer: _Writer) -> dict[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: {"tensor": writer.put(value)} if isinstance(value, Tensor) else value
+        for name, value in vars(layer).items()
+        if isinstance(value, (Tensor, *plain))
+    }
+
+
+def read(stack: KVStack, described: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Fill an empty, bound stack."""
+    model = stack._model
+    assert model is not None
+    if described["model"] != identity(model):
+        raise UseError(
+            f"{name!r} was saved with another model than this {type(model).__name__}. Load it with that one."
+        )
+
+    def get(key: str | None, device: torch.device) -> Tensor | None:
+        return None if key is None else tensors[key].to(device)
+
+    stack._batch = described["batch"]
+    stack._columns = dict(described["columns"])
+    stack._shapes = {layer: (numbers, size) for layer, numbers, size in described["shapes"]}
+    stack._scaling = dict(described["scaling"])
+    stack._direct = set(described["direct"])
+    cohorts = []
+    for entry in described["cohorts"]:
+        cohort = stack._new_cohort()
+        cohort.rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
+        cohort.seen = entry["seen"]
+        for store, held in zip(cohort.stores, entry["stores"], strict=True):
+            if held["fitted"] != _fitted(store):
+                raise UseError(
+                    f"{name!r} was saved with another calibration than {store.plan.transform!r} has here. "
+                    "Keep the calibration with the cache: CommonKV(calibration=PATH)."
+                )
+            _fill(store, held, [stack._device_of(layer) for layer in store.layers], get)
+        cohorts.append(cohort)
+    stack._cohorts = cohorts
+    for layer, held in zip(stack._others(), described["others"], strict=True):
+        for key, value in held.items():
+            setattr(layer, key, get(value["tensor"], model.device) if isinstance(value, dict) else value)
+
+
+def _fill(store: Store, held: Mapping[str, Any], devices: list[torch.device], get: Any) -> None:
+    for buffers, names, device in zip(store.raw, held["raw"], devices, strict=True):
+        for buffer, key in zip(buffers, names, strict=True):
+            if key is not None:
+                buffer.replace(get(key, device))
+    for entry in held["sealed"]:
+        device = devices[entry["slot"]]
+        known = entry["channels"]
+        store.sealed[entry["slot"], entry["role"]] = Packed(
+            {name: get(key, device) for name, key in entry["parts"].items()},
+            tokens=entry["tokens"],
+            width=entry["width"],
+            dtype=getattr(torch, entry["dtype"]),
+            channels=known and Channels(*(get(key, device) for key in known)),
+        )
+    store.sealed_tokens = held["sealed_tokens"]
+    store.kept = get(held["kept"], devices[0])
+    store.memory = [
+        {name: get(key, d) for name, key in m.items()} for m, d in zip(held["memory"], devices, strict=True)
+    ]
+    store.recent = [get(key, device) for key, device in zip(held["recent"], devices, strict=True)]
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a saved cache."""
+    again = "Save it again."
+    metadata, tensors = read_tensors(Path(path), UseError, "cache", again)
+    if metadata.get("format") != FORMAT:
+        raise UseError(f"{os.fspath(path)!r} is no cache of this version of kvstack. {again}")
+    return json.loads(metadata["cache"]), tensors

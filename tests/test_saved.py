@@ -1,0 +1,83 @@
+"""A cache that is saved and loaded goes on as if nothing had happened, and its file is as large as the cache."""
+
+import pytest
+import torch
+
+from kvstack import CommonKV, Evict, KVStack, Quant, UseError
+
+from . import tiny
+
+STACKS = {
+    "empty": [],
+    "quant": [Quant(4, group=8)],
+    "h2o": [Evict(0.4, "h2o")],
+    "snapkv": [Evict(0.4), Quant(2, group=8)],
+    "commonkv": [CommonKV(0.5, layers=2), Quant(2), Evict(0.5)],
+    "mean": [CommonKV(0.5, layers=2, basis="weights", merge="mean")],
+}
+SETTINGS = {"sinks": 2, "window": 8, "block": 8}
+
+
+# gemma3 normalises its keys, so it has no merge="mean"
+CASES = [(name, kind) for kind in ("llama", "gemma3") for name in STACKS if (name, kind) != ("mean", "gemma3")]
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES)
+def test_goes_on_as_if_nothing_had_happened(name, architecture, tmp_path):
+    model = tiny.model(architecture)
+    stack = KVStack(STACKS[name], model=model, **SETTINGS)
+    ids, mask = (
+        tiny.left_padded([61, 90]) if architecture == "llama" and name != "empty" else (tiny.tokens(2, 90), None)
+    )
+    model(ids, attention_mask=mask, past_key_values=stack)
+    model(ids[:, :1], past_key_values=stack)
+    stack.save(tmp_path / "cache.safetensors")
+    again = KVStack.load(tmp_path / "cache.safetensors", model=model)
+    assert (again.seen, again.held, repr(again)) == (stack.seen, stack.held, repr(stack))
+    for step in range(12):
+        new = torch.full((2, 1), 5 + step)
+        found, expected = (model(new, past_key_values=cache).logits for cache in (again, stack))
+        assert torch.equal(found, expected), step
+
+
+def test_the_file_is_as_large_as_the_cache(tmp_path):
+    model = tiny.model("llama")
+    stack = KVStack([CommonKV(0.5), Quant(2), Evict(0.5)], model=model)
+    model(tiny.tokens(1, 3000), past_key_values=stack)
+    stack.save(tmp_path / "cache.safetensors")
+    assert abs((tmp_path / "cache.safetensors").stat().st_size / stack.nbytes - 1) < 0.05
+
+
+def test_mistakes(tmp_path):
+    model, path = tiny.model("llama"), tmp_path / "cache.safetensors"
+    stack = KVStack([CommonKV(0.5, layers=2)], model=model)
+    model(tiny.tokens(1, 100), past_key_values=stack)
+    stack.save(path)
+    with pytest.raises(UseError, match="saved with another model than this Qwen2ForCausalLM"):
+        KVStack.load(path, model=tiny.model("qwen2"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UseError, match="is damaged: its checksum"):
+        KVStack.load(path, model=model)
+    path.write_bytes(data[:-10])
+    with pytest.raises(UseError, match="is damaged or no cache"):
+        KVStack.load(path, model=model)
+    with pytest.raises(UseError, match="is no file"):
+        KVStack.load(tmp_path / "none", model=model)
+    with pytest.raises(UseError, match="not bound to a model"):
+        KVStack([Quant(4)]).save(path)
+
+
+def test_latents_of_another_calibration_are_refused(tmp_path):
+    from kvstack import calibrate
+
+    model, path, axes = tiny.model("llama"), tmp_path / "cache.safetensors", tmp_path / "axes.safetensors"
+    calibrate(model, layers=2, tokens=400).save(axes)
+    stack = KVStack([CommonKV(0.5, layers=2, calibration=str(axes))], model=model)
+    model(tiny.tokens(1, 100), past_key_values=stack)
+    stack.save(path)
+    assert torch.equal(KVStack.load(path, model=model).read(0).keys, stack.read(0).keys)
+    calibrate(model, layers=2, tokens=900).save(axes)
+    with pytest.raises(UseError, match="saved with another calibration"):
+        KVStack.load(path, model=model)
