@@ -6,7 +6,7 @@ out = model.generate(**inputs, past_key_values=KVStack([Quant(2), Evict(0.2)]))
 
 from .cache import KVStack
 from .calibration import Calibration
-from .calibrator import calibrate
+from .calibrator import calibrate, sensitivity
 from .encode import Quant
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .packed import Packed
@@ -51,4 +51,5 @@ __all__ = [
     "UseError",
     "__version__",
     "calibrate",
+    "sensitivity",
 ]

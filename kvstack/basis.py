@@ -69,6 +69,20 @@ class Basis:
         heads, _, width = self.shapes[layer]
         return self._rebuilt(z, self._slice(layer, keys=False)).unflatten(-1, (heads, width)).transpose(1, 2)
 
+    def loss(self, x: Tensor, z: Tensor) -> Tensor:
+        """Weighed squared error (...) that latents (..., R) leave in numbers (..., N)."""
+        square = (x - self.mean - z @ self.axes).square()
+        return (square if self.weight is None else square * self.weight).sum(-1)
+
+    def split(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, T, D) of one layer out of `flat` numbers (B, T, N)."""
+        heads, *widths = self.shapes[layer]
+        keys, values = (
+            x[..., self._slice(layer, keys=i == 0)].unflatten(-1, (heads, width)).transpose(1, 2)
+            for i, width in enumerate(widths)
+        )
+        return keys, values
+
     def weigh(self, weights: Tensor, z: Tensor, layer: int) -> Tensor:
         """`weights` (B, H, G, T) times the values, without rebuilding them: first over the tokens of the latents,
         then one small product per head (the paper's matrix fusion)."""

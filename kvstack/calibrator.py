@@ -14,6 +14,7 @@ Windows are added up as they come, so memory does not grow with the number of to
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import logging
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -38,7 +39,7 @@ from .types import KV
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "Plan", "calibrate", "calibrated", "group_size", "usual_path"]
+__all__ = ["TOKENS", "Plan", "calibrate", "calibrated", "group_size", "observe", "sensitivity", "usual_path"]
 
 log = logging.getLogger("kvstack")
 
@@ -83,17 +84,8 @@ def calibrate(
         CalibrationError: `layers` does not divide the model's layers, or a text is too short.
     """
     plan = Plan(model, layers)
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
-    if tokenizer is None and texts is not None:
-        raise CalibrationError(
-            f"the tokenizer of this {type(model).__name__} is not known, and texts were given. Pass tokenizer=."
-        )
+    windows, source = _windows(model, texts, tokens, tokenizer)
     with _at_rest(model):
-        if tokenizer is None:
-            windows, source = _written_by(model, min(tokens, SAMPLED_TOKENS)), "the model itself"
-        else:
-            kinds = _kinds(texts)
-            windows, source = _cut(kinds, tokenizer, tokens, _longest(model)), _digest(kinds)
         sums = [_Sums(group, plan.ropes) for group in plan.groups]
         for number, (ids, prompt) in enumerate(windows):
             cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
@@ -111,6 +103,48 @@ def calibrate(
         "torch": torch.__version__,
     }
     return Calibration(tuple(groups), manifest)
+
+
+def sensitivity(
+    model: PreTrainedModel,
+    texts: Iterable[str] | Mapping[str, str] | None = None,
+    tokens: int = PROMPT,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[float, ...]:
+    """How much each full-attention layer's keys matter: the nats per token that are lost when they are replaced by
+    noise of the same mean and spread. Never below 0.
+
+    Weights for the paper's merge: `CommonKV(basis="weights", merge="mean", weights=sensitivity(model))`. Arguments are
+    those of `calibrate`.
+
+    Source: CommonKV's published code. Differs from it: text of its own, never the text that is compressed later.
+    """
+    plan = Plan(model, 1)
+    windows, _ = _windows(model, texts, tokens, tokenizer)
+    lost = torch.zeros(len(plan.full), dtype=torch.float64)
+    with _at_rest(model):
+        for number, (window, prompt) in enumerate(windows):
+            ids = window.to(model.device)
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            exact = _likelihood(model, ids, prompt, cache)
+            generator = torch.Generator().manual_seed(number)
+            for n, i in enumerate(plan.full):
+                layer: Any = cache.layers[i]
+                keys = layer.keys
+                noise = torch.randn(keys.shape, generator=generator).to(keys)
+                layer.keys = noise * keys.std(2, keepdim=True) + keys.mean(2, keepdim=True)
+                lost[n] += exact - _likelihood(model, ids, prompt, cache)
+                layer.keys = keys
+    return tuple((lost / len(windows)).clamp_min(0).tolist())
+
+
+def _likelihood(model: PreTrainedModel, ids: Tensor, prompt: int, cache: DynamicCache) -> float:
+    """Mean log likelihood of what follows the prompt; the cache stays as it was."""
+    again = copy.deepcopy(cache)
+    logits = model(ids[:, prompt:-1], past_key_values=again, use_cache=True).logits[0].float()
+    return -float(torch.nn.functional.cross_entropy(logits, ids[0, prompt + 1 :]))
 
 
 _known: weakref.WeakKeyDictionary[Any, dict[str, Calibration]] = weakref.WeakKeyDictionary()
@@ -197,6 +231,25 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(where)
     except Exception:  # whatever a folder without one, or a name without a network, raises
         return None
+
+
+def _windows(
+    model: PreTrainedModel,
+    texts: Iterable[str] | Mapping[str, str] | None,
+    tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[Windows, str]:
+    """What is read, and what that is."""
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+    if tokenizer is not None:
+        kinds = _kinds(texts)
+        return _cut(kinds, tokenizer, tokens, _longest(model)), _digest(kinds)
+    if texts is not None:
+        raise CalibrationError(
+            f"the tokenizer of this {type(model).__name__} is not known, and texts were given. Pass tokenizer=."
+        )
+    with _at_rest(model):
+        return _written_by(model, min(tokens, SAMPLED_TOKENS)), "the model itself"
 
 
 def _kinds(texts: Iterable[str] | Mapping[str, str] | None) -> dict[str, str]:
@@ -299,6 +352,35 @@ def _read(
         found = torch.autograd.grad(likelihood, leaves)
     gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
+
+
+def observe(model: PreTrainedModel, plan: Plan) -> dict[int, KV]:
+    """Un-rotated keys, values and hidden states of every full-attention layer, on one window of the usual texts."""
+    hidden: dict[int, Tensor] = {}
+
+    def listen(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
+
+        return hook
+
+    (ids, _), *_ = _windows(model, None, PROMPT, None)[0]
+    with _at_rest(model):
+        handles = [plan.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in plan.full]
+        cache = DynamicCache(config=model.config)
+        try:
+            model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+    found = {}
+    for i in plan.full:
+        layer: Any = cache.layers[i]
+        keys, rope = layer.keys, plan.ropes[i]
+        if rope is not None:
+            keys = rope.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None, None])
+        found[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
+    return found
 
 
 class _Sums:

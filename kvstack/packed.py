@@ -32,6 +32,7 @@ class Packed:
         width: channels of the decoded tensor.
         dtype: type of the decoded tensor.
         channels: what `Encode.encode` was told of the channels; it belongs to the model, not to these tokens.
+        exact: stored as it was, not by the stack's encoder.
     """
 
     parts: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Packed:
     width: int
     dtype: torch.dtype
     channels: Channels | None = None
+    exact: bool = False
 
     def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
         parts = {name: change(part) for name, part in self.parts.items()}

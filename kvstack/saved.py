@@ -81,6 +81,7 @@ def _describe(store: Store, writer: _Writer) -> dict[str, Any]:
                 "parts": {name: put(part) for name, part in packed.parts.items()},
                 "tokens": packed.tokens,
                 "width": packed.width,
+                "exact": packed.exact,
                 "dtype": str(packed.dtype).removeprefix("torch."),
                 "channels": packed.channels and [put(packed.channels.energy), put(packed.channels.bits)],
             }
@@ -156,6 +157,7 @@ def _fill(store: Store, held: Mapping[str, Any], devices: list[torch.device], ge
             {name: get(key, device) for name, key in entry["parts"].items()},
             tokens=entry["tokens"],
             width=entry["width"],
+            exact=entry["exact"],
             dtype=getattr(torch, entry["dtype"]),
             channels=known and Channels(*(get(key, device) for key in known)),
         )

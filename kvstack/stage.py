@@ -139,6 +139,8 @@ class Transform(Stage):
     """Whether keys are wanted without rotary embedding; the stack re-rotates what `inverse` gives back."""
     hidden: bool = False
     """Whether `KV.hidden` is wanted; it is held for all tokens that are still raw."""
+    granule: int = 1
+    """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
 
     def of(self, layers: Sequence[int]) -> Self:
         """This stage for the group of `layers` (indices in the model), where groups differ."""

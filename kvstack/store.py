@@ -12,6 +12,7 @@ the middle stays raw.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .budget import Cut, allowance, choose, how_many
 from .buffer import Buffer
+from .encode.plain import Plain
 from .errors import UseError
 from .packed import Packed, storage_bytes
 from .rope import Rope, arange
@@ -31,6 +33,8 @@ __all__ = ["RAW", "Plan", "Store"]
 
 RAW = ("stack", "raw")
 """Who pays for the raw buffers, and what they are called among a store's parts."""
+
+PLAIN = Plain()
 
 RECENT_QUERIES = 8
 """Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
@@ -73,8 +77,10 @@ class Plan:
     def granule(self, width: int) -> int:
         if self.encode is None:
             return 1
-        known = self.transform.channels if self.transform else ()
-        return self.encode.granule(width, known[0] if known else None)
+        if self.transform is None:
+            return self.encode.granule(width)
+        known = self.transform.channels
+        return math.lcm(self.transform.granule, self.encode.granule(width, known[0] if known else None))
 
 
 class Store:
@@ -240,7 +246,9 @@ class Store:
             positions = positions.expand(*stay.shape[:2], -1).gather(-1, stay)
             self._keep_memory(stay)
             if packed.shape[-1] < self.sealed_tokens:
-                self.sealed = {name: packed_.take(cut.granules, granule) for name, packed_ in self.sealed.items()}
+                self.sealed = {
+                    name: held.take(cut.granules, self._share(held, granule)) for name, held in self.sealed.items()
+                }
                 self.sealed_tokens = packed.shape[-1]
         block: list[KV] = []
         for buffers in self.raw:
@@ -262,12 +270,17 @@ class Store:
         plan = self.plan
         assert plan.encode is not None
         for name, latent in self._latents_of(block, positions):
+            encode = PLAIN if latent.exact else plan.encode
             try:
-                packed = plan.encode.encode(latent.data, name[1], latent.channels)
+                packed = replace(encode.encode(latent.data, name[1], latent.channels), exact=latent.exact)
             except UseError as error:
                 raise UseError(f"{plan.encode!r} on layer {self.layers[name[0]]}: {error}") from None
             self.sealed[name] = self.sealed[name].append(packed) if name in self.sealed else packed
         self.sealed_tokens += positions.shape[-1]
+
+    def _share(self, packed: Packed, tokens: int) -> int:
+        """How many of `tokens` sealed tokens a latent holds that may hold only some."""
+        return tokens * packed.tokens // self.sealed_tokens
 
     def _latents_of(self, block: list[KV], positions: Tensor) -> list[tuple[tuple[int, str], Latent]]:
         """What is to be encoded, by (first slot, role)."""
@@ -345,7 +358,9 @@ class Store:
             encode = self.plan.encode
             assert encode is not None
             mine = {role: packed for (first, role), packed in self.sealed.items() if first == start}
-            self._latents = {start: {role: encode.decode(packed, role) for role, packed in mine.items()}}
+            self._latents = {
+                start: {role: (PLAIN if packed.exact else encode).decode(packed, role) for role, packed in mine.items()}
+            }
         return self._latents[start]
 
     def _rotated(self, slot: int, keys: Tensor, seen: int) -> Tensor:
@@ -462,7 +477,8 @@ class Store:
         if self.kept is not None:
             self.kept = self.kept[..., : min(self.kept.shape[-1], stay)].clone()
         if whole < self.sealed_tokens:
-            self.sealed = {name: packed.first(whole) for name, packed in self.sealed.items()} if whole else {}
+            parts = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items() if whole}
+            self.sealed = parts
             self.sealed_tokens = whole
         self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
         self.end_forward()
@@ -486,8 +502,8 @@ class Store:
         found: list[tuple[str, str, Tensor]] = []
         for pair in self.raw:
             found += [(*RAW, tensor) for buffer in pair for tensor in buffer.tensors]
-        payer = repr(self.plan.encode)
         for (_, role), packed in self.sealed.items():
+            payer = repr(self.plan.transform if packed.exact else self.plan.encode)
             found += [(payer, f"{role}: {part}", tensor) for part, tensor in packed.parts.items()]
         chooser = repr(self.plan.select)
         if self.kept is not None:

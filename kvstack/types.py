@@ -94,10 +94,15 @@ class Channels:
 
 @dataclass(frozen=True)
 class Latent:
-    """One named tensor a transform wants stored: channels last, tokens before them."""
+    """One named tensor a transform wants stored: channels last, tokens before them.
+
+    It may hold fewer tokens than the block, the same number for every `Transform.granule` of them. What is `exact` is
+    stored as it is, whatever encoder the stack has.
+    """
 
     data: Tensor  # (B, H or 1, T, R)
     channels: Channels | None = None
+    exact: bool = False
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

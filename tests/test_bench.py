@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from kvstack.bench import common, texts
@@ -63,9 +64,9 @@ def test_quality_beside_transformers_quantized_cache(bench):
     pytest.importorskip("hqq")
     rows = bench("quality", "--windows", "1", "--score", "16", stacks=("hqq:4", "hqq:2", "hqq:2,group=16"))
     assert 0 < rows["hqq:4"]["kl"] < rows["hqq:2"]["kl"]
-    # 4 bits a number, and a scale and a zero of 32 bits each for every 64 of them
-    assert rows["hqq:4"]["share"] == pytest.approx((4 + 64 / 64) / 32)
-    assert rows["hqq:2,group=16"]["share"] == pytest.approx((2 + 64 / 16) / 32)
+    # 4 bits a number, and a scale and a zero for every 64 of them, which are floats of the model and count 16 bits
+    assert rows["hqq:4"]["share"] == pytest.approx((4 + 32 / 64) / 16)
+    assert rows["hqq:2,group=16"]["share"] == pytest.approx((2 + 32 / 16) / 16)
 
 
 def test_memory_by_stage(bench):
@@ -111,11 +112,63 @@ def test_a_needle_stands_in_its_sample():
             return torch.tensor([list(text.encode()[:length])])
 
     sample = _sample(Subject("letters", None, Letters()), 3000, 4, seed=1)
-    text = bytes(sample.ids[0].tolist()).decode()
+    text = bytes(torch.cat([sample.text, sample.question], dim=1)[0].tolist()).decode()
     asked = text.rsplit("number of the ", 1)[1].split()[0]
-    assert sample.ids.shape == (1, 3000)
+    assert sample.text.shape[1] + sample.question.shape[1] == 3000
     assert text.count("The special number of the") == 5
-    assert f"The special number of the {asked} is {sample.answer}.\n" in text
+    assert f"The special number of the {asked} is {sample.answers[0]}.\n" in text
+
+
+def test_needles_of_a_text_compressed_before_the_question(bench):
+    rows = bench("needles", "--samples", "1", "--blind", stacks=("commonkv:0.5,layers=2+quant:2",))
+    row = rows["commonkv:0.5,layers=2+quant:2"]
+    assert row["blind"] is True
+    assert row["share"] < rows["dense"]["share"] == pytest.approx(1.0)
+
+
+def test_ruler_files_are_read(tmp_path):
+    from kvstack.bench.needles import _read
+    from kvstack.errors import KVStackError
+
+    class Letters:
+        def __call__(self, text, **kwargs):
+            return {"input_ids": torch.tensor([list(text.encode())])}
+
+    subject = common.Subject("letters", None, Letters())
+    path = tmp_path / "task.jsonl"
+    line = '{"input": "Hay.\\nWhat else? Hay.\\nWhat is it? It is", "outputs": ["7", "8"]}'
+    path.write_text(line + "\n" + line)
+    (sample,) = _read(subject, path, 1)
+    assert bytes(sample.text[0].tolist()) == b"Hay.\nWhat else? Hay."
+    assert bytes(sample.question[0].tolist()) == b"\nWhat is it? It is"
+    assert sample.answers == ("7", "8")
+    with pytest.raises(KVStackError, match="is no file"):
+        _read(subject, tmp_path / "none.jsonl", 1)
+
+
+def test_bytes_as_a_share_of_bfloat16():
+    """Raw numbers of a float32 model count two bytes each, codes and positions what they are."""
+    from kvstack import Evict, KVStack, Quant
+    from kvstack.testing import tiny_model
+
+    model = tiny_model()
+    ids = torch.randint(3, 97, (1, 2 + 8 + 64), generator=torch.Generator().manual_seed(0))
+    caches = [DynamicCache(), *(KVStack(s, model=model, sinks=2, window=8) for s in ([], [Quant(4)], [Evict(32)]))]
+    shares = []
+    for cache in caches:
+        model(ids, past_key_values=cache)
+        shares.append(common.share_of_bfloat16(cache, model))
+    codes, raw = 64 * (4 + 32 / 32 / 2 + 32 / 16 / 2) / 16, 10
+    assert shares[:2] == [1.0, 1.0]
+    assert shares[2] == pytest.approx((raw + codes) / 74)
+    assert shares[3] == pytest.approx((42 + 32 * 4 / (4 * 64 * 2)) / 74)
+
+
+def test_likeness_of_layers(bench):
+    rows = bench("layers", "--layers", "2")
+    assert set(rows) == {"keys", "keys, rotated", "values", "hidden states", "latents of the weights"}
+    assert all(-1 <= row["ends"] <= 1 for row in rows.values())
+    assert rows["keys"]["ends"] == pytest.approx(rows["keys"]["pairs"]), "two layers are one pair"
 
 
 def test_figures_say_where_they_come_from(bench):

@@ -7,7 +7,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvstack import BindError, Calibration, CalibrationError, CommonKV, KVStack, Quant, calibrate, calibrator
+from kvstack import (
+    BindError,
+    Calibration,
+    CalibrationError,
+    CommonKV,
+    KVStack,
+    Quant,
+    calibrate,
+    calibrator,
+    sensitivity,
+)
 from kvstack.calibration import identity
 from kvstack.cli import app
 
@@ -279,3 +289,20 @@ def test_command(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["calibrate", str(folder)])
     assert done.exit_code == 2
     assert "cannot be loaded as a model" in done.stderr
+
+
+# ---- sensitivity
+
+
+def test_sensitivity_tells_a_layer_that_is_not_listened_to():
+    """A layer whose attention output is switched off loses nothing when its keys are noise."""
+    model = tiny.model("llama", rms_norm_eps=1e-5)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+    found = sensitivity(model)
+    assert len(found) == 4
+    assert found[2] == 0
+    assert max(found) > 0
+    assert found == sensitivity(model)
+    stage = CommonKV(basis="weights", merge="mean", weights=found)
+    assert KVStack([stage], model=model).stages == (stage,)

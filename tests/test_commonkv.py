@@ -285,3 +285,69 @@ def test_settings_travel():
     assert again.stages == stack.stages
     assert KVStack.from_spec(stack.to_dict()).stages == stack.stages
     assert repr(KVStack.from_spec("commonkv:0.125+quant:2")) == "KVStack([CommonKV(keep=0.125), Quant(bits=2)])"
+
+
+# ---- tokens that are not merged
+
+APART = [
+    CommonKV(0.3, layers=2, unmerged=0.4),
+    CommonKV(0.3, layers=2, basis="weights", merge="mean", unmerged=0.4),
+    CommonKV(0.3, layers=2, basis="weights", merge="mean", unmerged=0.4, similarity="pairs"),
+]
+
+
+@pytest.mark.parametrize("stage", APART, ids=repr)
+@pytest.mark.parametrize("encode", [[], [Quant(4)], [Quant(8, group=8)]], ids=repr)
+def test_unmerged_tokens_are_exact_and_counted(stage, encode):
+    model = tiny.model("llama")
+    tokens = 2 + 8 + 512
+    stack = filled([stage, *encode], model, tokens)
+    dense = DynamicCache()
+    model(tiny.tokens(1, tokens), past_key_values=dense)
+    kept = 0
+    for group, store in enumerate(stack._cohorts[0].stores):
+        if (0, "places") not in store.sealed:  # the other group's tokens are more unlike each other
+            continue
+        places = store.sealed[0, "places"].parts["data"][0, 0, :, 0]
+        apart = places.long() + torch.arange(0, 512, 256).repeat_interleave(len(places) // 2) + 2
+        kept += len(apart)
+        rest = torch.tensor([i for i in range(2, 514) if i not in set(apart.tolist())])
+        for layer in (2 * group, 2 * group + 1):
+            kv, exact_kv = stack.read(layer), dense.layers[layer]
+            for found, exact in ((kv.keys, exact_kv.keys), (kv.values, exact_kv.values)):
+                torch.testing.assert_close(found[:, :, apart], exact[:, :, apart], atol=1e-4, rtol=1e-4)
+                assert not torch.allclose(found[:, :, rest], exact[:, :, rest], atol=1e-2)
+        plain = store.sealed[0, "unmerged"].parts["data"]
+        assert plain.shape == (1, 1, len(apart), 128)
+        assert store.sealed[0, "latent"].tokens == 512 - len(apart)
+    assert abs(kept / (2 * 512) - 0.4) <= 32 / 256
+    (part,) = (part for part in stack.report().parts if part.part == "unmerged: data")
+    assert part.payer.startswith("CommonKV(")
+    assert part.nbytes == kept * 128 * 4
+
+
+def test_unmerged_tokens_are_those_the_latent_serves_worst():
+    stages = [CommonKV(0.3, layers=2, unmerged=unmerged) for unmerged in (0.4, 0.0)]
+    apart, merged = (error(filled([stage], tokens=522), tokens=522) for stage in stages)
+    assert apart < 0.6 * merged
+
+
+def test_unmerged_tokens_follow_the_text():
+    """Chunks, decoding, eviction by granule, and a crop through one."""
+    model = tiny.model("llama")
+    stack = KVStack([APART[0], Evict(0.6)], model=model, **SETTINGS)
+    for piece in tiny.tokens(1, 1200).split([700, 300, *[1] * 200], dim=1):
+        model(piece, past_key_values=stack)
+    assert stack._cohorts[0].stores[0].sealed_tokens % 256 == 0
+    held = stack.held
+    stack.crop(-700)
+    assert stack.seen == 500
+    assert stack.held < held
+    assert stack.read(0).keys.shape[2] == stack.held == stack.positions(0).shape[-1]
+    model(tiny.tokens(1, 3), past_key_values=stack)
+
+
+@pytest.mark.parametrize("unmerged", [-0.1, 1.0])
+def test_unmerged_is_a_share(unmerged):
+    with pytest.raises(StageError, match="unmerged is a share of the tokens"):
+        CommonKV(unmerged=unmerged)

@@ -147,6 +147,22 @@ def prefill(
 
 
 @bench_app.command()
+def layers(
+    model: Model = None,
+    threads: Threads = 2,
+    seed: Seed = 0,
+    tiny: Tiny = False,
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
+) -> None:
+    """How alike the layers of a group are, by what is compared."""
+    from . import layers as bench
+
+    bench.run(_run(model, None, None, threads, seed, tiny, dtype, json, (), ()), layers)
+
+
+@bench_app.command()
 def needles(
     model: Model = None,
     contexts: Contexts = None,

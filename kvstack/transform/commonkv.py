@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..basis import Basis, flat
 from ..calibration import Calibration
-from ..calibrator import Plan, calibrated
+from ..calibrator import Plan, calibrated, observe
 from ..errors import BindError
 from ..stage import Transform, check
-from ..types import KV, Channels, Latent
+from ..types import KV, Channels, Latent, take_tokens
 from ..weights import WeightAxes
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CommonKV"]
 
-LATENT = "latent"
+LATENT, PLAIN, WHERE = "latent", "unmerged", "places"
+TOGETHER, STEP = 256, 32
+"""Tokens of which each group keeps the same number apart, and the unit of that number: what any encoder packs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +47,12 @@ class CommonKV(Transform):
             hidden state would give; hidden states of raw tokens are then held too.
         weights: with `merge="mean"`: how much each layer of the model counts in its group's mean (equal by default);
             `kvstack.sensitivity` measures some.
+        unmerged: share of the tokens that keep their plain keys and values, unquantized (default 0.0). Those whose
+            latents of first and last layer have the least cosine (the paper's, with `merge="mean"`), or those that the
+            latent serves worst. The share is that of all groups together: on a sample text it is settled which group
+            keeps how many of every 256 tokens, and the text itself decides which.
+        similarity: with `unmerged` and `merge="mean"`: `ends` (default) compares the first and last layer of a group,
+            `pairs` all its layers.
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a
             small model) and kept in the user's cache folder.
         rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
@@ -66,6 +74,8 @@ class CommonKV(Transform):
     basis: Literal["calibrated", "weights"] = "calibrated"
     merge: Literal["project", "mean"] = "project"
     weights: tuple[float, ...] | None = None
+    unmerged: float = 0.0
+    similarity: Literal["ends", "pairs"] = "ends"
     calibration: str | os.PathLike[str] | Calibration | None = None
     rebuild: Literal["float32", "bfloat16"] | None = None
 
@@ -75,6 +85,8 @@ class CommonKV(Transform):
     _numbers: int = field(init=False, repr=False, compare=False)
     _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
     _rank: int = field(init=False, repr=False, compare=False, default=0)
+    _apart: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
+    _m: int = field(init=False, repr=False, compare=False, default=0)
     _down: Tensor | None = field(init=False, repr=False, compare=False, default=None)
     _shares: Tensor = field(init=False, repr=False, compare=False)
     _basis: Basis = field(init=False, repr=False, compare=False)
@@ -107,6 +119,9 @@ class CommonKV(Transform):
             'Use merge="project", or basis="weights".',
         )
         check(not paper or self.calibration is None, self, "weights need no calibration.", "Leave it out.")
+        share = isinstance(self.unmerged, int | float) and 0 <= self.unmerged < 1
+        check(share, self, "unmerged is a share of the tokens, 0 or more and below 1.", "Use unmerged=0.4.")
+        check(self.similarity in ("ends", "pairs"), self, f"{self.similarity!r} compares nothing.", 'Use "ends".')
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
             check(self.merge == "mean", self, "weights weigh the layers of a mean.", 'Use merge="mean".')
@@ -126,7 +141,8 @@ class CommonKV(Transform):
         plan = Plan(model, self.layers)
         dtype = model.dtype if self.rebuild is None else getattr(torch, self.rebuild)
         fitted = self._with(layers=plan.size, unrotated=plan.rotates, _plan=plan, _dtype=dtype)
-        return fitted._bind_weights(model) if self.basis == "weights" else fitted._bind_calibrated(model)
+        fitted = fitted._bind_weights(model) if self.basis == "weights" else fitted._bind_calibrated(model)
+        return fitted._settle_apart(model) if self.unmerged else fitted
 
     def _bind_calibrated(self, model: PreTrainedModel) -> Self:
         found = self._calibration_of(model)
@@ -172,13 +188,31 @@ class CommonKV(Transform):
             object.__setattr__(fitted, name, value)
         return fitted
 
+    def _settle_apart(self, model: PreTrainedModel) -> Self:
+        """How many tokens of every `TOGETHER` each group keeps apart: those that are most unlike, over all groups."""
+        seen = observe(model, self._plan)
+        unlike = []
+        for layers in self._plan.groups:
+            stage = self.of(layers)
+            group = [seen[i] for i in layers]
+            unlike.append(stage._unlike(group, stage._latents_of(group)).flatten().cpu())
+        everything = torch.cat(unlike)
+        least = everything.sort(descending=True).values[max(0, int(self.unmerged * len(everything)) - 1)]
+        steps = TOGETHER // STEP
+        wanted = [float((part >= least).float().mean()) * steps for part in unlike]
+        counts = [min(steps - 1, int(want)) for want in wanted]
+        left = round(self.unmerged * steps * len(wanted)) - sum(counts)
+        for i in sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])[: max(0, left)]:
+            counts[i] = min(steps - 1, counts[i] + 1)
+        return self._with(_apart=tuple(count * STEP for count in counts), granule=TOGETHER)
+
     def of(self, layers: Sequence[int]) -> Self:
         group = self._plan.groups.index(list(layers))
         device = self._plan.devices[layers[0]]
         mine = self._channels[group] if self._channels else None
         rank = len(mine.energy) if mine else self._rank
         basis = self._axes.basis(layers, rank, device, self._dtype)
-        fitted = self._with(_basis=basis, _mine=mine)
+        fitted = self._with(_basis=basis, _mine=mine, _m=self._apart[group] if self._apart else 0)
         if self.merge == "project" or not isinstance(self._axes, WeightAxes):
             return fitted
         size, given = len(layers), self.weights or (1.0,) * len(self._plan.full)
@@ -204,28 +238,73 @@ class CommonKV(Transform):
     # ---- there and back
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
-        z = self._basis.project(flat(group)) if self._down is None else self._mean(group)
-        return {LATENT: Latent(z.to(group[0].keys.dtype).unsqueeze(1), self._mine)}
-
-    def _mean(self, group: Sequence[KV]) -> Tensor:
-        """The paper's merge: the weighted mean of the latents (B, T, R) of all layers' hidden states."""
-        assert self._down is not None
-        found = []
-        for kv, share in zip(group, self._shares, strict=True):
-            assert kv.hidden is not None
-            found.append(share * (kv.hidden[:, 0].to(self._down.device).float() @ self._down.T))
-        return torch.stack(found).sum(0)
+        z = self._latents_of(group)
+        data = self._merged(z).to(group[0].keys.dtype).unsqueeze(1)
+        if not self._m:
+            return {LATENT: Latent(data, self._mine)}
+        apart, rest = self._parted(self._unlike(group, z))
+        plain = flat(group).to(data.dtype).unsqueeze(1)
+        found = {PLAIN: Latent(take_tokens(plain, apart.unsqueeze(1)), exact=True)}
+        found[WHERE] = Latent((apart % TOGETHER).to(torch.uint8)[:, None, :, None], exact=True)
+        return found | {LATENT: Latent(take_tokens(data, rest.unsqueeze(1)), self._mine)}
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
         z = latents[LATENT].squeeze(1)
-        return KV(self._basis.keys(z, layer).to(z.dtype), self._basis.values(z, layer).to(z.dtype))
+        kv = KV(self._basis.keys(z, layer).to(z.dtype), self._basis.values(z, layer).to(z.dtype))
+        return self._joined(kv, latents, layer) if self._m else kv
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        if self._m:
+            return super().keys(latents, layer)
         z = latents[LATENT].squeeze(1)
         return self._basis.keys(z, layer).to(z.dtype)
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        if self._m:
+            return super().weigh(weights, latents, layer)
         return self._basis.weigh(weights, latents[LATENT].squeeze(1), layer)
+
+    def _latents_of(self, group: Sequence[KV]) -> Tensor:
+        """(B, T, R) projected; with the paper's merge one per layer, (layers, B, T, R), from the hidden states."""
+        if self._down is None:
+            return self._basis.project(flat(group))
+        hidden = [kv.hidden[:, 0].to(self._down.device).float() for kv in group if kv.hidden is not None]
+        return torch.stack([x @ self._down.T for x in hidden])
+
+    def _merged(self, z: Tensor) -> Tensor:
+        return z if self._down is None else torch.einsum("l,lbtr->btr", self._shares, z)
+
+    # ---- tokens that are not merged
+
+    def _unlike(self, group: Sequence[KV], z: Tensor) -> Tensor:
+        """(B, T): how badly a token suits one latent for all layers."""
+        if self._down is None:
+            return self._basis.loss(flat(group), z)
+        unit = torch.nn.functional.normalize(z, dim=-1)
+        if self.similarity == "ends":
+            return -(unit[0] * unit[-1]).sum(-1)
+        return -unit.sum(0).square().sum(-1)  # the sum of all pairs' cosines, up to constants
+
+    def _parted(self, unlike: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the tokens that stay apart and of the others, (B, n) each, ascending: as many in every granule."""
+        b, t = unlike.shape
+        order = unlike.view(b, t // TOGETHER, TOGETHER).argsort(dim=-1, descending=True, stable=True)
+        first = torch.arange(0, t, TOGETHER, device=unlike.device)[:, None]
+        return tuple((part.sort(dim=-1).values + first).flatten(1) for part in order.tensor_split([self._m], dim=-1))  # type: ignore[return-value]
+
+    def _joined(self, kv: KV, latents: Mapping[str, Tensor], layer: int) -> KV:
+        """Merged and unmerged tokens in their order."""
+        within = latents[WHERE][:, 0, :, 0].long()  # (B, n)
+        b, n = within.shape
+        t = n // self._m * TOGETHER
+        apart = within + torch.arange(0, t, TOGETHER, device=within.device).repeat_interleave(self._m)
+        mask = torch.ones(b, t, dtype=torch.bool, device=within.device).scatter_(1, apart, False)
+        rest = mask.nonzero()[:, 1].view(b, t - n)
+        order = torch.cat([apart, rest], dim=1).argsort(dim=1)[:, None]
+        keys, values = self._basis.split(latents[PLAIN].squeeze(1), layer)
+        plain = KV(keys.to(kv.keys.dtype), values.to(kv.values.dtype))
+        both = KV(torch.cat([plain.keys, kv.keys], dim=2), torch.cat([plain.values, kv.values], dim=2))
+        return both.take(order)
 
 
 def leading(channels: Sequence[Channels], numbers: int) -> tuple[Channels, ...]:
