@@ -39,7 +39,7 @@ from .types import KV
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "Plan", "calibrate", "calibrated", "group_size", "observe", "sensitivity", "usual_path"]
+__all__ = ["TOKENS", "Grouping", "calibrate", "calibrated", "group_size", "observe", "sensitivity", "usual_path"]
 
 log = logging.getLogger("kvstack")
 
@@ -83,7 +83,7 @@ def calibrate(
     Raises:
         CalibrationError: `layers` does not divide the model's layers, or a text is too short.
     """
-    plan = Plan(model, layers)
+    plan = Grouping(model, layers)
     windows, source = _windows(model, texts, tokens, tokenizer)
     with _at_rest(model):
         sums = [_Sums(group, plan.ropes) for group in plan.groups]
@@ -120,7 +120,7 @@ def sensitivity(
 
     Source: CommonKV's published code. Differs from it: text of its own, never the text that is compressed later.
     """
-    plan = Plan(model, 1)
+    plan = Grouping(model, 1)
     windows, _ = _windows(model, texts, tokens, tokenizer)
     lost = torch.zeros(len(plan.full), dtype=torch.float64)
     with _at_rest(model):
@@ -197,7 +197,7 @@ def group_size(count: int) -> int:
 # ---- what is read
 
 
-class Plan:
+class Grouping:
     """The full-attention layers of a model, in groups, on which device they are and how their keys are rotated."""
 
     def __init__(self, model: PreTrainedModel, layers: int | None) -> None:
@@ -354,8 +354,9 @@ def _read(
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
 
 
-def observe(model: PreTrainedModel, plan: Plan) -> dict[int, KV]:
-    """Un-rotated keys, values and hidden states of every full-attention layer, on one window of the usual texts."""
+def observe(model: PreTrainedModel, plan: Grouping, ids: Tensor | None = None) -> dict[int, KV]:
+    """Un-rotated keys, values and hidden states of every full-attention layer, on `ids` (1, T) or one window of the
+    usual texts."""
     hidden: dict[int, Tensor] = {}
 
     def listen(layer: int) -> Callable[..., None]:
@@ -364,7 +365,8 @@ def observe(model: PreTrainedModel, plan: Plan) -> dict[int, KV]:
 
         return hook
 
-    (ids, _), *_ = _windows(model, None, PROMPT, None)[0]
+    if ids is None:
+        (ids, _), *_ = _windows(model, None, PROMPT, None)[0]
     with _at_rest(model):
         handles = [plan.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in plan.full]
         cache = DynamicCache(config=model.config)
@@ -429,7 +431,7 @@ class _Sums:
         covariance = self.square / self.count - torch.outer(mean, mean)
         root = weight.sqrt()
         energy, axes = torch.linalg.eigh(root[:, None] * covariance * root)
-        energy, axes = energy.flip(0).clamp_min(0), axes.T.flip(0)
+        energy, axes = energy.flip(0).clamp_min(LEAST), axes.T.flip(0)
         tensors = [(self.origin + mean), weight, axes.half(), energy]
         return Group(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
 
@@ -445,3 +447,5 @@ def _finish(sums: Sequence[_Sums]) -> list[Group]:
 
 TINY = 1e-12
 """Least weight: a model that does not look at its cache at all still has axes."""
+LEAST = 1e-8
+"""Least energy, where 1 is the mean: what never varied in the text read may vary in others."""

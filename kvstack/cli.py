@@ -79,7 +79,7 @@ def main(
 @app.command()
 def demo(
     model: Model = None,
-    stack: Stack = "quant:2+evict:0.2",
+    stack: Stack = "commonkv+quant:2+evict:0.2",
     tokens: Annotated[int, typer.Option(min=256, help="Tokens of documentation the fact is hidden in.")] = 4000,
     new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 64,
 ) -> None:
@@ -178,7 +178,7 @@ def calibrate(
     given = None if texts is None else _texts(texts)
     lm, tokenizer = models.load(None if model == models.DEFAULT_MODEL else model)
     lm = lm.to(_device(device))
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading", total=None)
         found = calibrator.calibrate(
             lm,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STACK", "Drift", "Outcome", "build_prompt", "drift", "generate", "run"]
 
-STACK = "quant:2+evict:0.2"
+STACK = "commonkv+quant:2+evict:0.2"
 FACT = "The secret password of the wizard is elephant."
 QUESTION = "What is the secret password of the wizard?"
 ANSWER = "elephant"

@@ -25,8 +25,10 @@ __all__ = ["Rope", "find_ropes"]
 class Rope:
     """Rotates keys of one layer to given positions and back."""
 
-    def __init__(self, rotary: nn.Module, apply: Any, layer_type: str | None) -> None:
+    def __init__(self, rotary: nn.Module, apply: Any, layer_type: str | None, at_the_end: bool = False) -> None:
         self._rotary, self._apply, self._layer_type = rotary, apply, layer_type
+        self._at_the_end = at_the_end
+        self._whole: bool | None = None
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def remember(self, positions: Tensor) -> None:
@@ -74,10 +76,27 @@ class Rope:
             # cos and sin carry the model's attention scaling a: undo a * rotation, not only the rotation
             square = (cos[..., :1] ** 2 + sin[..., :1] ** 2).clamp_min(1e-12)
             cos, sin = cos / square, -sin / square
-        x32 = x.float()
+        x32, rotated = x.float(), cos.shape[-1]
+        if rotated < d and not self._takes_whole_heads(cos, sin):
+            # the attention module rotates a part of each head, and its function is only ever given that part
+            at = d - rotated if self._at_the_end else 0
+            part = x32[..., at : at + rotated]
+            x32 = x32.clone()
+            x32[..., at : at + rotated] = self._apply(part[:, :1], part, cos, sin)[1]
+            return x32.to(x.dtype)
         # it rotates queries and keys at once, and there are no queries: one head of them is the least to pass
         turned: Tensor = self._apply(x32[:, :1], x32, cos, sin)[1]
         return turned.to(x.dtype)
+
+    def _takes_whole_heads(self, cos: Tensor, sin: Tensor) -> bool:
+        """Whether the model's function leaves the channels behind the rotated ones alone, or cannot take them."""
+        if self._whole is None:
+            wide = cos.new_zeros(1, 1, 1, 2 * cos.shape[-1])
+            try:
+                self._whole = self._apply(wide, wide, cos[:1, :1], sin[:1, :1])[1].shape == wide.shape
+            except RuntimeError:
+                self._whole = False
+        return self._whole
 
 
 def find_ropes(
@@ -103,7 +122,8 @@ def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> 
         rotary = getattr(module, "rotary_emb", None)
         if isinstance(rotary, nn.Module):
             takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
-            return Rope(rotary, apply, layer_type if takes_type else None)
+            # multi-head latent attention puts the rotated channels last, all others first
+            return Rope(rotary, apply, layer_type if takes_type else None, hasattr(attention, "qk_rope_head_dim"))
     return None
 
 

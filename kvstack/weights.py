@@ -11,7 +11,7 @@ goes to the side of the hidden state.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from .basis import Basis
 from .errors import BindError
+from .types import KV
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["WeightAxes"]
 
+TOLERANCE = 0.05
+"""Relative error that weights of 8 bits and bfloat16 may leave."""
 NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
 
 
@@ -44,6 +47,23 @@ class WeightAxes:
             u, s, v = torch.linalg.svd(torch.cat([w.to(device) for w in weights]), full_matrices=False)
             bias = torch.cat([b.to(device) for b in biases])
             self.found[tuple(group)] = u.T.contiguous(), s[:, None] * v, bias, tuple(shapes)
+
+    def check(self, model: PreTrainedModel, seen: Mapping[int, KV]) -> None:
+        """Raise `BindError` where keys or values of the tokens in `seen` are not what the projections make of their
+        hidden states: some models scale, clip, or rotate in ways of their own."""
+        for layers, (axes, down, bias, shapes) in self.found.items():
+            basis = Basis(axes, bias, None, shapes)
+            for slot, layer in enumerate(layers):
+                kv = seen[layer]
+                assert kv.hidden is not None
+                z = kv.hidden[:, 0].to(down.device).float() @ down.T
+                for name, found in (("keys", basis.keys(z, slot)), ("values", basis.values(z, slot))):
+                    exact = getattr(kv, name).to(found)
+                    if not float((found - exact).norm()) <= TOLERANCE * float(exact.norm()):
+                        raise BindError(
+                            f"CommonKV(basis='weights'): {name} of layer {layer} of {type(model).__name__} are not its "
+                            "projection of the hidden state. Use basis='calibrated'."
+                        )
 
     @property
     def full_rank(self) -> int:
@@ -86,7 +106,8 @@ def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tup
     width = width or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if hasattr(attention, "k_proj") and hasattr(attention, "v_proj"):
-        return heads, width, (matrix(attention.k_proj, config), matrix(attention.v_proj, config))
+        keys, values = matrix(attention.k_proj, config), matrix(attention.v_proj, config)
+        return len(keys[0]) // width, width, (keys, values)
     if hasattr(attention, "qkv_proj"):  # one block after the other: queries, keys, values
         weight, bias = matrix(attention.qkv_proj, config)
         sizes = [len(weight) - 2 * heads * width, heads * width, heads * width]

@@ -53,7 +53,7 @@ def test_energies_are_the_variances_of_the_latents():
     found = calibrate(model, layers=4)
     group = found.groups[0]
     basis = group.basis(128, torch.device("cpu"), torch.float32)
-    plan = calibrator.Plan(model, 4)
+    plan = calibrator.Grouping(model, 4)
     latents = []
     for number, (ids, prompt) in enumerate(windows):
         with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_weight_is_the_fisher_information():
     matters most in the tiny model is told from what matters least."""
     model = tiny.model("llama")
     windows = calibrator._written_by(model, 1600)
-    plan = calibrator.Plan(model, 2)
+    plan = calibrator.Grouping(model, 2)
     sums = [calibrator._Sums(group, plan.ropes) for group in plan.groups]
     caused = torch.zeros(4)
     for number, (ids, prompt) in enumerate(windows):

@@ -134,13 +134,41 @@ def test_generate_in_bfloat16(folder):
     assert len(text_of(folder, "quant:4", "--dtype", "bfloat16", "--device", "cpu").split()) == 12
 
 
+# ---- calibrate
+
+
+def test_calibrate_keeps_what_commonkv_then_uses(folder, tmp_path):
+    out, picture = tmp_path / "axes.safetensors", tmp_path / "spectra.png"
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "one.txt").write_text("the quick brown fox jumps over the lazy dog " * 400)
+    options = ["--texts", str(texts), "--tokens", "1500", "--layers", "2", "--out", str(out), "--plot", str(picture)]
+    done = invoke("calibrate", folder, *options)
+    assert done.exit_code == 0, done.output
+    assert "axes" in done.stdout
+    assert str(out) in done.stdout.replace("\n", "")
+    assert picture.stat().st_size > 0
+    spec = f"commonkv:0.5,layers=2,calibration={str(out)!r}+quant:2"
+    assert len(text_of(folder, spec).split()) == 12
+
+
+def test_calibrate_mistakes(folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no .txt files" in failed("calibrate", folder, "--texts", str(empty))
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    assert "which one window of calibration takes" in failed("calibrate", folder, "--texts", str(short))
+    assert "do not divide" in failed("calibrate", folder, "--layers", "3")
+
+
 # ---- the demo
 
 
 def test_demo_shows_answers_bytes_and_drift(folder):
     done = invoke("demo", "--model", folder, "--tokens", "400", "--new-tokens", "4")
     assert done.exit_code == 0, done.output
-    for part in (demo.QUESTION, "dense cache answers", "quant:2+evict:0.2 answers", "tokens per second", "KL("):
+    for part in (demo.QUESTION, "dense cache answers", f"{demo.STACK} answers", "tokens per second", "KL("):
         assert part in " ".join(done.stdout.split())
 
 

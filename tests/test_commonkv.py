@@ -36,13 +36,16 @@ def error(stack, model=None, tokens=120):
 # ---- exactness
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "gemma3"])
+ALL = ["llama", "qwen3", "phi3", "gpt_neox", "gemma3", "stablelm", "smollm3", "opt", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_full_rank_loses_nothing(name):
     model = tiny.model(name)
     assert error(filled([CommonKV(1.0)], model), model) < 1e-5 * 120
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt_neox", "stablelm", "opt"])
 def test_weights_of_one_layer_lose_nothing(name):
     """The paper's form at full rank without merging: latents of hidden states give keys and values exactly."""
     model = tiny.model(name)
@@ -266,6 +269,8 @@ def test_settings_that_cannot_work(settings, says):
         (CommonKV(9999), "llama", r"a group of 4 layers has 256 axes\. Use keep=256 or less"),
         (CommonKV(100, basis="weights"), "llama", r"has 64 axes\. Use keep=64 or less"),
         (CommonKV(basis="weights"), "qwen3", r"layer 0 normalises keys \(k_norm\).*Use basis='calibrated'"),
+        (CommonKV(basis="weights"), "smollm3", "keys of layer 3 of SmolLM3ForCausalLM are not its projection"),
+        (CommonKV(basis="weights"), "deepseek_v3", "no projections of keys and values that kvstack knows"),
         (
             CommonKV(layers=2, basis="weights", merge="mean", weights=(1.0, 1.0)),
             "llama",

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -15,12 +17,18 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 VOCABULARY = 97
@@ -47,6 +55,25 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "stablelm": (StableLmConfig, StableLmForCausalLM, {}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {}),
+    "opt": (OPTConfig, OPTForCausalLM, {}),
+    # keys of 24 channels, the last 8 of them rotated, and values of 16
+    "deepseek_v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {
+            "q_lora_rank": None,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 4,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,

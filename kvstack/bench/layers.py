@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..calibrator import Plan, observe
+from ..calibrator import Grouping, observe
 from ..errors import BindError
 from ..types import KV
 from ..weights import WeightAxes
@@ -45,7 +45,7 @@ def run(run: Run, layers: int | None) -> None:
 
 
 def measure(subject: Subject, layers: int | None) -> list[Likeness]:
-    plan = Plan(subject.model, layers)
+    plan = Grouping(subject.model, layers)
     seen = observe(subject.model, plan)
     groups = [[seen[i] for i in group] for group in plan.groups]
     kinds = {
@@ -85,7 +85,7 @@ def _hidden(kv: KV) -> Tensor:
     return kv.hidden
 
 
-def _rotated(kv: KV, plan: Plan, layer: int) -> Tensor:
+def _rotated(kv: KV, plan: Grouping, layer: int) -> Tensor:
     rope = plan.ropes[layer]
     where = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
     return kv.keys if rope is None else rope.rotate(kv.keys, where)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..basis import Basis, flat
 from ..calibration import Calibration
-from ..calibrator import Plan, calibrated, observe
+from ..calibrator import Grouping, calibrated, observe
 from ..errors import BindError
 from ..stage import Transform, check
 from ..types import KV, Channels, Latent, take_tokens
@@ -80,7 +80,7 @@ class CommonKV(Transform):
     rebuild: Literal["float32", "bfloat16"] | None = None
 
     _dtype: torch.dtype = field(init=False, repr=False, compare=False)
-    _plan: Plan = field(init=False, repr=False, compare=False)
+    _plan: Grouping = field(init=False, repr=False, compare=False)
     _axes: Calibration | WeightAxes = field(init=False, repr=False, compare=False)
     _numbers: int = field(init=False, repr=False, compare=False)
     _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
@@ -138,7 +138,7 @@ class CommonKV(Transform):
         return self.merge == "mean"
 
     def bind(self, model: PreTrainedModel) -> Self:
-        plan = Plan(model, self.layers)
+        plan = Grouping(model, self.layers)
         dtype = model.dtype if self.rebuild is None else getattr(torch, self.rebuild)
         fitted = self._with(layers=plan.size, unrotated=plan.rotates, _plan=plan, _dtype=dtype)
         fitted = fitted._bind_weights(model) if self.basis == "weights" else fitted._bind_calibrated(model)
@@ -167,6 +167,7 @@ class CommonKV(Transform):
     def _bind_weights(self, model: PreTrainedModel) -> Self:
         plan = self._plan
         found = WeightAxes(model, {i: plan.modules[i] for i in plan.full}, plan.groups)
+        found.check(model, observe(model, plan, torch.arange(1, 33)[None] % model.config.get_text_config().vocab_size))
         self._check_rank(found.full_rank)
         rank = int(self.keep * found.numbers) // len(plan.groups) if isinstance(self.keep, float) else self.keep
         # more axes than the weights have rank would be zeros

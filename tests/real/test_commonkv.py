@@ -1,0 +1,97 @@
+"""CommonKV on a real model: small versions of the benchmark's rows, and its paper's form beside it."""
+
+import pytest
+import torch
+
+from kvstack import CommonKV, Evict, KVStack, Quant
+from kvstack.bench.common import share_of_bfloat16
+
+from .test_smollm2 import divergence, smollm2, text
+
+pytestmark = pytest.mark.real
+
+__all__ = ["smollm2"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "most_kl", "least_agreement"),
+    [
+        ([CommonKV(0.5)], 0.002, 0.97),
+        ([CommonKV(1.0), Quant(2)], 0.002, 0.97),
+        ([CommonKV(0.5), Quant(2)], 0.01, 0.93),
+        ([CommonKV(0.16), Quant(2)], 0.08, 0.83),
+    ],
+    ids=repr,
+)
+def test_quality(smollm2, stages, most_kl, least_agreement):
+    model, tokenizer = smollm2
+    kl, agreement = divergence(model, text(tokenizer, 1280), 1024, KVStack(stages))
+    assert kl <= most_kl
+    assert agreement >= least_agreement
+
+
+def test_a_sixteenth_of_the_bytes(smollm2):
+    """4,096 tokens in a sixteenth of a bfloat16 cache, everything counted."""
+    model, tokenizer = smollm2
+    stack = KVStack([CommonKV(0.45), Quant(2)], window=16)
+    kl, _ = divergence(model, text(tokenizer, 4352), 4096, stack)
+    assert kl <= 0.02
+    small = KVStack([CommonKV(0.45), Quant(2)], window=16, model=model)
+    model(text(tokenizer, 4096), past_key_values=small, logits_to_keep=1)
+    assert share_of_bfloat16(small, model) <= 0.0625
+
+
+def test_the_paper_s_form(smollm2):
+    """One layer at full rank is exact up to rounding; merging five layers by their mean is far worse than projecting
+    them on the same axes, and that is far worse than calibrated axes."""
+    model, tokenizer = smollm2
+    ids = text(tokenizer, 1280)
+    exact, _ = divergence(model, ids, 1024, KVStack([CommonKV(1.0, layers=1, basis="weights", merge="mean")]))
+    assert abs(exact) < 1e-5
+    settings = {"keep": 0.3, "layers": 5}
+    mean, project, ours = (
+        divergence(model, ids, 1024, KVStack([CommonKV(**settings, **form)]))[0]
+        for form in ({"basis": "weights", "merge": "mean"}, {"basis": "weights"}, {})
+    )
+    assert mean > 2 * project > 20 * ours
+
+
+def test_weighing_latents_is_the_plain_path(smollm2):
+    model, tokenizer = smollm2
+    ids, logits = text(tokenizer, 600), []
+    for fused in (True, False):
+        stack = KVStack([CommonKV(0.5), Quant(2)], model=model, fused=fused)
+        model(ids[:, :590], past_key_values=stack)
+        logits.append(
+            torch.cat([model(ids[:, i : i + 1], past_key_values=stack).logits for i in range(590, 600)], dim=1)
+        )
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-3, rtol=1e-3)
+
+
+def test_a_saved_cache_is_as_large_as_the_cache(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    stack = KVStack([CommonKV(), Quant(2), Evict(0.2)], model=model)
+    model(text(tokenizer, 2048), past_key_values=stack, logits_to_keep=1)
+    stack.save(tmp_path / "cache.safetensors")
+    assert abs((tmp_path / "cache.safetensors").stat().st_size / stack.nbytes - 1) < 0.05
+    again = KVStack.load(tmp_path / "cache.safetensors", model=model)
+    token = torch.tensor([[42]])
+    assert torch.equal(model(token, past_key_values=again).logits, model(token, past_key_values=stack).logits)
+
+
+@pytest.mark.parametrize("linear", ["int8", "nf4"])
+def test_weights_of_a_quantized_layer(smollm2, linear):
+    """The basis of a layer whose projections bitsandbytes holds in 8 or 4 bits is near that of the exact ones."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from kvstack.weights import matrix
+
+    model, _ = smollm2
+    plain = model.model.layers[3].self_attn.v_proj
+    shape = plain.in_features, plain.out_features
+    if linear == "int8":
+        packed = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+    else:
+        packed = bnb.nn.Linear4bit(*shape, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    packed.load_state_dict(plain.state_dict())
+    weight, _ = matrix(packed.to("cpu"), model.config)
+    assert 0 < float((weight - plain.weight).norm() / plain.weight.norm()) < (0.02 if linear == "int8" else 0.15)
