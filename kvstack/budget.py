@@ -1,13 +1,17 @@
-"""How many tokens stay, and which: the part of eviction that no score should have to think about."""
+"""How many tokens stay, and which: the part of eviction that no score should have to think about. And which channels
+stay, where an encoder gives all the same bits."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "allowance", "choose", "how_many"]
+from .types import Channels
 
-from dataclasses import dataclass
+__all__ = ["Cut", "allowance", "choose", "how_many", "leading"]
 
 
 def allowance(keep: float | int, seen: int, sinks: int, window: int) -> int:
@@ -79,3 +83,11 @@ def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Cut:
         granules=run_order.indices[..., n:].sort(dim=-1).values,
         raw=single_order.indices[..., drop - n * granule :].sort(dim=-1).values,
     )
+
+
+def leading(channels: Sequence[Channels], numbers: int) -> list[Channels]:
+    """The `numbers` channels of most energy of all groups, at least one in each."""
+    energies = torch.cat([known.energy for known in channels])
+    least = energies.sort(descending=True).values[min(numbers, len(energies)) - 1]
+    counts = [max(1, int((known.energy >= least).sum())) for known in channels]
+    return [Channels(known.energy[:count].clone()) for known, count in zip(channels, counts, strict=True)]

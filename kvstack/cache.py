@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 )
 
 from . import hook, registry, saved
+from .budget import leading
 from .encode.plain import Plain
 from .errors import BindError, StageError, UseError
 from .packed import storage_bytes
@@ -824,12 +825,13 @@ def _is_simple(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _allotted(plan: Plan) -> Plan:
-    """Where the transform knows its channels and the encoder can spend bits unevenly: the two agree on a budget."""
+    """Where the transform knows its channels, they compete for its budget: of bits where the encoder can spend them
+    unevenly, of places otherwise."""
     transform, encode = plan.transform, plan.encode
     if transform is None or encode is None or not transform.channels:
         return plan
     channels = encode.allot(transform.channels, transform.numbers)
-    return plan if channels is None else replace(plan, transform=transform.trim(channels))
+    return replace(plan, transform=transform.trim(channels or leading(transform.channels, transform.numbers)))
 
 
 def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -356,3 +356,11 @@ def test_unmerged_tokens_follow_the_text():
 def test_unmerged_is_a_share(unmerged):
     with pytest.raises(StageError, match="unmerged is a share of the tokens"):
         CommonKV(unmerged=unmerged)
+
+
+def test_the_same_budget_gives_the_same_codes():
+    """A quarter of the numbers in 4 bits, or half of them in 2: all channels compete for as many bits."""
+    one, other = (filled([CommonKV(keep), Quant(bits)]) for keep, bits in ((0.25, 4), (0.5, 2)))
+    for mine, theirs in zip(one._cohorts[0].stores, other._cohorts[0].stores, strict=True):
+        parts, others = mine.sealed[0, "latent"].parts, theirs.sealed[0, "latent"].parts
+        assert all(torch.equal(parts[name], others[name]) for name in ("codes", "gains"))

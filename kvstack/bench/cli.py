@@ -114,7 +114,7 @@ def quality(
     tiny: Tiny = False,
     dtype: DtypeOption = Dtype.float32,
     json: Json = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 3,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
     score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
     texts: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder of .txt files, the third kind of text.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis, flat
+from ..budget import leading
 from ..calibration import Calibration
 from ..calibrator import Grouping, calibrated, observe
 from ..errors import BindError
@@ -149,7 +150,7 @@ class CommonKV(Transform):
         numbers = [len(group.energy) for group in found.groups]
         self._check_rank(min(numbers))
         budget = int(self.keep * sum(numbers)) if isinstance(self.keep, float) else self.keep * len(numbers)
-        return self._with(_axes=found, _numbers=budget, _channels=leading(found.channels, budget))
+        return self._with(_axes=found, _numbers=budget, _channels=found.channels)
 
     def _calibration_of(self, model: PreTrainedModel) -> Calibration:
         given, size = self.calibration, self._plan.size
@@ -192,9 +193,10 @@ class CommonKV(Transform):
     def _settle_apart(self, model: PreTrainedModel) -> Self:
         """How many tokens of every `TOGETHER` each group keeps apart: those that are most unlike, over all groups."""
         seen = observe(model, self._plan)
+        merged = self.trim(leading(self._channels, self._numbers)) if self._channels else self
         unlike = []
         for layers in self._plan.groups:
-            stage = self.of(layers)
+            stage = merged.of(layers)
             group = [seen[i] for i in layers]
             unlike.append(stage._unlike(group, stage._latents_of(group)).flatten().cpu())
         everything = torch.cat(unlike)
@@ -306,11 +308,3 @@ class CommonKV(Transform):
         plain = KV(keys.to(kv.keys.dtype), values.to(kv.values.dtype))
         both = KV(torch.cat([plain.keys, kv.keys], dim=2), torch.cat([plain.values, kv.values], dim=2))
         return both.take(order)
-
-
-def leading(channels: Sequence[Channels], numbers: int) -> tuple[Channels, ...]:
-    """The `numbers` channels of most energy of all groups, at least one in each."""
-    energies = torch.cat([known.energy for known in channels])
-    least = energies.sort(descending=True).values[min(numbers, len(energies)) - 1]
-    counts = [max(1, int((known.energy >= least).sum())) for known in channels]
-    return tuple(Channels(known.energy[:count].clone()) for known, count in zip(channels, counts, strict=True))
