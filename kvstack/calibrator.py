@@ -349,7 +349,7 @@ def _read(
         drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
         likelihood = logits.gather(-1, drawn).sum()
         leaves = [x for kv in held.values() for x in (kv.keys, kv.values)]
-        found = torch.autograd.grad(likelihood, leaves)
+        found = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
     gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
 
