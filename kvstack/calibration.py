@@ -13,6 +13,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -104,6 +105,16 @@ class Calibration:
             group = next(group for group in self.groups if group.layers == tuple(layers))
             found = self._bases[key] = group.basis(rank, device, dtype)
         return found
+
+    def tensors(self, layers: Sequence[int]) -> list[Tensor]:
+        """What is held for the group that is `layers`."""
+        group = next(group for group in self.groups if group.layers == tuple(layers))
+        return [group.mean, group.weight, group.axes, group.energy]
+
+    @cached_property
+    def mark(self) -> str:
+        """Tells this calibration from any other, wherever its file is read."""
+        return sampled(self._tensors())[:24]
 
     @property
     def nbytes(self) -> int:

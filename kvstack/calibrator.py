@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -157,23 +158,40 @@ def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
     known = _known.setdefault(model, {})
     if path.name in known:
         return known[path.name]
-    found = None
-    if path.exists():
-        try:
-            found = Calibration.load(path)
-            found.check(model)
-        except CalibrationError as error:
-            log.warning("%s It is made anew.", error)
-            found = None
+    found = _kept(model, path)
     if found is None:
-        log.warning(
-            "CommonKV calibrates itself for this %s, once: about a minute for a small model. Kept in %s",
-            type(model).__name__,
-            path,
-        )
-        found = calibrate(model, layers=layers)
-        found.save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # the lock goes when its process goes; a second process waits here and finds the work done
+            with FileLock(path.with_suffix(".lock")):
+                found = _kept(model, path) or _made(model, layers, path)
+        except OSError as error:
+            log.warning("The calibration cannot be kept, and is made for this process alone: %s", error)
+            found = calibrate(model, layers=layers)
     known[path.name] = found
+    return found
+
+
+def _kept(model: PreTrainedModel, path: Path) -> Calibration | None:
+    if not path.exists():
+        return None
+    try:
+        found = Calibration.load(path)
+        found.check(model)
+    except CalibrationError as error:
+        log.warning("%s It is made anew.", error)
+        return None
+    return found
+
+
+def _made(model: PreTrainedModel, layers: int, path: Path) -> Calibration:
+    log.warning(
+        "CommonKV calibrates itself for this %s, once: about a minute for a small model. Kept in %s",
+        type(model).__name__,
+        path,
+    )
+    found = calibrate(model, layers=layers)
+    found.save(path)
     return found
 
 

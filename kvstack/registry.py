@@ -40,6 +40,8 @@ BUILT_IN: dict[Group, dict[str, str]] = {
         "tova": "kvstack.select:TOVA",
     },
 }
+PLAIN = (bool, int, float, str, tuple, list, type(None))
+"""What a setting can be to be written down."""
 SETTINGS = ("sinks", "window", "block", "fused")
 
 
@@ -133,8 +135,9 @@ def _value(node: ast.expr, group: Group, whole: str) -> Any:
         return _build(group, node.func.id, args, kwargs)
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):  # 512/768: a pair
-        return (_value(node.left, group, whole), _value(node.right, group, whole))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):  # 512/768: a pair; three or more as well
+        left, right = _value(node.left, group, whole), _value(node.right, group, whole)
+        return (*left, right) if isinstance(left, tuple) else (left, right)
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -196,6 +199,10 @@ def to_dict(thing: Settings) -> dict[str, Any]:
     if not isinstance(thing, Settings):
         raise StageError(f"{thing!r} is not a kvstack Score, so it has no name to be stored under. Subclass Score.")
     settings = thing.settings()
+    for name, value in settings.items():
+        if not (isinstance(value, PLAIN) or hasattr(value, "score")):
+            what = type(value).__name__
+            raise StageError(f"{thing!r}: {name} is a {what}, which cannot be written down. Save it and give its path.")
     return {"name": thing.name, **{k: to_dict(v) if hasattr(v, "score") else v for k, v in settings.items()}}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .calibration import identity, sampled
+from .calibration import identity
 from .errors import UseError
 from .files import read_tensors, write_tensors
 from .packed import Packed
@@ -96,8 +96,8 @@ def _describe(store: Store, writer: _Writer) -> dict[str, Any]:
 
 
 def _fitted(store: Store) -> list[str]:
-    """Fingerprints of what the transform was fitted to: latents mean nothing on other axes."""
-    return [sampled(dict(enumerate(transform.tensors))) for transform in store.transforms.values()]
+    """Marks of what the transform was fitted to: latents mean nothing on other axes."""
+    return [transform.mark for transform in store.transforms.values()]
 
 
 def _describe_layer(layer: Any, writer: _Writer) -> dict[str, Any]:

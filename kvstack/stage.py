@@ -185,6 +185,11 @@ class Transform(Stage):
         """What was fitted to the model for this group; all caches of the model share it."""
         return ()
 
+    @property
+    def mark(self) -> str:
+        """What was fitted, in a few words: a saved cache is refused where this has changed."""
+        return ""
+
 
 class Encode(Stage):
     """Stores one tensor in fewer bytes."""

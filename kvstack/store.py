@@ -503,7 +503,8 @@ class Store:
         for pair in self.raw:
             found += [(*RAW, tensor) for buffer in pair for tensor in buffer.tensors]
         for (_, role), packed in self.sealed.items():
-            payer = repr(self.plan.transform if packed.exact else self.plan.encode)
+            own = packed.exact or isinstance(self.plan.encode, Plain)  # no encoder of the user's had a part in it
+            payer = repr(self.plan.transform if own else self.plan.encode)
             found += [(payer, f"{role}: {part}", tensor) for part, tensor in packed.parts.items()]
         chooser = repr(self.plan.select)
         if self.kept is not None:

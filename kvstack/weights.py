@@ -11,6 +11,7 @@ goes to the side of the hidden state.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +19,48 @@ import torch
 from torch import Tensor, nn
 
 from .basis import Basis
+from .calibration import identity
 from .errors import BindError
 from .types import KV
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["WeightAxes"]
+    from .calibrator import Grouping
+
+__all__ = ["WeightAxes", "weight_axes"]
 
 TOLERANCE = 0.05
 """Relative error that weights of 8 bits and bfloat16 may leave."""
 NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
 
 
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], WeightAxes]] = weakref.WeakKeyDictionary()
+
+
+def weight_axes(model: PreTrainedModel, grouping: Grouping) -> WeightAxes:
+    """The axes of `model`, made once for all its stacks.
+
+    Raises:
+        BindError: its keys and values are not the projections of hidden states that kvstack finds.
+    """
+    from .calibrator import observe
+
+    mark = identity(model)
+    known = _known.setdefault(model, {})
+    if (mark, grouping.size) not in known:
+        found = WeightAxes(model, {i: grouping.modules[i] for i in grouping.full}, grouping.groups)
+        found.mark = f"weights of {mark}"
+        ids = torch.arange(1, 33)[None] % model.config.get_text_config(decoder=True).vocab_size
+        found.check(model, observe(model, grouping, ids))
+        known[mark, grouping.size] = found
+    return known[mark, grouping.size]
+
+
 class WeightAxes:
     """Axes of every group of layers, from the projection weights of `modules` (layer -> attention module)."""
+
+    mark = ""
 
     def __init__(self, model: PreTrainedModel, modules: dict[int, nn.Module], groups: Sequence[Sequence[int]]) -> None:
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int, int], ...]]] = {}
@@ -45,6 +73,9 @@ class WeightAxes:
                 biases += [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs]
             device = weights[0].device
             u, s, v = torch.linalg.svd(torch.cat([w.to(device) for w in weights]), full_matrices=False)
+            # singular vectors are defined up to their signs: the largest entry is made positive
+            signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+            u, v = u * signs, v * signs.T
             bias = torch.cat([b.to(device) for b in biases])
             self.found[tuple(group)] = u.T.contiguous(), s[:, None] * v, bias, tuple(shapes)
 
@@ -64,6 +95,10 @@ class WeightAxes:
                             f"CommonKV(basis='weights'): {name} of layer {layer} of {type(model).__name__} are not its "
                             "projection of the hidden state. Use basis='calibrated'."
                         )
+
+    def tensors(self, layers: Sequence[int]) -> list[Tensor]:
+        """What is held for the group that is `layers`."""
+        return list(self.found[tuple(layers)][:3])
 
     @property
     def full_rank(self) -> int:

@@ -217,7 +217,7 @@ def test_commonkv_calibrates_itself_once_and_says_so(monkeypatch, tmp_path, capl
     assert [record.message.split(",")[0] for record in caplog.records] == [
         "CommonKV calibrates itself for this MistralForCausalLM"
     ]
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.safetensors")
     assert str(path) in caplog.text
     calibrator._known.pop(model)
     monkeypatch.setattr(calibrator, "calibrate", lambda *a, **k: pytest.fail("the file was there"))
@@ -234,6 +234,17 @@ def test_a_damaged_file_in_the_cache_is_made_anew(monkeypatch, tmp_path, caplog)
         KVStack([CommonKV()], model=model)
     assert "is damaged" in caplog.text
     Calibration.load(path).check(model)
+
+
+def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path, caplog):
+    model = tiny.model("mistral")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path / "file" / "calibrations")
+    calibrator._known.pop(model, None)
+    with caplog.at_level(logging.WARNING, "kvstack"):
+        KVStack([CommonKV()], model=model)
+    assert "cannot be kept, and is made for this process alone" in caplog.text
+    calibrator._known.pop(model)
 
 
 def test_stacks_share_one_copy_of_the_axes():

@@ -253,6 +253,7 @@ def test_bfloat16():
         ({"weights": (1.0,), "basis": "weights"}, 'Use merge="mean"'),
         ({"weights": (-1.0, 2.0), "basis": "weights", "merge": "mean"}, "weights are shares"),
         ({"basis": "weights", "calibration": "x"}, "weights need no calibration"),
+        ({"weights": (), "basis": "weights", "merge": "mean"}, "weights is empty"),
         ({"rebuild": "int8"}, "'int8' is no type to compute in"),
     ],
     ids=str,
@@ -285,7 +286,7 @@ def test_stages_that_do_not_fit_the_model(stage, name, says):
 
 
 def test_settings_travel():
-    stack = KVStack([CommonKV(0.25, layers=2, basis="weights", merge="mean", weights=(1.0, 2.0))])
+    stack = KVStack([CommonKV(0.25, layers=2, basis="weights", merge="mean", weights=(1.0, 2.0, 0.5, 1.0))])
     again = KVStack.from_spec(stack.spec)
     assert again.stages == stack.stages
     assert KVStack.from_spec(stack.to_dict()).stages == stack.stages
@@ -364,3 +365,8 @@ def test_the_same_budget_gives_the_same_codes():
     for mine, theirs in zip(one._cohorts[0].stores, other._cohorts[0].stores, strict=True):
         parts, others = mine.sealed[0, "latent"].parts, theirs.sealed[0, "latent"].parts
         assert all(torch.equal(parts[name], others[name]) for name in ("codes", "gains"))
+
+
+def test_who_pays_for_latents_that_no_encoder_packed():
+    payers = {part.payer for part in filled([CommonKV(0.5, layers=2)]).report().parts}
+    assert payers == {"stack", "CommonKV(layers=2)"}

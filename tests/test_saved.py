@@ -69,6 +69,15 @@ def test_mistakes(tmp_path):
         KVStack([Quant(4)]).save(path)
 
 
+def test_a_calibration_in_memory_has_no_path_to_be_saved_with(tmp_path):
+    from kvstack import StageError, calibrate
+
+    model = tiny.model("llama")
+    stack = KVStack([CommonKV(0.5, calibration=calibrate(model, tokens=400))], model=model)
+    with pytest.raises(StageError, match=r"calibration is a Calibration, which cannot be written down\. Save it"):
+        stack.save(tmp_path / "cache.safetensors")
+
+
 def test_latents_of_another_calibration_are_refused(tmp_path):
     from kvstack import calibrate
 

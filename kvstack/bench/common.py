@@ -227,7 +227,8 @@ def share_of_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
     """
     if isinstance(cache, KVStack):
         parts = cache._parts()
-        wide = [x for payer, part, x in parts if payer == RAW[0] or part in PLAIN or part.endswith(": data")]
+        raw = [x for payer, part, x in parts if payer == RAW[0] or part in PLAIN or part.endswith(": data")]
+        wide = [x for x in raw if x.dtype == model.dtype]
         narrow = storage_bytes([x for *_, x in parts]) - storage_bytes(wide)
         size = model.dtype.itemsize
         return (narrow + storage_bytes(wide) * 2 / size) / (cache.dense_nbytes * 2 / size)

@@ -18,7 +18,7 @@ from ..calibrator import Grouping, calibrated, observe
 from ..errors import BindError
 from ..stage import Transform, check
 from ..types import KV, Channels, Latent, take_tokens
-from ..weights import WeightAxes
+from ..weights import WeightAxes, weight_axes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +87,7 @@ class CommonKV(Transform):
     _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
     _rank: int = field(init=False, repr=False, compare=False, default=0)
     _apart: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
+    _layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _m: int = field(init=False, repr=False, compare=False, default=0)
     _down: Tensor | None = field(init=False, repr=False, compare=False, default=None)
     _shares: Tensor = field(init=False, repr=False, compare=False)
@@ -125,10 +126,13 @@ class CommonKV(Transform):
         check(self.similarity in ("ends", "pairs"), self, f"{self.similarity!r} compares nothing.", 'Use "ends".')
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+            check(bool(self.weights), self, "weights is empty.", "Give one number for each full-attention layer.")
             check(self.merge == "mean", self, "weights weigh the layers of a mean.", 'Use merge="mean".')
             check(
                 min(self.weights) >= 0 < sum(self.weights), self, "weights are shares, none below 0.", "Use 1.0 each."
             )
+        if isinstance(self.calibration, os.PathLike):  # settings travel as plain data
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
         known = self.rebuild in (None, "float32", "bfloat16")
         check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
 
@@ -167,8 +171,7 @@ class CommonKV(Transform):
 
     def _bind_weights(self, model: PreTrainedModel) -> Self:
         plan = self._plan
-        found = WeightAxes(model, {i: plan.modules[i] for i in plan.full}, plan.groups)
-        found.check(model, observe(model, plan, torch.arange(1, 33)[None] % model.config.get_text_config().vocab_size))
+        found = weight_axes(model, plan)
         self._check_rank(found.full_rank)
         rank = int(self.keep * found.numbers) // len(plan.groups) if isinstance(self.keep, float) else self.keep
         # more axes than the weights have rank would be zeros
@@ -215,7 +218,8 @@ class CommonKV(Transform):
         mine = self._channels[group] if self._channels else None
         rank = len(mine.energy) if mine else self._rank
         basis = self._axes.basis(layers, rank, device, self._dtype)
-        fitted = self._with(_basis=basis, _mine=mine, _m=self._apart[group] if self._apart else 0)
+        apart = self._apart[group] if self._apart else 0
+        fitted = self._with(_basis=basis, _mine=mine, _m=apart, _layers=tuple(layers))
         if self.merge == "project" or not isinstance(self._axes, WeightAxes):
             return fitted
         size, given = len(layers), self.weights or (1.0,) * len(self._plan.full)
@@ -236,7 +240,12 @@ class CommonKV(Transform):
     @property
     def tensors(self) -> Sequence[Tensor]:
         known = (self._mine.energy, self._mine.bits) if self._mine else ()
-        return [*self._basis.tensors, *(x for x in (*known, self._down) if x is not None)]
+        own = [*self._basis.tensors, *self._axes.tensors(self._layers)]
+        return own + [x for x in known if x is not None]
+
+    @property
+    def mark(self) -> str:
+        return f"{self._axes.mark} {self._layers} rank {len(self._basis.axes)} unmerged {self._m}"
 
     # ---- there and back
 
