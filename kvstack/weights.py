@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from .basis import Basis
 from .calibration import identity
 from .errors import BindError
+from .reading import observe
 from .types import KV
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .calibrator import Grouping
+    from .grouping import Grouping
 
 __all__ = ["WeightAxes", "weight_axes"]
 
@@ -44,8 +45,6 @@ def weight_axes(model: PreTrainedModel, grouping: Grouping) -> WeightAxes:
     Raises:
         BindError: its keys and values are not the projections of hidden states that kvstack finds.
     """
-    from .calibrator import observe
-
     mark = identity(model)
     known = _known.setdefault(model, {})
     if (mark, grouping.size) not in known:

@@ -16,6 +16,8 @@ from kvstack import (
     Quant,
     calibrate,
     calibrator,
+    grouping,
+    reading,
     sensitivity,
 )
 from kvstack.calibration import identity
@@ -49,11 +51,11 @@ def test_axes_cover_all_layers_and_are_ordered(found):
 def test_energies_are_the_variances_of_the_latents():
     """On the very text that was read, a latent's channels vary as their energies say, and not together."""
     model = tiny.model("llama")
-    windows = calibrator._written_by(model, calibrator.SAMPLED_TOKENS)
+    windows = reading.written_by(model, reading.SAMPLED_TOKENS)
     found = calibrate(model, layers=4)
     group = found.groups[0]
     basis = group.basis(128, torch.device("cpu"), torch.float32)
-    plan = calibrator.Grouping(model, 4)
+    plan = grouping.Grouping(model, 4)
     latents = []
     for number, (ids, prompt) in enumerate(windows):
         with torch.no_grad():
@@ -71,8 +73,8 @@ def test_the_weight_is_the_fisher_information():
     """Half the weight times a small squared error is the KL that the error causes, up to one common factor: what
     matters most in the tiny model is told from what matters least."""
     model = tiny.model("llama")
-    windows = calibrator._written_by(model, 1600)
-    plan = calibrator.Grouping(model, 2)
+    windows = reading.written_by(model, 1600)
+    plan = grouping.Grouping(model, 2)
     sums = [calibrator._Sums(group, plan.ropes) for group in plan.groups]
     caused = torch.zeros(4)
     for number, (ids, prompt) in enumerate(windows):
@@ -96,7 +98,7 @@ def kl_of_noise_in_values(model, ids, prompt, layer):
         model(ids[:, :prompt], past_key_values=cache)
         values = cache.layers[layer].values
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(layer))
-        noise[:, :, : calibrator.SINKS] = 0
+        noise[:, :, : reading.SINKS] = 0
         cache.layers[layer].values = values + size * noise
         logits.append(model(ids[:, prompt:], past_key_values=cache).logits.double().log_softmax(-1))
     exact, noisy = logits
@@ -261,7 +263,7 @@ USUAL = [(30, 5), (32, 4), (28, 4), (24, 4), (18, 6), (3, 3), (1, 1), (26, 2), (
 
 @pytest.mark.parametrize(("count", "size"), USUAL)
 def test_usual_group(count, size):
-    assert calibrator.group_size(count) == size
+    assert grouping.group_size(count) == size
 
 
 # ---- mistakes

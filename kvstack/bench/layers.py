@@ -14,8 +14,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..calibrator import Grouping, observe
 from ..errors import BindError
+from ..grouping import Grouping
+from ..reading import observe
 from ..types import KV
 from ..weights import WeightAxes
 from . import common

@@ -14,8 +14,10 @@ from torch import Tensor
 from ..basis import Basis, flat
 from ..budget import leading
 from ..calibration import Calibration
-from ..calibrator import Grouping, calibrated, observe
+from ..calibrator import calibrated
 from ..errors import BindError
+from ..grouping import Grouping
+from ..reading import observe
 from ..stage import Transform, check
 from ..types import KV, Channels, Latent, take_tokens
 from ..weights import WeightAxes, weight_axes
