@@ -87,7 +87,9 @@ def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Cut:
 
 def leading(channels: Sequence[Channels], numbers: int) -> list[Channels]:
     """The `numbers` channels of most energy of all groups, at least one in each."""
-    energies = torch.cat([known.energy for known in channels])
-    least = energies.sort(descending=True).values[min(numbers, len(energies)) - 1]
-    counts = [max(1, int((known.energy >= least).sum())) for known in channels]
+    lengths = [len(known.energy) for known in channels]
+    energies = torch.cat([known.energy.cpu() for known in channels])
+    best = energies.sort(descending=True, stable=True).indices[:numbers]
+    kept = torch.bincount(best, minlength=len(energies)).split(lengths)
+    counts = [max(1, int(part.sum())) for part in kept]
     return [Channels(known.energy[:count].clone()) for known, count in zip(channels, counts, strict=True)]

@@ -236,7 +236,11 @@ class KVStack(Cache):
             self._check_model(name, full, types, modules)
             # a transform may take a minute to fit: what is wrong elsewhere is said before
             stages = sorted(self.stages, key=lambda stage: stage.kind == "transform")
-            self._plan = _allotted(self._make_plan([stage.bind(model) for stage in stages]))
+            # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
+            with torch.inference_mode(False), torch.no_grad():
+                bound = [stage.bind(model) for stage in stages]
+                self._plan = _allotted(self._make_plan(bound))
+            _check_nesting(bound)
             self._ropes = find_ropes(model, {i: modules[i] for i in full}, types)
             transform = self._plan.transform
             if transform and transform.unrotated and (bare := [i for i in full if self._ropes[i] is None]):
@@ -484,7 +488,8 @@ class KVStack(Cache):
         parted = []
         for cohort in self._cohorts:
             rows = torch.arange(len(counts), device=counts.device) if cohort.rows is None else cohort.rows
-            mine = counts[rows.to(counts.device)]
+            rows = rows.to(counts.device)
+            mine = counts[rows]
             lengths = mine.unique().tolist()
             for length in lengths:
                 local = (mine == length).nonzero().flatten()
@@ -750,6 +755,7 @@ class KVStack(Cache):
             UseError: no such file, damaged, or saved with another model or calibration.
         """
         described, tensors = saved.load(path)
+        saved.check(described, model, os.fspath(path))
         stack = cls.from_spec(described["stack"], model=model)
         saved.read(stack, described, tensors, os.fspath(path))
         return stack
@@ -852,6 +858,13 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
                 "each kind. Keep one of them."
             )
         found[stage.kind] = stage
+    _check_nesting(list(found.values()))
+    return tuple(stages)
+
+
+def _check_nesting(stages: Sequence[Stage]) -> None:
+    """Layers that share tokens and layers that are stored together must nest."""
+    found = {stage.kind: stage for stage in stages}
     transform, select = found.get("transform"), found.get("select")
     if isinstance(transform, Transform) and isinstance(select, Select) and select.layers and transform.layers:
         few, many = sorted((transform.layers, select.layers))
@@ -860,4 +873,3 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
                 f"{transform!r} and {select!r}: {transform.layers} and {select.layers} layers do not nest. "
                 f"Use layers= a divisor or multiple of {transform.layers} in {type(select).__name__}."
             )
-    return tuple(stages)

@@ -28,7 +28,7 @@ from .types import Channels
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Calibration", "Group", "identity", "sampled"]
+__all__ = ["Calibration", "Group", "identity", "loaded", "sampled"]
 
 FORMAT = "kvstack calibration 1"
 MANY = 4096
@@ -131,7 +131,7 @@ class Calibration:
     def rank(self, share: float = 0.99) -> dict[tuple[int, ...], int]:
         """Layers of a group -> axes that hold `share` of its energy."""
         return {
-            layers: int((energy.cumsum(0) < share * energy.sum()).sum()) + 1
+            layers: min(len(energy), int((energy.cumsum(0) < share * energy.sum()).sum()) + 1)
             for layers, energy in self.spectrum().items()
         }
 
@@ -197,8 +197,25 @@ class Calibration:
             )
 
 
+_loaded: weakref.WeakValueDictionary[Any, Calibration] = weakref.WeakValueDictionary()
+
+
+def loaded(path: str | os.PathLike[str]) -> Calibration:
+    """The calibration in a file, one object for all who ask while the file stays the same."""
+    place = Path(path)
+    if not place.is_file():
+        return Calibration.load(path)  # says so
+    stat = place.stat()
+    key = (place.resolve(), stat.st_mtime_ns, stat.st_size)
+    found = _loaded.get(key)
+    if found is None:
+        found = _loaded[key] = Calibration.load(path)
+    return found
+
+
 def identity(model: PreTrainedModel) -> str:
-    """A fingerprint of a model's config and weights, whatever folder it came from and floating type it is held in.
+    """A fingerprint of a model's config and weights, whatever folder it came from, the same in
+    float32 and bfloat16.
 
     Weights are sampled, 4,096 of each tensor, so that a large model is recognised in a moment.
     """

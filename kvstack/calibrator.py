@@ -46,6 +46,10 @@ TOKENS = 10_240
 RIDGE = 1e-3
 """Least weight of a number, as a share of the mean weight of its layer's keys or values."""
 
+SCALE = 256.0
+
+NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: %s"
+
 Progress = Callable[[int, int], None]
 
 
@@ -74,8 +78,14 @@ def calibrate(
         progress: called with (windows read, windows in all).
 
     Raises:
-        CalibrationError: `layers` does not divide the model's layers, or a text is too short.
+        CalibrationError: `layers` does not divide the model's layers, or all texts are shorter than a window; those
+            that are get passed over.
     """
+    if model.get_output_embeddings() is None:
+        raise CalibrationError(
+            f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
+            "Pass the causal model it is part of: KVStack([...], model=...)."
+        )
     plan = Grouping(model, layers)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
@@ -116,7 +126,7 @@ def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
             with FileLock(path.with_suffix(".lock")):
                 found = _kept(model, path) or _made(model, layers, path)
         except OSError as error:
-            log.warning("The calibration cannot be kept, and is made for this process alone: %s", error)
+            log.warning(NOT_KEPT, error)
             found = calibrate(model, layers=layers)
     known[path.name] = found
     return found
@@ -141,7 +151,10 @@ def _made(model: PreTrainedModel, layers: int, path: Path) -> Calibration:
         path,
     )
     found = calibrate(model, layers=layers)
-    found.save(path)
+    try:
+        found.save(path)
+    except OSError as error:
+        log.warning(NOT_KEPT, error)
     return found
 
 
@@ -175,7 +188,8 @@ def _read(
         logits = model(ids[:, prompt:], past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
-        likelihood = logits.gather(-1, drawn).sum()
+        # a common factor makes no difference, and float16 would lose small gradients
+        likelihood = logits.gather(-1, drawn).sum() * SCALE
         leaves = [x for kv in held.values() for x in (kv.keys, kv.values)]
         found = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
     gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}

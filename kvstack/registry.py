@@ -145,11 +145,14 @@ def _value(node: ast.expr, group: Group, whole: str) -> Any:
 
 
 def _split(text: str) -> list[str]:
-    """Cut at every + outside brackets."""
-    parts, depth = [""], 0
+    """Cut at every + outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
     for char in text:
-        depth += (char in "([") - (char in ")]")
-        if char == "+" and depth == 0:
+        if quote or char in "'\"":
+            quote = "" if char == quote else quote or char
+        else:
+            depth += (char in "([") - (char in ")]")
+        if char == "+" and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += char
@@ -210,7 +213,7 @@ def _text(value: Any) -> str:
     if isinstance(value, Settings):
         inner = ",".join(f"{k}={_text(v)}" for k, v in value.settings().items())
         return f"{value.name}({inner})" if inner else value.name
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) > 1:
         return "/".join(map(_text, value))
     return value if isinstance(value, str) and value.isidentifier() else repr(value)
 

@@ -41,8 +41,9 @@ class Rope:
         self._last = None
 
     def _tables_of(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self._last is not None and self._last[0] is positions:
-            return self._last[1:]
+        last = self._last  # read once: a copy of the stack in another thread may forget it
+        if last is not None and last[0] is positions:
+            return last[1:]
         cos, sin = self.tables(positions[:, 0], like)
         return cos.float(), sin.float()
 
@@ -63,8 +64,10 @@ class Rope:
     def pull(self, gradient: Tensor, positions: Tensor) -> Tensor:
         """The gradient with regard to un-rotated keys, from that with regard to rotated ones: the transpose of
         `rotate`."""
-        cos, sin = self.tables(positions[:, 0], gradient.float())
-        return self.unrotate(gradient, positions) * (cos[0, 0, 0] ** 2 + sin[0, 0, 0] ** 2)
+        with torch.enable_grad():
+            start = torch.zeros_like(gradient, requires_grad=True)
+            found: Tensor = torch.autograd.grad(self.rotate(start, positions), start, gradient)[0]
+        return found
 
     def _turn(self, x: Tensor, positions: Tensor, backwards: bool) -> Tensor:
         b, h, t, d = x.shape

@@ -21,6 +21,8 @@ from .packed import Packed
 from .types import Channels
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .cache import KVStack
     from .store import Store
 
@@ -52,6 +54,7 @@ def write(stack: KVStack, path: str | os.PathLike[str]) -> None:
     described = {
         "stack": stack.to_dict(),
         "model": identity(model),
+        "dtype": str(model.dtype),
         "batch": stack._batch,
         "columns": list(stack._columns.items()),
         "shapes": [[layer, *shape] for layer, shape in stack._shapes.items()],
@@ -101,22 +104,44 @@ def _fitted(store: Store) -> list[str]:
 
 
 def _describe_layer(layer: Any, writer: _Writer) -> dict[str, Any]:
-    plain = (bool, int, float, str, type(None))
-    return {
-        name: {"tensor": writer.put(value)} if isinstance(value, Tensor) else value
-        for name, value in vars(layer).items()
-        if isinstance(value, (Tensor, *plain))
-    }
+    """All that a layer of transformers holds, in JSON with tensors by name."""
+    known = {name: x for name, x in vars(layer).items() if not isinstance(x, (torch.dtype, torch.device))}
+    return {name: _described(x, writer, f"{type(layer).__name__}.{name}") for name, x in known.items()}
+
+
+def _described(x: Any, writer: _Writer, where: str) -> Any:
+    if isinstance(x, Tensor):
+        return {"tensor": writer.put(x), "device": str(x.device)}
+    if isinstance(x, Mapping):
+        return {"items": [[key, _described(value, writer, where)] for key, value in x.items()]}
+    if isinstance(x, (list, tuple)):
+        return [_described(value, writer, where) for value in x]
+    if isinstance(x, (bool, int, float, str, type(None))):
+        return x
+    raise UseError(f"{where} is a {type(x).__name__}, which cannot be saved: this model's cache stays in memory.")
+
+
+def _restored(x: Any, get: Any) -> Any:
+    if isinstance(x, dict) and "tensor" in x:
+        return get(x["tensor"], torch.device(x["device"]))
+    if isinstance(x, dict):
+        return {key: _restored(value, get) for key, value in x["items"]}
+    return [_restored(value, get) for value in x] if isinstance(x, list) else x
+
+
+def check(described: Mapping[str, Any], model: PreTrainedModel, name: str) -> None:
+    """Refuse another model before anything is fitted to it."""
+    kind = type(model).__name__
+    if described["model"] != identity(model):
+        raise UseError(f"{name!r} was saved with another model than this {kind}. Load it with that.")
+    if described["dtype"] != str(model.dtype):
+        raise UseError(f"{name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}.")
 
 
 def read(stack: KVStack, described: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
     """Fill an empty, bound stack."""
     model = stack._model
     assert model is not None
-    if described["model"] != identity(model):
-        raise UseError(
-            f"{name!r} was saved with another model than this {type(model).__name__}. Load it with that one."
-        )
 
     def get(key: str | None, device: torch.device) -> Tensor | None:
         return None if key is None else tensors[key].to(device)
@@ -142,7 +167,7 @@ def read(stack: KVStack, described: Mapping[str, Any], tensors: Mapping[str, Ten
     stack._cohorts = cohorts
     for layer, held in zip(stack._others(), described["others"], strict=True):
         for key, value in held.items():
-            setattr(layer, key, get(value["tensor"], model.device) if isinstance(value, dict) else value)
+            setattr(layer, key, _restored(value, get))
 
 
 def _fill(store: Store, held: Mapping[str, Any], devices: list[torch.device], get: Any) -> None:

@@ -80,7 +80,9 @@ class Plan:
         if self.transform is None:
             return self.encode.granule(width)
         known = self.transform.channels
-        return math.lcm(self.transform.granule, self.encode.granule(width, known[0] if known else None))
+        packed = self.encode.granule(width, known[0] if known else None)
+        # as many granules of the transform as make whole ones of the encoder out of any share of them
+        return self.transform.granule * (packed // math.gcd(packed, self.transform.unit))
 
 
 class Store:
@@ -292,7 +294,8 @@ class Store:
             chunk = block[start : start + (transform.layers or 1)]
             if transform.unrotated:
                 chunk = [
-                    replace(kv, keys=self._rope(start + i).unrotate(kv.keys, positions)) for i, kv in enumerate(chunk)
+                    replace(kv, keys=self._rope(start + i).unrotate(kv.keys, positions.to(kv.keys.device)))
+                    for i, kv in enumerate(chunk)
                 ]
             found += [((start, role), latent) for role, latent in transform.forward(chunk).items()]
         return found
@@ -398,7 +401,7 @@ class Store:
             return encode.dot(query, self.sealed[slot, "keys"], "keys", work)
         start, transform = self._transform_of(slot)
         keys = self._rotated(slot, transform.keys(self._decoded(start), slot - start), seen)
-        return torch.matmul(query, keys.transpose(-1, -2).to(query.dtype))
+        return torch.matmul(query.float(), keys.transpose(-1, -2).to(query.device, torch.float32))
 
     def _mix(self, slot: int, weights: Tensor, work: Workspace) -> Tensor:
         """`weights` (B, H, G, sealed) times the sealed values: (B, H, G, D)."""
@@ -407,7 +410,9 @@ class Store:
         if not self.transforms:
             return encode.mix(weights, self.sealed[slot, "values"], "values", work)
         start, transform = self._transform_of(slot)
-        return transform.weigh(weights, self._decoded(start), slot - start)
+        latents = self._decoded(start)
+        there = next(iter(latents.values())).device  # layers of a group may live on several devices
+        return transform.weigh(weights.to(there), latents, slot - start).to(weights.device)
 
     def in_order(self, weights: Tensor) -> Tensor:
         """`weights` of `attend`, their last axis in the order of positions."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class Channels:
 
     energy: Tensor  # (R,)
     bits: Tensor | None = None  # (R,), descending
+
+    def to(self, device: torch.device) -> Channels:
+        return Channels(self.energy.to(device), None if self.bits is None else self.bits.to(device))
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:

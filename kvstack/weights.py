@@ -62,6 +62,7 @@ class WeightAxes:
     mark = ""
 
     def __init__(self, model: PreTrainedModel, modules: dict[int, nn.Module], groups: Sequence[Sequence[int]]) -> None:
+        self._bases: weakref.WeakValueDictionary[Any, Basis] = weakref.WeakValueDictionary()
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int, int], ...]]] = {}
         for group in groups:
             weights, biases, shapes = [], [], []
@@ -109,8 +110,12 @@ class WeightAxes:
         return sum(axes.shape[1] for axes, *_ in self.found.values())
 
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
-        axes, _, bias, shapes = self.found[tuple(layers)]
-        return Basis(axes[:rank].to(device), bias.to(device), None, shapes, dtype)
+        key = (tuple(layers), rank, device, dtype)
+        found = self._bases.get(key)
+        if found is None:
+            axes, _, bias, shapes = self.found[tuple(layers)]
+            found = self._bases[key] = Basis(axes[:rank].to(device), bias.to(device), None, shapes, dtype)
+        return found
 
     def down(self, layers: Sequence[int], rank: int, device: torch.device) -> Tensor:
         """(R, d): hidden states to latents."""

@@ -100,8 +100,15 @@ def test_unrotating_and_rotating_is_the_identity(positions, name):
     torch.testing.assert_close(rope.rotate(rope.unrotate(keys, where), where), keys, atol=1e-4, rtol=1e-4)
 
 
-def test_a_gradient_is_pulled_back_by_the_transpose():
-    model = tiny.model("llama")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
+SCALED = [("llama", {}), ("llama", {"rope_parameters": YARN}), ("stablelm", {})]
+
+
+@pytest.mark.parametrize(("name", "changes"), SCALED, ids=str)
+def test_a_gradient_is_pulled_back_by_the_transpose(name, changes):
+    """Also where attention is scaled, or a part of each head is not rotated."""
+    config_type, model_type, own = tiny.MODELS[name]
+    model = model_type(config_type(**(tiny.SHAPE | own | changes))).eval()
     from kvstack import hook
 
     rope = find_ropes(model, hook.attention_modules(model), ["full_attention"] * 4)[0]

@@ -169,7 +169,7 @@ def test_bytes_as_a_share_of_bfloat16():
 
 def test_likeness_of_layers(bench):
     rows = bench("layers", "--layers", "2")
-    assert set(rows) == {"keys", "keys, rotated", "values", "hidden states", "latents of the weights"}
+    assert set(rows) == {"keys", "values", "hidden states", "latents of the weights"}
     assert all(-1 <= row["ends"] <= 1 for row in rows.values())
     assert rows["keys"]["ends"] == pytest.approx(rows["keys"]["pairs"]), "two layers are one pair"
 

@@ -370,3 +370,63 @@ def test_the_same_budget_gives_the_same_codes():
 def test_who_pays_for_latents_that_no_encoder_packed():
     payers = {part.payer for part in filled([CommonKV(0.5, layers=2)]).report().parts}
     assert payers == {"stack", "CommonKV(layers=2)"}
+
+
+def test_layers_that_do_not_nest_are_refused_once_both_are_known():
+    """CommonKV chooses 4 of 4 layers; Evict wants 3."""
+    with pytest.raises(StageError, match="4 and 3 layers do not nest"):
+        KVStack([CommonKV(), Evict(0.5, layers=3)], model=tiny.model("llama"))
+
+
+@pytest.mark.parametrize("encode", [Quant(4, codec="nf4"), Quant(4, group=64)], ids=repr)
+def test_unmerged_tokens_with_an_encoder_of_larger_groups(encode):
+    stage = CommonKV(0.3, layers=2, basis="weights", unmerged=0.125)
+    stack = KVStack([stage, encode], model=tiny.model("llama", head_dim=64), **SETTINGS)
+    stack._model(tiny.tokens(1, 1200), past_key_values=stack)
+    assert stack._cohorts[0].stores[0].sealed_tokens >= 512
+
+
+def test_channels_of_equal_energy_share_the_budget_exactly():
+    from kvstack import Channels
+    from kvstack.budget import leading
+
+    equal = [Channels(torch.full((100,), 1e-8)) for _ in range(2)]
+    assert [len(channels.energy) for channels in leading(equal, 30)] == [30, 1]
+    assert [len(channels.energy) for channels in leading(equal, 0)] == [1, 1]
+
+
+def test_a_group_that_no_weight_listens_to_is_averaged():
+    stage = CommonKV(0.5, layers=2, basis="weights", merge="mean", weights=(0.0, 0.0, 1.0, 0.0))
+    equal = CommonKV(0.5, layers=2, basis="weights", merge="mean", weights=(1.0, 1.0, 1.0, 0.0))
+    assert torch.equal(filled([stage]).read(0).keys, filled([equal]).read(0).keys)
+
+
+def test_bound_inside_inference_mode_and_used_outside():
+    """What stacks share must not be an inference tensor."""
+    model = tiny.model("llama", intermediate_size=112)
+    with torch.inference_mode():
+        model(tiny.tokens(1, 100), past_key_values=KVStack([CommonKV(0.3), Quant(2)]))
+    with torch.enable_grad():
+        stack = KVStack([CommonKV(0.3), Quant(2)], **SETTINGS)
+        model(tiny.tokens(1, 100), past_key_values=stack)
+        assert torch.isfinite(model(tiny.tokens(1, 1), past_key_values=stack).logits).all()
+
+
+def test_a_model_without_predictions_is_refused():
+    from kvstack import CalibrationError
+
+    with pytest.raises(CalibrationError, match="LlamaModel predicts no tokens"):
+        KVStack([CommonKV()], model=tiny.model("llama", intermediate_size=104).model)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [CommonKV(calibration="/a/c++/x (1).safetensors")],
+        [CommonKV(0.5, basis="weights", merge="mean", weights=(1.0,))],
+    ],
+    ids=repr,
+)
+def test_odd_settings_travel(stages):
+    spec = KVStack(stages).spec
+    assert KVStack.from_spec(spec).stages == tuple(stages)

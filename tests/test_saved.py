@@ -55,6 +55,8 @@ def test_mistakes(tmp_path):
     stack.save(path)
     with pytest.raises(UseError, match="saved with another model than this Qwen2ForCausalLM"):
         KVStack.load(path, model=tiny.model("qwen2"))
+    with pytest.raises(UseError, match=r"saved with a model in torch\.float32, and this one is in torch\.bfloat16"):
+        KVStack.load(path, model=tiny.model("llama", dtype=torch.bfloat16))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -90,3 +92,33 @@ def test_latents_of_another_calibration_are_refused(tmp_path):
     calibrate(model, layers=2, tokens=900).save(axes)
     with pytest.raises(UseError, match="saved with another calibration"):
         KVStack.load(path, model=model)
+
+
+def test_all_a_layer_of_transformers_holds_is_saved():
+    """Dicts of tensors too, as linear-attention layers have them; what cannot be written is said."""
+    from types import SimpleNamespace
+
+    from kvstack.saved import _describe_layer, _restored, _Writer
+
+    writer, state = _Writer(), {0: torch.ones(2), 1: [torch.zeros(3), True]}
+    described = _describe_layer(SimpleNamespace(states=state, seen=3, dtype=torch.float32), writer)
+    assert set(described) == {"states", "seen"}
+    back = _restored(described["states"], lambda key, device: writer.tensors[key])
+    assert torch.equal(back[0], state[0])
+    assert torch.equal(back[1][0], state[1][0])
+    assert back[1][1] is True
+    with pytest.raises(UseError, match="is a function, which cannot be saved"):
+        _describe_layer(SimpleNamespace(hook=test_mistakes), writer)
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    import os
+
+    mask = os.umask(0o022)
+    try:
+        stack = KVStack([Quant(4)], model=tiny.model("llama"))
+        stack._model(tiny.tokens(1, 10), past_key_values=stack)
+        stack.save(tmp_path / "cache.safetensors")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "cache.safetensors").stat().st_mode & 0o777 == 0o644

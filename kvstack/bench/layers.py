@@ -1,8 +1,9 @@
 """How alike the layers of a group are: what makes one latent serve them all.
 
 For every token, the cosine between what one layer of a group holds and what another does, averaged over tokens and
-groups: of keys, values, hidden states, and the paper's latents (singular vectors of the projection weights, applied to
-the hidden states). `ends` compares the first and the last layer, as the paper does; `pairs` all of them.
+groups: of keys (rotated or not: turning both by one angle changes no cosine), values, hidden states, and the paper's
+latents (singular vectors of the projection weights, applied to the hidden states). `ends` compares the first and the
+last layer, as the paper does; `pairs` all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ def measure(subject: Subject, layers: int | None) -> list[Likeness]:
     groups = [[seen[i] for i in group] for group in plan.groups]
     kinds = {
         "keys": [[_flat(kv.keys) for kv in group] for group in groups],
-        "keys, rotated": [[_flat(_rotated(seen[i], plan, i)) for i in group] for group in plan.groups],
         "values": [[_flat(kv.values) for kv in group] for group in groups],
         "hidden states": [[_flat(_hidden(kv)) for kv in group] for group in groups],
     }
@@ -84,9 +84,3 @@ def _flat(x: Tensor) -> Tensor:
 def _hidden(kv: KV) -> Tensor:
     assert kv.hidden is not None
     return kv.hidden
-
-
-def _rotated(kv: KV, plan: Grouping, layer: int) -> Tensor:
-    rope = plan.ropes[layer]
-    where = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
-    return kv.keys if rope is None else rope.rotate(kv.keys, where)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..basis import Basis, flat
 from ..budget import leading
-from ..calibration import Calibration
+from ..calibration import Calibration, loaded
 from ..calibrator import calibrated
 from ..errors import BindError
 from ..grouping import Grouping
@@ -29,7 +29,7 @@ __all__ = ["CommonKV"]
 
 LATENT, PLAIN, WHERE = "latent", "unmerged", "places"
 TOGETHER, STEP = 256, 32
-"""Tokens of which each group keeps the same number apart, and the unit of that number: what any encoder packs."""
+"""Tokens of which each group keeps the same number apart, and the unit of that number."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,7 +162,7 @@ class CommonKV(Transform):
         given, size = self.calibration, self._plan.size
         if given is None:
             return calibrated(model, size)
-        found = given if isinstance(given, Calibration) else Calibration.load(given)
+        found = given if isinstance(given, Calibration) else loaded(given)
         found.check(model)
         if found.layers != size:
             raise BindError(
@@ -212,12 +212,15 @@ class CommonKV(Transform):
         left = round(self.unmerged * steps * len(wanted)) - sum(counts)
         for i in sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])[: max(0, left)]:
             counts[i] = min(steps - 1, counts[i] + 1)
-        return self._with(_apart=tuple(count * STEP for count in counts), granule=TOGETHER)
+        return self._with(_apart=tuple(count * STEP for count in counts), granule=TOGETHER, unit=STEP)
 
+    # what stacks share must not be an inference tensor, whatever forward the first of them is bound in
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def of(self, layers: Sequence[int]) -> Self:
         group = self._plan.groups.index(list(layers))
         device = self._plan.devices[layers[0]]
-        mine = self._channels[group] if self._channels else None
+        mine = self._channels[group].to(device) if self._channels else None
         rank = len(mine.energy) if mine else self._rank
         basis = self._axes.basis(layers, rank, device, self._dtype)
         apart = self._apart[group] if self._apart else 0
@@ -225,8 +228,9 @@ class CommonKV(Transform):
         if self.merge == "project" or not isinstance(self._axes, WeightAxes):
             return fitted
         size, given = len(layers), self.weights or (1.0,) * len(self._plan.full)
-        shares = torch.tensor(given[group * size : (group + 1) * size], device=device)
-        return fitted._with(_down=self._axes.down(layers, rank, device), _shares=shares / shares.sum().clamp_min(1e-12))
+        mine_of = given[group * size : (group + 1) * size]
+        shares = torch.tensor(mine_of if sum(mine_of) > 0 else (1.0,) * size, device=device)
+        return fitted._with(_down=self._axes.down(layers, rank, device), _shares=shares / shares.sum())
 
     @property
     def numbers(self) -> int:
