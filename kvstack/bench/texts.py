@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
 import inspect
 import random
 from pathlib import Path
 
 from ..errors import KVStackError
+from ..samples import docstrings
 
 __all__ = ["documentation", "domains", "windows"]
 
@@ -19,7 +18,7 @@ WRITERS = ("difflib", "doctest", "statistics", "turtle", "optparse", "decimal", 
 
 def domains(folder: Path | None) -> dict[str, str]:
     """Texts by kind; the .txt files of `folder`, where given, take the place of the docstrings."""
-    third = {"docstrings": docstrings()} if folder is None else {"texts": _files(folder)}
+    third = {"docstrings": docstrings(WRITERS)} if folder is None else {"texts": _files(folder)}
     return {"documentation": documentation(), "code": inspect.getsource(argparse), **third}
 
 
@@ -36,19 +35,6 @@ def documentation() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics.values())
-
-
-def docstrings() -> str:
-    """All docstrings of some modules, read without importing them."""
-    found = []
-    for name in WRITERS:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found.append(ast.get_docstring(node) or "")
-    return "\n\n".join(filter(None, found))
 
 
 def _files(folder: Path) -> str:
