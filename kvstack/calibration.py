@@ -33,7 +33,9 @@ __all__ = ["Calibration", "Group", "identity", "loaded", "sampled"]
 FORMAT = "kvstack calibration 1"
 MANY = 4096
 """Numbers of each tensor that go into a fingerprint."""
-NOT_THE_MODEL = re.compile(r"_.*|transformers_version|.*dtype|use_cache|quantization_config|output_.*|.*_token_ids?")
+NOT_THE_MODEL = re.compile(
+    r"_.*|transformers_version|.*dtype|use_cache|quantization_config|output_.*|.*_token_ids?|architectures"
+)
 """Settings of a config that change without the model changing."""
 
 
