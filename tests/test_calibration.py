@@ -202,6 +202,14 @@ def test_identity_is_of_the_weights_not_of_their_type():
         other.lm_head.weight[0, 0] -= 1
 
 
+def test_identity_survives_saving(tmp_path):
+    """`save_pretrained` writes the architecture into the config of the model it saves."""
+    model = tiny.model("llama", intermediate_size=72)
+    before = identity(model)
+    model.save_pretrained(tmp_path)
+    assert identity(model) == before == identity(type(model).from_pretrained(tmp_path))
+
+
 def test_identity_knows_the_rotation():
     assert identity(tiny.model("llama")) != identity(tiny.model("llama", max_position_embeddings=512))
 

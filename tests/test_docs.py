@@ -94,9 +94,8 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 def about(one: str, other: str) -> bool:
     """The same words, and numbers that are 5 % or two units of the last digit shown apart at most."""
-    if [NUMBER.sub("#", line).split() for line in lines(one)] != [
-        NUMBER.sub("#", line).split() for line in lines(other)
-    ]:
+    words = [[NUMBER.sub("#", line).split() for line in lines(text)] for text in (one, other)]
+    if words[0] != words[1]:
         return False
     pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
     digits = [(a, b, 10.0 ** -len(b.partition(".")[2])) for a, b in pairs]
