@@ -35,16 +35,20 @@ def divergence(model, ids, prompt, stack):
     return float(kl), float((dense.argmax(-1) == given.argmax(-1)).float().mean())
 
 
+def check_quality(smollm2, stages, most_kl, least_agreement):
+    model, tokenizer = smollm2
+    kl, agreement = divergence(model, text(tokenizer, 1280), 1024, KVStack(stages))
+    assert kl <= most_kl
+    assert agreement >= least_agreement
+
+
 @pytest.mark.parametrize(
     ("stages", "most_kl", "least_agreement"),
     [([Quant(8)], 1e-3, 0.99), ([Quant(4)], 0.01, 0.93), ([Quant(2)], 0.2, 0.75)],
     ids=repr,
 )
 def test_quality(smollm2, stages, most_kl, least_agreement):
-    model, tokenizer = smollm2
-    kl, agreement = divergence(model, text(tokenizer, 1280), 1024, KVStack(stages))
-    assert kl <= most_kl
-    assert agreement >= least_agreement
+    check_quality(smollm2, stages, most_kl, least_agreement)
 
 
 def test_a_score_beats_chance(smollm2):
