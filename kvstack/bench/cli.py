@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
-    from .common import Run
+    from .run import Run
 
 __all__ = ["bench_app"]
 
 bench_app = typer.Typer(
-    help="Speed, memory and quality of stacks beside transformers' own caches.", no_args_is_help=True
+    help="What each stack costs and gives, beside transformers' own caches and other peers.", no_args_is_help=True
 )
 TINY_CONTEXTS = (512,)
 
@@ -25,12 +27,18 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Mode(StrEnum):
+    aware = "aware"
+    agnostic = "agnostic"
+    turns = "turns"
+
+
 def _known(specs: list[str] | None) -> list[str] | None:
     from ..errors import KVStackError
-    from .common import variants
+    from .variants import parse
 
     try:
-        variants(specs or ())
+        parse(specs or ())
     except KVStackError as error:
         raise typer.BadParameter(str(error)) from None
     return specs
@@ -42,164 +50,208 @@ def _lengths(text: str | None) -> str | None:
     return text
 
 
-Model = Annotated[
-    str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
-]
-Contexts = Annotated[str | None, typer.Option(callback=_lengths, help="Numbers of tokens, separated by commas.")]
-Stacks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stack",
-        callback=_known,
-        help="A cache to measure beside the dense one, may be repeated: a spec such as quant:2+evict:0.2, with "
-        "settings quant:4@fused=False; empty; or hqq:4 or hqq:2,group=32 for transformers' QuantizedCache.",
-    ),
-]
-Threads = Annotated[int, typer.Option(min=1, help="Threads for torch.")]
-Seed = Annotated[int, typer.Option(help="For all that is random.")]
-Tiny = Annotated[bool, typer.Option("--tiny", help="A tiny random model and short contexts: seconds, to test with.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Type of the model's weights.")]
-Json = Annotated[
-    Path | None, typer.Option("--json", dir_okay=False, help="Append the figures to this file, a JSON line each.")
-]
+Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False)]
 
 
-@bench_app.command()
-def decode(
-    model: Model = None,
-    contexts: Contexts = None,
-    stack: Stacks = None,
-    threads: Threads = 2,
-    seed: Seed = 0,
-    tiny: Tiny = False,
-    dtype: DtypeOption = Dtype.float32,
-    json: Json = None,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 128,
-    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 8,
-) -> None:
-    """Milliseconds per decoded token, the caches taking turns."""
-    from . import decode as bench
+def _options(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
+    ] = None,
+    contexts: Annotated[str | None, typer.Option(callback=_lengths, help="Numbers of tokens, by commas.")] = None,
+    stacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stacks",
+            "--stack",
+            callback=_known,
+            metavar="SPEC,...",
+            help="Caches to measure beside the dense one, by commas or repeated: stacks such as quant:2+evict:0.2, with "
+            "settings quant:4@fused=False; empty; nothing (no context at all); peers such as hqq:4, quanto:2,group=32 or "
+            "kvpress:snapkv,keep=0.2.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of .txt files to read.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder for the figures, JSON lines; what stands there is not measured again."
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the model's weights.")] = Dtype.float32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+    seed: Annotated[int, typer.Option(help="For all that is random.")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model: seconds, to test with.")] = False,
+) -> Run:
+    """What every benchmark is told; `_command` puts these before a command's own options."""
+    from .run import Run
 
-    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
-    bench.run(settings, steps, burst)
-
-
-@bench_app.command()
-def memory(
-    model: Model = None,
-    contexts: Contexts = None,
-    stack: Stacks = None,
-    threads: Threads = 2,
-    seed: Seed = 0,
-    tiny: Tiny = False,
-    dtype: DtypeOption = Dtype.bfloat16,
-    json: Json = None,
-    decode: Annotated[int, typer.Option(min=0, help="Tokens decoded after the prefill.")] = 64,
-    peak: Annotated[bool, typer.Option(help="Measure the peak of the prefill, each cache in its own process.")] = True,
-) -> None:
-    """Bytes held, by stage, and the peak memory of the prefill."""
-    from . import memory as bench
-
-    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
-    bench.run(settings, decode, peak)
+    lengths = tuple(map(int, contexts.split(","))) if contexts else ()
+    return Run(lengths, tuple(stacks or ()), model, dtype.value, threads, seed, tiny, texts, out)
 
 
-@bench_app.command()
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register `function(run, ...)` with the options of `_options` in the place of `run`."""
+    shared, own = inspect.signature(_options).parameters, inspect.signature(function).parameters
+
+    def command(**given: Any) -> None:
+        from ..errors import KVStackError
+
+        run = _options(**{name: given.pop(name) for name in shared})
+        try:
+            function(run, **given)
+        except KVStackError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    hints = get_type_hints(_options, _names(), include_extras=True)
+    hints |= get_type_hints(function, _names(), include_extras=True)
+    parameters = [*shared.values(), *(p for name, p in own.items() if name != "run")]
+    typed = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
+    command.__doc__ = function.__doc__
+    bench_app.command(function.__name__.rstrip("_"))(command)
+    return function
+
+
+def _names() -> dict[str, Any]:
+    return {**globals(), "Run": Any}
+
+
+def _with(run: Run, contexts: tuple[int, ...], stacks: tuple[str, ...] = ()) -> Run:
+    """`run` with a benchmark's own contexts and stacks where it was told none."""
+    from dataclasses import replace
+
+    usual = TINY_CONTEXTS if run.tiny else contexts
+    return replace(run, contexts=run.contexts or usual, stacks=run.stacks or stacks)
+
+
+@_command
 def quality(
-    model: Model = None,
-    contexts: Contexts = None,
-    stack: Stacks = None,
-    threads: Threads = 2,
-    seed: Seed = 0,
-    tiny: Tiny = False,
-    dtype: DtypeOption = Dtype.float32,
-    json: Json = None,
+    run: Run,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
     score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
-    texts: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of .txt files, the third kind of text.")
-    ] = None,
 ) -> None:
     """Drift of the next tokens from the dense cache, on three kinds of text."""
     from . import quality as bench
 
-    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, ())
-    bench.run(settings, windows, score, texts)
+    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), windows, score)
 
 
-@bench_app.command()
-def prefill(
-    model: Model = None,
-    contexts: Contexts = None,
-    stack: Stacks = None,
-    threads: Threads = 2,
-    seed: Seed = 0,
-    tiny: Tiny = False,
-    dtype: DtypeOption = Dtype.float32,
-    json: Json = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Prefills with each cache.")] = 5,
+@_command
+def budgets(
+    run: Run,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
+    score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
 ) -> None:
-    """What compressing adds to the prefill, the caches taking turns."""
-    from . import prefill as bench
+    """At equal bytes: the best stack beside the best peer, from a half of the dense bytes down."""
+    from . import budgets as bench
 
-    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
-    bench.run(settings, rounds)
+    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), windows, score)
 
 
-@bench_app.command()
+@_command
+def needles(
+    run: Run,
+    task: Annotated[list[str] | None, typer.Option(help="A task, may be repeated; `all` for all of RULER's.")] = None,
+    mode: Annotated[
+        list[Mode] | None,
+        typer.Option(help="When the question is seen, may be repeated; aware and agnostic if not given."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each task.")] = 10,
+    questions: Annotated[int, typer.Option(min=1, help="Questions about each text.")] = 1,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="New tokens for each expected answer, at most.")] = 30,
+    tasks: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of RULER's CONTEXT/TASK.jsonl files.")
+    ] = None,
+    longbench: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of LongBench's TASK.jsonl files.")
+    ] = None,
+) -> None:
+    """Whether facts hidden in a long text are still found."""
+    from . import needles as bench
+
+    if tasks and longbench:
+        raise typer.BadParameter("give --tasks or --longbench, not both.")
+    names = tuple(task or bench.TASKS)
+    modes = tuple(bench.MODES[list(Mode).index(m)] for m in mode or (Mode.aware, Mode.agnostic))
+    folder = tasks or longbench
+    asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
+    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), asking)
+
+
+@_command
+def memory(
+    run: Run,
+    decode: Annotated[int, typer.Option(min=0, help="Tokens decoded after the prefill.")] = 64,
+    peak: Annotated[bool, typer.Option(help="Measure peaks, each cache in its own process.")] = True,
+) -> None:
+    """Bytes held, by stage, and the peaks of prefill and decoding."""
+    from . import memory as bench
+
+    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), decode, peak)
+
+
+@_command
+def decode(
+    run: Run,
+    rounds: Annotated[int, typer.Option(min=1, help="Prefills with each cache.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 64,
+    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 8,
+) -> None:
+    """Time to the first token and per decoded token, the caches taking turns."""
+    from . import decode as bench
+
+    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), rounds, steps, burst)
+
+
+@_command
+def matrix(
+    run: Run,
+    transform: Annotated[list[str] | None, typer.Option(help="A transform or `none`, may be repeated.")] = None,
+    encode: Annotated[list[str] | None, typer.Option(help="An encoder or `none`, may be repeated.")] = None,
+    evict: Annotated[list[str] | None, typer.Option(help="A selector or `none`, may be repeated.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
+    score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
+    steps: Annotated[int, typer.Option(min=0, help="Tokens decoded for the speed; 0 leaves it out.")] = 16,
+    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
+) -> None:
+    """Every combination of transform, encode and evict: bytes, quality, speed, and the Pareto front."""
+    from . import matrix as bench
+
+    grid = bench.combinations(transform or bench.TRANSFORMS, encode or bench.ENCODES, evict or bench.EVICTS)
+    bench.run(_with(run, bench.CONTEXTS), grid, windows, score, steps, burst)
+
+
+@_command
 def layers(
-    model: Model = None,
-    threads: Threads = 2,
-    seed: Seed = 0,
-    tiny: Tiny = False,
-    dtype: DtypeOption = Dtype.float32,
-    json: Json = None,
+    run: Run,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
 ) -> None:
     """How alike the layers of a group are, by what is compared."""
     from . import layers as bench
 
-    bench.run(_run(model, None, None, threads, seed, tiny, dtype, json, (), ()), layers)
+    bench.run(run, layers)
+
+
+@_command
+def all_(run: Run) -> None:
+    """Everything with its usual settings, then the report; about an hour for the default model on two cores."""
+    from . import everything
+
+    everything.run(run)
 
 
 @bench_app.command()
-def needles(
-    model: Model = None,
-    contexts: Contexts = None,
-    stack: Stacks = None,
-    threads: Threads = 2,
-    seed: Seed = 0,
-    tiny: Tiny = False,
-    dtype: DtypeOption = Dtype.float32,
-    json: Json = None,
-    samples: Annotated[int, typer.Option(min=1, help="Questions for each cache.")] = 10,
-    keys: Annotated[int, typer.Option(min=1, max=10, help="Facts hidden in a text, of which one is asked for.")] = 1,
-    blind: Annotated[bool, typer.Option("--blind", help="Compress the text before the question is seen.")] = False,
-    tasks: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder with RULER's CONTEXT/TASK.jsonl files.")
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task of that folder, may be repeated.")] = None,
+def report(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Where the figures are (`--out`).")],
 ) -> None:
-    """Whether a number hidden in a long text is still found."""
-    from . import needles as bench
+    """One HTML page with tables and pictures from the figures of a folder."""
+    from ..errors import KVStackError
+    from . import report as bench
 
-    settings = _run(model, contexts, stack, threads, seed, tiny, dtype, json, bench.CONTEXTS, bench.STACKS)
-    bench.run(settings, samples, keys, blind, tasks, task or bench.RULER)
-
-
-def _run(
-    model: str | None,
-    contexts: str | None,
-    stacks: list[str] | None,
-    threads: int,
-    seed: int,
-    tiny: bool,
-    dtype: Dtype,
-    json: Path | None,
-    usual_contexts: tuple[int, ...],
-    usual_stacks: tuple[str, ...],
-) -> Run:
-    from .common import Run
-
-    lengths = tuple(map(int, contexts.split(","))) if contexts else TINY_CONTEXTS if tiny else usual_contexts
-    return Run(lengths, tuple(stacks or usual_stacks), model, dtype.value, threads, seed, tiny, json)
+    try:
+        typer.echo(bench.write(folder))
+    except KVStackError as error:
+        raise typer.BadParameter(str(error)) from None

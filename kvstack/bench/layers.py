@@ -20,8 +20,10 @@ from ..grouping import Grouping
 from ..reading import observe
 from ..types import KV
 from ..weights import WeightAxes
-from . import common
-from .common import Run, Subject
+from . import show
+from .results import Results
+from .run import Run, environment
+from .subject import Subject, opened
 
 __all__ = ["measure", "run"]
 
@@ -37,13 +39,16 @@ class Likeness:
 
 
 def run(run: Run, layers: int | None) -> None:
-    with common.opened(run) as subject:
-        with common.progress("reading a text"):
+    with opened(run) as subject:
+        with show.working("reading a text"):
             found = measure(subject, layers)
         title = f"groups of {found[0].layers} layers: {subject.name}, {run.dtype}"
         rows = [[row.variant, f"{row.ends:.3f}", f"{row.pairs:.3f}"] for row in found]
-        common.table(title, ("cosine of", "first and last", "all pairs"), rows)
-        common.write("layers", run, subject.name, [asdict(row) for row in found])
+        show.table(title, ("cosine of", "first and last", "all pairs"), rows)
+        results = Results("layers", run.out, environment(run, subject.name))
+        for row in found:
+            figures = asdict(row)
+            results.add(figures, variant=figures.pop("variant"), layers=figures.pop("layers"))
 
 
 def measure(subject: Subject, layers: int | None) -> list[Likeness]:
@@ -58,7 +63,7 @@ def measure(subject: Subject, layers: int | None) -> list[Likeness]:
     try:
         axes = WeightAxes(subject.model, plan.modules, plan.groups)
     except BindError as error:  # keys that are normalised have no such latents
-        common.console().print(f"latents of the weights: left out. {error}", highlight=False)
+        show.console().print(f"latents of the weights: left out. {error}", highlight=False)
     else:
         kinds["latents of the weights"] = [
             [_flat(_hidden(kv)) @ axes.down(layers, axes.full_rank, kv.keys.device).T for kv in group]

@@ -1,8 +1,8 @@
-"""Bytes a cache holds, by stage, and the peak of its prefill.
+"""Bytes a cache holds, by stage, and the peaks of its prefill and of decoding.
 
-The peak is that of the process: what its resident memory grew to during the prefill, less what it was before. It
-is measured in a process of its own for each cache, and on Linux, whose kernel can reset the high-water mark; it
-cannot be measured from inside Python, whose tracers do not see torch's memory.
+A peak is that of the process: what its resident memory grew to meanwhile, less what it was before the prefill. It is
+measured in a process of its own for each cache, and on Linux, whose kernel can reset the high-water mark; it cannot
+be measured from inside Python, whose tracers do not see torch's memory.
 """
 
 from __future__ import annotations
@@ -17,59 +17,92 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import KVStack, Report
+from transformers import Cache
+
+from .. import KVStack, Report, models
 from ..errors import KVStackError
 from ..report import Part
-from . import common
-from .common import Run, Subject, Variant
+from . import show, variants
+from .results import Results
+from .run import Run, environment
+from .subject import Subject, opened, prefill, step
+from .variants import Variant
 
 __all__ = ["CONTEXTS", "STACKS", "measure", "run"]
 
-CONTEXTS = (4096,)
-STACKS = ("empty", "evict:0.2", "quant:4", "quant:2", "quant:2+evict:0.2", "hqq:4", "hqq:2")
+CONTEXTS = (1024, 4096, 7680)
+STACKS = (
+    "empty",
+    "evict:0.2",
+    "quant:4",
+    "quant:2",
+    "quant:2+evict:0.2",
+    "commonkv+quant:2+evict:0.2",
+    "hqq:4",
+    "hqq:2",
+)
 WARM_UP = 64
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def run(run: Run, decode: int, peak: bool) -> None:
-    variants = common.chosen(run)
-    for context in run.contexts:
-        if peak:
-            found = [_in_own_process(run, variant.label, context, decode) for variant in variants]
-        else:
-            with common.opened(run) as subject:
-                found = [measure(subject, variant, context, decode, run.seed, peak=False) for variant in variants]
-        dense = found[0]
-        for row in found:
-            row["share_prefill"] = row["nbytes_prefill"] / dense["nbytes_prefill"]
-            row["share"] = row["nbytes"] / dense["nbytes"]
-        _show(f"memory at {context:,} tokens: {dense['model']}, {run.dtype}", found, decode)
-        common.write("memory", run, dense["model"], found)
+def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
+    """Measure, print a table for each context, and give its rows."""
+    caches = variants.available(variants.parse(run.stacks), alone=False)
+    name = models.DEFAULT_MODEL if run.model is None else run.model
+    results = Results("memory", run.out, environment(run, "tiny random llama" if run.tiny else name))
+    rows: list[dict[str, Any]] = []
+    with show.steps("memory", len(run.contexts) * len(caches)) as progress:
+        for context in run.contexts:
+            keys = [{"context": context, "cache": cache.label, "decode": decode, "peak": peak} for cache in caches]
+            for cache, key in zip(caches, keys, strict=True):
+                if results.get(**key) is None:
+                    try:
+                        figures = _in_own_process(run, cache.label, context, decode, peak)
+                    except KVStackError as error:
+                        show.console().print(f"{cache.label} at {context:,}: skipped, {error}", highlight=False)
+                    else:
+                        results.add({"kind": cache.kind, "family": cache.family, **figures}, **key)
+                    progress.step(f"{cache.label} at {context:,}")
+                else:
+                    progress.skip()
+            mine = results.rows(keys)
+            show_table(f"memory at {context:,} tokens: {results.environment['model']}, {run.dtype}", mine)
+            rows += mine
+    return rows
 
 
-def measure(subject: Subject, variant: Variant, context: int, decode: int, seed: int, peak: bool) -> dict[str, Any]:
-    """Prefill `context` tokens, decode `decode` more; what was held after each, and the peak of the prefill."""
-    ids = subject.tokens(context, seed)
+def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: bool) -> dict[str, Any]:
+    """Prefill `context` tokens, decode `decode` more; what was held after each, and what the process grew by."""
+    ids = subject.tokens(context)
     # the weights come into memory when they are first used, and so does what the math libraries reserve
-    common.prefill(subject.model, ids[:, :WARM_UP], variant.make(subject.model))
+    prefill(subject.model, ids[:, :WARM_UP], cache.cache(subject.model))
     gc.collect()
     before = _reset_peak() if peak else None
-    cache = variant.make(subject.model)
-    token = common.prefill(subject.model, ids, cache)
+    held = cache.cache(subject.model)
+    token = prefill(subject.model, ids, held)
     grown = None if before is None else _resident("VmHWM") - before
-    prefilled = common.held_bytes(cache)
+    prefilled = variants.held_bytes(held)
+    dense = _dense_bytes(subject, held)
+    if before is not None:
+        gc.collect()
+        _reset_peak()
     for _ in range(decode):
-        token = common.step(subject.model, token, cache)
+        token = step(subject.model, token, held)
     return {
-        "model": subject.name,
-        "context": context,
-        "variant": variant.label,
-        "decoded": decode,
         "nbytes_prefill": prefilled,
-        "nbytes": common.held_bytes(cache),
+        "dense_nbytes_prefill": dense,
+        "nbytes": variants.held_bytes(held),
+        "dense_nbytes": _dense_bytes(subject, held),
         "peak_prefill": grown,
-        "report": cache.report().to_dict() if isinstance(cache, KVStack) else None,
+        "peak_decode": None if before is None else _resident("VmHWM") - before,
+        "parts": held.report().to_dict()["parts"] if isinstance(held, KVStack) else [],
+        "report": held.report().to_dict() if isinstance(held, KVStack) else None,
     }
+
+
+def _dense_bytes(subject: Subject, held: Cache) -> int:
+    """What a dense cache of the same tokens holds, in the model's dtype."""
+    return int(variants.dense_bfloat16(held, subject.model) * subject.model.dtype.itemsize / 2)
 
 
 # ---- the peak
@@ -91,49 +124,64 @@ def _reset_peak() -> int | None:
     return _resident("VmRSS")
 
 
-def _in_own_process(run: Run, label: str, context: int, decode: int) -> dict[str, Any]:
-    job = {"run": asdict(run) | {"json": None}, "label": label, "context": context, "decode": decode}
-    with common.progress(f"measuring {label} at {context:,} tokens"):
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True, check=False
-        )
+def _in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
+    job = {"run": asdict(run) | {"out": None, "texts": None}, "label": label, "context": context, "decode": decode}
+    if not peak:
+        return _job(job, peak)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise KVStackError(f"measuring {label} failed:\n{done.stderr.strip()}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _serve(job: Mapping[str, Any]) -> None:
-    run = Run(**job["run"])
-    variant = next(v for v in common.variants([job["label"]]) if v.label == job["label"])
-    with common.opened(run) as subject:
-        print(json.dumps(measure(subject, variant, job["context"], job["decode"], run.seed, peak=True)))
+def _job(job: Mapping[str, Any], peak: bool) -> dict[str, Any]:
+    cache = next(v for v in variants.parse([job["label"]]) if v.label == job["label"])
+    with opened(Run(**job["run"])) as subject:
+        return measure(subject, cache, job["context"], job["decode"], peak)
 
 
 # ---- the table
 
 
-def _show(title: str, found: Sequence[Mapping[str, Any]], decode: int) -> None:
-    rows = [
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
         [
-            row["variant"],
-            common.mib(row["nbytes_prefill"]),
-            f"{row['share_prefill']:.1%}",
-            common.mib(row["nbytes"]),
-            f"{row['share']:.1%}",
-            "-" if row["peak_prefill"] is None else common.mib(row["peak_prefill"]),
+            row["cache"],
+            show.mib(row["nbytes_prefill"]),
+            f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}",
+            f"{row['nbytes_prefill'] / row['context']:,.0f}",
+            show.mib(row["nbytes"]),
+            f"{row['nbytes'] / row['dense_nbytes']:.1%}",
+            *("-" if row[name] is None else show.mib(row[name]) for name in ("peak_prefill", "peak_decode")),
         ]
-        for row in found
+        for row in rows
     ]
-    columns = ("cache", "MiB", "of dense", f"MiB, {decode} tokens later", "of dense", "peak of the prefill, MiB")
-    caption = "peak: what the process grew by at most during the prefill, activations included"
-    common.table(title, columns, rows, caption)
-    for row in found:
+    later = f"{rows[0]['decode']} later"
+    columns = (
+        "cache",
+        "MiB",
+        "of dense",
+        "bytes a token",
+        f"MiB, {later}",
+        "of dense",
+        "peak of prefill",
+        "of decoding",
+    )
+    caption = (
+        "peaks in MiB: what the process grew by at most, activations and what the allocator keeps included; later: "
+        "tokens decoded"
+    )
+    show.table(title, columns, lines, caption)
+    for row in rows:
         if row["report"] is not None:
             parts = [Part(**part) for part in row["report"]["parts"]]
             kept = {name: row["report"][name] for name in ("stack", "seen", "held", "nbytes", "dense_nbytes")}
-            common.console().print(Report(parts=parts, **kept))
+            show.console().print(Report(parts=parts, **kept))
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    print(json.dumps(_job(given, peak=True)))

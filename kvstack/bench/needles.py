@@ -1,166 +1,194 @@
-"""Needles: a number hidden in Python's documentation, asked for at the end of the prompt.
+"""Whether what stands in a long text is still found: RULER's tasks, RULER's and LongBench's own files.
 
-Every sample hides one sentence (or several, of which one is asked for) at a depth of its own. What counts is the share
-of the answers that stand in what the model generates greedily. The task is RULER's single needle in a text haystack and
-its multikey variant (Hsieh et al. 2024, arXiv 2404.06654), written anew with other words and texts; RULER's own files
-can be read too.
-
-With `blind` the text is compressed before the question is seen, as when a document is read once and asked about later.
+aware      text and question are one prompt, and the cache compresses both: it may look at the question
+agnostic   the text is compressed before any question is seen; each question is then asked of a copy of the cache
+turns      as agnostic, but the questions follow each other in one cache, its own answers between them
 """
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from ..errors import KVStackError
-from . import common
-from .common import Run, Subject, Variant
-from .texts import documentation
+from . import show, summary, tasks, texts, variants
+from .results import Results
+from .run import Run, environment
+from .subject import Subject, opened, prefill
+from .tasks import Question, Sample
+from .variants import Variant
 
-__all__ = ["CONTEXTS", "RULER", "STACKS", "measure", "run"]
+__all__ = ["CONTEXTS", "MODES", "STACKS", "TASKS", "Asking", "run"]
 
+Mode = Literal["aware", "agnostic", "turns"]
+MODES: tuple[Mode, ...] = ("aware", "agnostic", "turns")
 CONTEXTS = (1024,)
-RULER = ("niah_single_2", "niah_multikey_1", "niah_multivalue")
+TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue")
 STACKS = (
     "evict:0.2",
+    "evict:0.2,score=random",
     "quant:2",
-    "quant:4+evict:0.2",
     "commonkv+quant:2",
     "commonkv+quant:2+evict:0.2",
-    "evict:0.2,score=streaming",
-    "evict:0.2,score=random",
+    "hqq:2",
+    "kvpress:snapkv,keep=0.2",
+    "kvpress:kvzip,keep=0.2",
 )
-WORDS = ("harbor", "violin", "glacier", "lantern", "meadow", "compass", "orchard", "thimble", "walnut", "saddle")
-TOKENS_PER_ANSWER = 12
-QUESTIONS = ("\nWhat", "\nQuestion")
-"""What the question of a RULER task begins with."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    text: Tensor  # (1, T)
-    question: Tensor  # (1, Q)
-    answers: tuple[str, ...]
+class Asking:
+    """What is asked, and how.
+
+    Attributes:
+        tasks: names of tasks, or of files in `folder`.
+        modes: see above.
+        samples: texts for each task.
+        questions: for each text; more than one only in tasks that have several.
+        answer_tokens: at most this many new tokens for each expected answer, and no more than the task allows.
+        folder: RULER's CONTEXT/TASK.jsonl files, or LongBench's TASK.jsonl files, in place of our own texts.
+        longbench: whether `folder` holds LongBench's.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    modes: tuple[Mode, ...] = ("aware", "agnostic")
+    samples: int = 10
+    questions: int = 1
+    answer_tokens: int = 30
+    folder: Path | None = None
+    longbench: bool = False
 
 
-@dataclass(frozen=True)
-class Found:
-    """Share of the answers that the model gave with one cache."""
-
-    context: int
-    task: str
-    blind: bool
-    variant: str
-    found: float
-    samples: int
-    share: float
-    """Bytes held after the prompt and the answer, as a share of a bfloat16 dense cache's."""
-
-
-def run(run: Run, count: int, keys: int, blind: bool, tasks: Path | None, names: Sequence[str]) -> None:
-    variants = common.chosen(run)
-    with common.opened(run) as subject:
+def run(run: Run, asking: Asking) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Ask, print a table for each task, and give the rows of `summary.needles` and `summary.heat`."""
+    records: list[dict[str, Any]] = []
+    with opened(run) as subject:
+        caches = variants.available(variants.parse(run.stacks), subject.model)
+        results = Results("needles", run.out, environment(run, subject.name))
         for context in run.contexts:
-            if tasks is None:
-                own = [_sample(subject, context, keys, run.seed * 10_000 + number) for number in range(count)]
-                data = {f"{keys} needles": own}
-            else:
-                data = {name: _read(subject, tasks / str(context) / f"{name}.jsonl", count) for name in names}
-            for task, samples in data.items():
-                found = measure(subject, samples, variants, context, task, blind)
-                _show(f"{task}, {context:,} tokens: {subject.name}, {run.dtype}", found)
-                common.write("needles", run, subject.name, [asdict(row) for row in found])
+            for task in asking.tasks:
+                samples = _samples(subject, run, asking, context, task)
+                for mode in asking.modes:
+                    found = measure(subject, results, asking, context, samples, mode, caches)
+                    title = f"{task}, {mode}, {context:,} tokens: {subject.name}, {run.dtype}"
+                    show_table(title, summary.needles(found, run.seed))
+                    records += found
+    return summary.needles(records, run.seed), summary.heat(records)
+
+
+def _samples(subject: Subject, run: Run, asking: Asking, context: int, task: str) -> list[Sample]:
+    if asking.folder is None:
+        prose = texts.prose(run.texts)
+        return tasks.make(task, context, asking.samples, run.seed, subject.count, prose, asking.questions)
+    if asking.longbench:
+        return tasks.longbench_files(asking.folder, task, asking.samples)
+    return tasks.ruler_files(asking.folder, context, task, asking.samples)
 
 
 def measure(
-    subject: Subject, samples: Sequence[Sample], variants: Sequence[Variant], context: int, task: str, blind: bool
-) -> list[Found]:
-    """Ask every sample of every variant."""
-    rows = []
-    for variant in variants:
-        score, share = 0.0, 0.0
-        with common.progress(f"{task}, {variant.label}: {len(samples)} questions"):
+    subject: Subject,
+    results: Results,
+    asking: Asking,
+    context: int,
+    samples: Sequence[Sample],
+    mode: Mode,
+    caches: Sequence[Variant],
+) -> list[dict[str, Any]]:
+    """Ask every sample of every cache; records of what was asked now or before."""
+    source = "own" if asking.folder is None else asking.folder.name
+    keys = []
+    with show.steps(f"{samples[0].task}, {mode}", len(samples) * len(caches)) as progress:
+        for cache in caches:
             for sample in samples:
-                cache = variant.make(subject.model)
-                answer = _answer(subject, sample, cache, blind).lower()
-                score += sum(wanted.lower() in answer for wanted in sample.answers) / len(sample.answers)
-                share += common.share_of_bfloat16(cache, subject.model)
-        n = len(samples)
-        rows.append(Found(context, task, blind, variant.label, score / n, n, share / n))
-    return rows
+                key = {"context": context, "task": sample.task, "mode": mode, "sample": sample.index}
+                key |= {"questions": len(sample.questions), "answer_tokens": asking.answer_tokens}
+                key |= {"source": source, "cache": cache.label}
+                keys.append(key)
+                if results.get(**key) is not None:
+                    progress.skip()
+                    continue
+                results.add(_ask(subject, cache, sample, mode, asking.answer_tokens), **key)
+                progress.step(cache.label)
+    return results.rows(keys)
 
 
-def _read(subject: Subject, path: Path, count: int) -> list[Sample]:
-    """The first `count` samples of a RULER file: a JSON object a line with `input` and `outputs`."""
-    if subject.tokenizer is None:
-        raise KVStackError("--tasks needs a model with a tokenizer. Leave --tiny out.")
-    if not path.is_file():
-        raise KVStackError(f"{path} is no file. --tasks names a folder with one CONTEXT/TASK.jsonl per task.")
-    samples = []
-    for line in path.read_text(encoding="utf-8").splitlines()[:count]:
-        entry = json.loads(line)
-        cut = max(entry["input"].rfind(mark) for mark in QUESTIONS)
-        if cut < 0:
-            raise KVStackError(f"{path}: no question found in a sample: it begins with one of {QUESTIONS}.")
-        text, question = _encode(subject, entry["input"][:cut]), _encode(subject, entry["input"][cut:])
-        samples.append(Sample(text[None], question[None], tuple(entry["outputs"])))
-    return samples
+def _ask(subject: Subject, cache: Variant, sample: Sample, mode: Mode, answer_tokens: int) -> dict[str, Any]:
+    text = subject.ids(sample.text)
+    answers, shares = [], []
+    for answer, share in _answers(subject, cache, text, sample, mode, answer_tokens):
+        answers.append(answer)
+        shares.append(share)
+    scores = [tasks.score(q.metric, answer, q) for q, answer in zip(sample.questions, answers, strict=True)]
+    return {
+        "kind": cache.kind,
+        "family": cache.family,
+        "depth": sample.depth,
+        "score": sum(scores) / len(scores),
+        "scores": scores,
+        "answers": answers,
+        "share": sum(shares) / len(shares),
+    }
 
 
-def _sample(subject: Subject, length: int, keys: int, seed: int) -> Sample:
-    draw = random.Random(seed)
-    words = draw.sample(WORDS, keys)
-    numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in words]
-    if subject.tokenizer is None:  # a random model finds nothing, whatever it is asked
-        ids = subject.random(length, seed)
-        return Sample(ids[:, :-8], ids[:, -8:], (numbers[0],))
-    text = documentation()
-    hay = text[draw.randrange(len(text) // 2) :]
-    filler = subject.encode(hay, length)[0]
-    depths = sorted(draw.random() for _ in words)
-    facts = [
-        _encode(subject, f"\nThe special number of the {w} is {n}.\n") for w, n in zip(words, numbers, strict=True)
-    ]
-    question = _encode(
-        subject, f"\n\nWhat is the special number of the {words[0]}? The special number of the {words[0]} is"
-    )
-    filler = filler[: length - len(question) - sum(map(len, facts))]
-    pieces, last = [], 0
-    for depth, fact in zip(depths, draw.sample(facts, len(facts)), strict=True):
-        place = int(depth * len(filler))
-        pieces += [filler[last:place], fact]
-        last = place
-    return Sample(torch.cat([*pieces, filler[last:]])[None], question[None], (numbers[0],))
-
-
-def _encode(subject: Subject, text: str) -> Tensor:
-    assert subject.tokenizer is not None
-    ids: Tensor = subject.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    return ids
-
-
-def _answer(subject: Subject, sample: Sample, cache: Cache, blind: bool) -> str:
+def _answers(
+    subject: Subject, cache: Variant, text: Tensor, sample: Sample, mode: Mode, answer_tokens: int
+) -> Iterator[tuple[str, float]]:
+    """Each answer, and the bytes held when it was given."""
+    if cache.press is not None:
+        yield from _answers_of_peer(subject, cache, text, sample, mode, answer_tokens)
+        return
     model = subject.model
-    ids = torch.cat([sample.text, sample.question], dim=1).to(model.device)
-    if blind:
-        common.prefill(model, sample.text.to(model.device), cache)
-    mask = torch.ones_like(ids)
-    new_tokens = TOKENS_PER_ANSWER * len(sample.answers)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
-    new = out[0, ids.shape[1] :]
-    return str(new.tolist()) if subject.tokenizer is None else str(subject.tokenizer.decode(new))
+    held = cache.cache(model)
+    if mode != "aware":
+        prefill(model, text.to(model.device), held)
+    so_far = text
+    for number, question in enumerate(sample.questions):
+        if number and mode == "aware":
+            held = cache.cache(model)
+        last = number == len(sample.questions) - 1
+        used = copy.deepcopy(held) if mode == "agnostic" and not last else held
+        ids = torch.cat([so_far if mode == "turns" else text, subject.ids(question.text)], dim=1)
+        out = _generate(subject, ids, used, question, answer_tokens)
+        yield str(subject.tokenizer.decode(out[0, ids.shape[1] :])), variants.share_of_bfloat16(used, model)
+        so_far = out.cpu()
 
 
-def _show(title: str, found: Sequence[Found]) -> None:
-    rows = [[row.variant, f"{row.found:.2f}", f"{row.share:.2%}"] for row in found]
-    when = "the text compressed before the question is seen" if found[0].blind else "the question inside the prompt"
-    caption = f"share of the answers to {found[0].samples} questions, {when}"
-    common.table(title, ("cache", "found", "bytes of a bf16 cache"), rows, caption)
+def _generate(subject: Subject, ids: Tensor, held: Cache, question: Question, answer_tokens: int) -> Tensor:
+    ids = ids.to(subject.model.device)
+    limit = _limit(question, answer_tokens)
+    found: Tensor = subject.model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=held, max_new_tokens=limit, do_sample=False
+    )
+    return found
+
+
+def _limit(question: Question, answer_tokens: int) -> int:
+    return min(question.new_tokens, answer_tokens * len(question.answers))
+
+
+def _answers_of_peer(
+    subject: Subject, cache: Variant, text: Tensor, sample: Sample, mode: Mode, answer_tokens: int
+) -> Iterator[tuple[str, float]]:
+    assert subject.kvpress is not None and cache.press is not None  # noqa: PT018
+    if mode == "turns":
+        raise KVStackError(f"{cache.label}: several turns in one cache are not offered by this peer. Leave it out.")
+    for question in sample.questions:
+        asked, limit = subject.ids(question.text), _limit(question, answer_tokens)
+        found = subject.kvpress.answer(text, asked, limit, cache.press, blind=mode == "agnostic")
+        yield str(subject.tokenizer.decode(found.ids)), found.share
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        [row["cache"], f"{row['score']:.2f}", f"{row['low']:.2f} - {row['high']:.2f}", show.share(row["share"])]
+        for row in rows
+    ]
+    caption = f"share of the answers found in {rows[0]['samples']} texts, bootstrap interval"
+    show.table(title, ("cache", "found", "95 %", "bytes of a bf16 cache"), lines, caption)

@@ -8,29 +8,34 @@ tokens that are scored read the same compressed text, and none of them is compre
                  0 is no drift at all
     q99          its 99 % quantile over the tokens
     top-1        share of tokens whose likeliest successor is the same
-    NLL          mean negative log likelihood of the true next token, in nats
+    NLL          mean negative log likelihood of the true next token, in nats; that of `nothing`, which reads the
+                 second part alone, says what the context is worth
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import common, texts
-from .common import DENSE, Run, Subject, Variant
+from . import show, summary, texts, variants
+from .results import Results
+from .run import Run, environment
+from .subject import Subject, opened, prefill
+from .variants import Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CONTEXTS", "STACKS", "Drift", "measure", "run"]
+__all__ = ["CONTEXTS", "STACKS", "Reading", "compare", "read", "run", "windows_of"]
 
-CONTEXTS = (1024, 4096, 7680)
-SHORT = (
+CONTEXTS = (1024,)
+STACKS = (
+    "nothing",
+    "evict:0.2,score=random",
     "quant:8",
     "quant:4",
     "quant:2",
@@ -38,178 +43,157 @@ SHORT = (
     "evict:0.2",
     "quant:4+evict:0.5",
     "quant:2+evict:0.2",
-    "hqq:4,group=16",
-    "hqq:4",
-    "hqq:2,group=16",
-    "hqq:2",
     "commonkv:0.5",
     "commonkv:0.5+quant:2",
     "commonkv:0.3,basis=weights,layers=5",
     "commonkv:0.3,basis=weights,layers=5,merge=mean",
+    "hqq:4,group=16",
+    "hqq:4",
+    "hqq:2,group=16",
+    "hqq:2",
+    "quanto:4",
+    "quanto:2",
+    "kvpress:snapkv,keep=0.5",
+    "kvpress:snapkv,keep=0.2",
+    "kvpress:expected,keep=0.5",
+    "kvpress:keydiff,keep=0.5",
+    "kvpress:kvzip,keep=0.5",
 )
-STACKS = {
-    1024: SHORT,
-    # an eighth, a sixteenth
-    4096: ("commonkv:0.87+quant:2", "commonkv:0.45+quant:2@window=16", "commonkv+quant:2+evict:0.5", "hqq:2"),
-    # a fiftieth, a hundredth, and the line of the README
-    7680: ("commonkv:0.136+quant:2@window=16", "commonkv:0.056+quant:2@window=16", "commonkv+quant:2+evict:0.2"),
-}
-"""What is measured by default at each context; at others, what 1,024 has."""
-ALL = "all"
-"""Stands for the mean of all domains."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One window read through one cache: numbers per scored token, and the bytes held while they were scored."""
+class Reading:
+    """What one cache made of one window."""
 
-    kl: Tensor
-    same: Tensor
-    nll: Tensor
+    log_probs: Tensor  # (scored, vocabulary), float32
     share: float
+    """Bytes held while the tokens were scored, as a share of a bfloat16 dense cache's."""
+    simulated: bool = False
+    """Whether the bytes are what the method claims and not what is held."""
 
 
-@dataclass(frozen=True)
-class Drift:
-    """What one cache did to the texts of one domain."""
-
-    context: int
-    domain: str
-    variant: str
-    kl: float
-    kl_q99: float
-    top1: float
-    nll: float
-    share: float
-    """Bytes held, as a share of a bfloat16 dense cache's (`common.share_of_bfloat16`)."""
-    scored: int
-    """Tokens."""
-
-
-def run(run: Run, windows: int, score: int, folder: Path | None) -> None:
-    with common.opened(run) as subject:
+def run(run: Run, windows: int, score: int) -> list[dict[str, Any]]:
+    """Measure, print a table for each context, and give the rows of `summary.quality`."""
+    rows: list[dict[str, Any]] = []
+    with opened(run) as subject:
+        caches = variants.available(variants.parse(run.stacks), subject.model)
+        results = Results("quality", run.out, environment(run, subject.name))
         for context in run.contexts:
-            stacks = run.stacks or STACKS.get(context, SHORT)
-            variants = common.chosen(replace(run, stacks=stacks))
-            data = _windows(subject, context + score + 1, windows, run.seed, folder)
-            found = measure(subject.model, data, context, variants)
-            title = f"{context:,} tokens compressed, the next {score} scored: {subject.name}, {run.dtype}"
-            _show(title, found, variants)
-            common.write("quality", run, subject.name, [asdict(drift) for drift in found])
-
-
-def _windows(subject: Subject, length: int, count: int, seed: int, folder: Path | None) -> dict[str, list[Tensor]]:
-    """Token ids (1, length) by domain."""
-    if subject.tokenizer is None:
-        return {"random": [subject.random(length, seed + i) for i in range(count)]}
-    return {
-        domain: [subject.encode(piece, length) for piece in texts.windows(text, count, 8 * length, seed)]
-        for domain, text in texts.domains(folder).items()
-    }
+            found = measure(subject, results, run, context, caches, windows, score)
+            mine = summary.quality(found, run.seed)
+            show_table(f"{context:,} tokens compressed, the next {score} scored: {subject.name}, {run.dtype}", mine)
+            rows += mine
+    return rows
 
 
 def measure(
-    model: PreTrainedModel, data: Mapping[str, Sequence[Tensor]], context: int, variants: Sequence[Variant]
-) -> list[Drift]:
-    """Score what follows the first `context` tokens of every window in `data`; the first variant must be dense."""
-    samples: dict[str, dict[str, list[Sample]]] = {}
-    for domain, windows in data.items():
-        samples[domain] = {variant.label: [] for variant in variants}
-        for number, ids in enumerate(windows):
-            with common.progress(f"{domain}, window {number + 1} of {len(windows)}"):
-                for label, sample in _read(model, ids, context, variants).items():
-                    samples[domain][label].append(sample)
-    samples[ALL] = {v.label: [s for mine in samples.values() for s in mine[v.label]] for v in variants}
-    return [drift for domain, mine in samples.items() for drift in _drifts(context, domain, mine)]
+    subject: Subject,
+    results: Results,
+    run: Run,
+    context: int,
+    caches: Sequence[Variant],
+    windows: int,
+    score: int,
+) -> list[dict[str, Any]]:
+    """Score what follows the first `context` tokens of every window; records of what was measured now or before."""
+    data = windows_of(subject, run, context + score + 1, windows)
+    keys = []
+    with show.steps(f"quality at {context:,}", len(data) * len(caches)) as progress:
+        for (domain, number), ids in data.items():
+            own = [_key(context, score, domain, number, cache) for cache in caches]
+            keys += own
+            todo = [cache for cache, key in zip(caches, own, strict=True) if results.get(**key) is None]
+            progress.skip(len(caches) - len(todo))
+            if not todo:
+                continue
+            for cache, reading, dense in _read_all(subject, ids, context, todo, caches[0]):
+                figures = compare(reading, dense, ids[0, context + 1 :])
+                labels = {"kind": cache.kind, "family": cache.family}
+                results.add(labels | figures, **_key(context, score, domain, number, cache))
+                progress.step(f"{domain}, {cache.label}")
+    return results.rows(keys)
 
 
-def _read(model: PreTrainedModel, ids: Tensor, context: int, variants: Sequence[Variant]) -> dict[str, Sample]:
-    """One window through every variant."""
-    found, dense = {}, None
-    for variant in variants:
-        cache = variant.make(model)
-        common.prefill(model, ids[:, :context], cache)
-        share = common.share_of_bfloat16(cache, model)
-        logits = _continue(model, ids, context, cache)
-        dense = logits if dense is None else dense
-        found[variant.label] = _compare(dense, logits, ids[0, context + 1 :], share)
-    return found
+def windows_of(subject: Subject, run: Run, length: int, count: int) -> dict[tuple[str, int], Tensor]:
+    """Token ids (1, length) by domain and number."""
+    return {
+        (domain, number): subject.encode(piece, length)
+        for domain, text in texts.domains(run.texts).items()
+        for number, piece in enumerate(texts.windows(text, count, 8 * length, run.seed))
+    }
 
 
-def _continue(model: PreTrainedModel, ids: Tensor, context: int, cache: object) -> Tensor:
+def _key(context: int, score: int, domain: str, window: int, cache: Variant) -> dict[str, Any]:
+    return {"context": context, "score": score, "domain": domain, "window": window, "cache": cache.label}
+
+
+def _read_all(
+    subject: Subject, ids: Tensor, context: int, todo: Sequence[Variant], dense: Variant
+) -> Iterator[tuple[Variant, Reading, Tensor]]:
+    """What each cache made of one window, and what the dense one did."""
+    reference = read(subject, dense, ids, context)
+    for cache in todo:
+        reading = reference if cache == dense else read(subject, cache, ids, context)
+        yield cache, reading, reference.log_probs
+
+
+def read(subject: Subject, cache: Variant, ids: Tensor, context: int) -> Reading:
+    """Prefill the first `context` of `ids` (1, T) into an empty cache and score the rest from it."""
+    if cache.label == variants.NOTHING:
+        return Reading(_log_probs(subject.model, ids[:, context:-1], None, 0), 0.0)
+    if cache.press is not None:
+        assert subject.kvpress is not None  # it is available, or the cache would have been skipped
+        return Reading(*subject.kvpress.read(ids, context, cache.press))
+    held = cache.cache(subject.model)
+    prefill(subject.model, ids[:, :context].to(subject.model.device), held)
+    share = variants.share_of_bfloat16(held, subject.model)
+    return Reading(_log_probs(subject.model, ids[:, context:-1], held, context), share)
+
+
+def _log_probs(model: PreTrainedModel, fed: Tensor, cache: Any, start: int) -> Tensor:
     """Log probabilities (scored, vocabulary) after each true token that has a successor."""
-    fed = ids[:, context:-1]
-    positions = torch.arange(context, context + fed.shape[1])[None]
-    logits = model(input_ids=fed, past_key_values=cache, position_ids=positions, use_cache=True).logits
+    fed = fed.to(model.device)
+    positions = torch.arange(start, start + fed.shape[1], device=model.device)[None]
+    logits = model(input_ids=fed, past_key_values=cache, position_ids=positions, use_cache=cache is not None).logits
     return logits[0].float().log_softmax(-1)
 
 
-def _compare(dense: Tensor, own: Tensor, targets: Tensor, share: float) -> Sample:
-    return Sample(
-        kl=torch.nn.functional.kl_div(own, dense, log_target=True, reduction="none").sum(-1),
-        same=own.argmax(-1) == dense.argmax(-1),
-        nll=-own.gather(-1, targets[:, None])[:, 0],
-        share=share,
-    )
-
-
-# ---- figures
-
-
-def _drifts(context: int, domain: str, samples: Mapping[str, Sequence[Sample]]) -> list[Drift]:
-    found = []
-    for label, mine in samples.items():
-        kl = torch.cat([sample.kl for sample in mine])
-        drift = Drift(
-            context=context,
-            domain=domain,
-            variant=label,
-            kl=kl.mean().item(),
-            kl_q99=kl.quantile(0.99).item(),
-            top1=torch.cat([sample.same for sample in mine]).float().mean().item(),
-            nll=torch.cat([sample.nll for sample in mine]).mean().item(),
-            share=sum(sample.share for sample in mine) / len(mine),
-            scored=kl.numel(),
-        )
-        found.append(drift)
-    return found
-
-
-def _show(title: str, found: Sequence[Drift], variants: Sequence[Variant]) -> None:
-    by_domain = {
-        domain: [drift for drift in found if drift.domain == domain] for domain in {d.domain: 0 for d in found}
+def compare(reading: Reading, dense: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Figures for each scored token. `dense` (scored, vocabulary), `targets` (scored,) the true next tokens."""
+    own, targets = reading.log_probs, targets.to(dense.device)
+    kl = torch.nn.functional.kl_div(own, dense, log_target=True, reduction="none").sum(-1)
+    return {
+        "share": reading.share,
+        "simulated": reading.simulated,
+        "kl": _numbers(kl),
+        "same": (own.argmax(-1) == dense.argmax(-1)).int().tolist(),
+        "nll": _numbers(-own.gather(-1, targets[:, None])[:, 0]),
     }
-    overall = by_domain.pop(ALL)
-    peers = [drift for drift, variant in zip(overall, variants, strict=True) if variant.peer]
-    rows = [
+
+
+def _numbers(x: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in x.tolist()]
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    domains = list(rows[0]["domains"])
+    lines = [
         [
-            drift.variant,
-            f"{drift.share:.2%}",
-            *(_short(mine[i].kl) for mine in by_domain.values()),
-            _short(drift.kl),
-            _short(drift.kl_q99),
-            f"{drift.top1:.1%}",
-            f"{drift.nll:.3f}",
-            _nearest(drift, peers) if not variants[i].peer and drift.variant != DENSE else "",
+            row["cache"],
+            show.share(row["share"]) + (" *" if row["simulated"] else ""),
+            *(show.short(row["domains"][name]) for name in domains),
+            show.short(row["kl"]),
+            f"{show.short(row['kl_low'])} - {show.short(row['kl_high'])}" if row["kl"] else "",
+            show.short(row["kl_q99"]),
+            f"{row['top1']:.1%}",
+            f"{row['nll']:.3f}",
         ]
-        for i, drift in enumerate(overall)
+        for row in rows
     ]
-    kinds = [f"KL, {domain}" for domain in by_domain]
-    columns = ("cache", "bytes", *kinds, "KL, all", "q99", "top-1", "NLL", "hqq of like bytes")
+    columns = ("cache", "bytes", *(f"KL, {name}" for name in domains), "KL, all", "95 %", "q99", "top-1", "NLL")
     caption = (
-        f"{overall[0].scored:,} tokens scored; bytes as a share of a bfloat16 dense cache's; last column: KL of the "
-        "hqq cache whose bytes are nearest"
+        f"{rows[0]['scored']:,} tokens scored; bytes as a share of a bfloat16 dense cache's"
+        + (" (*: as the method counts them; they are not freed)" if any(row["simulated"] for row in rows) else "")
+        + "; 95 %: bootstrap interval of the mean"
     )
-    common.table(title, columns, rows, caption)
-
-
-def _nearest(drift: Drift, peers: Sequence[Drift]) -> str:
-    """The quantized cache of transformers that holds the most similar number of bytes."""
-    if not peers:
-        return ""
-    peer = min(peers, key=lambda other: abs(other.share - drift.share))
-    return f"{_short(peer.kl)} at {peer.share:.1%}"
-
-
-def _short(kl: float) -> str:
-    return f"{kl:.2g}" if kl < 0.1 else f"{kl:.3f}"
+    show.table(title, columns, lines, caption)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import KVStackError
 from ..samples import docstrings
 
-__all__ = ["documentation", "domains", "windows"]
+__all__ = ["documentation", "domains", "prose", "windows"]
 
 WRITERS = ("difflib", "doctest", "statistics", "turtle", "optparse", "decimal", "_pydecimal", "threading", "typing")
 """Modules of the standard library with much prose in their docstrings."""
@@ -35,6 +35,11 @@ def documentation() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics.values())
+
+
+def prose(folder: Path | None) -> str:
+    """Text to hide things in: the .txt files of `folder`, or Python's documentation."""
+    return documentation() if folder is None else _files(folder)
 
 
 def _files(folder: Path) -> str:
