@@ -189,6 +189,13 @@ def test_short_prose_begins_again():
     assert sample.text.count("Another one.") > 100
 
 
+def test_prose_without_spaces_is_cut_too():
+    for sample in make("niah_single_2", 1024, 3, 0, len, "海很大。船很小。" * 40):
+        assert len(sample.text) + len(sample.questions[0].text) + 128 > 0.98 * 1024
+        place = sample.text.index("The secret number of") / len(sample.text)
+        assert place == pytest.approx(sample.depth, abs=0.15)  # the first line and the needle are long beside the hay
+
+
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from .plan import Plan
+from .plan import NEW_TOKENS, Plan
 from .sample import Question
 from .wordlist import coded_words, words
 
@@ -28,7 +28,6 @@ class CommonWords:
     """
 
     common: int = 10
-    new_tokens: int = 120
 
     most = 1
     one_place = False
@@ -52,7 +51,7 @@ class CommonWords:
             f"\nQuestion: Which {self.common} words come up most often in the list above? "
             f"Answer: The {self.common} words that come up most often in the list are"
         )
-        return intro + _numbered(listed), Question(ask, common, self.new_tokens, "share")
+        return intro + _numbered(listed), Question(ask, common, NEW_TOKENS["cwe"], "share")
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,6 @@ class FrequentWords:
 
     Differs from the paper: other words in the question; at least ten different words, however short the text.
     """
-
-    new_tokens: int = 50
 
     most = 1
     one_place = False
@@ -80,7 +77,7 @@ class FrequentWords:
             "\nQuestion: Which three coded words come up most often in the text above? Do not explain. "
             "Answer: The three coded words that come up most often are"
         )
-        return intro + " ".join(coded), (Question(ask, tuple(vocabulary[1:4]), self.new_tokens, "share"),)
+        return intro + " ".join(coded), (Question(ask, tuple(vocabulary[1:4]), NEW_TOKENS["fwe"], "share"),)
 
 
 def _numbered(listed: list[str] | tuple[str, ...]) -> str:

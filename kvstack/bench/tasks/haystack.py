@@ -16,10 +16,10 @@ __all__ = ["NOISE", "cut", "hide", "noise", "prose"]
 NOISE = "The lamp is on. The tea is hot. The street is quiet. Rain is on its way. One more time, then.\n"
 """The same five short sentences, over and over."""
 
-PIECE = re.compile(r"[^\s-]{1,16}[\s-]*|[\s-]+")
+PIECE = re.compile(r"[^\s。-]{1,16}[\s。-]*|[\s。-]+")
 """A word with what separates it from the next; cut after 16 characters, for scripts that put no spaces."""
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+$")
-FAR = 50
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+$|。\s*$")
+FAR = 25
 """Pieces. Where no sentence ends this near, a needle goes between two words."""
 
 

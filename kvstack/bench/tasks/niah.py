@@ -8,13 +8,12 @@ from itertools import islice
 from typing import Literal
 
 from .haystack import PIECE, hide, noise, prose
-from .plan import Plan
+from .plan import NEW_TOKENS, Plan
 from .sample import Question
 from .wordlist import numbers, uuids, word_keys
 
-__all__ = ["NEW_TOKENS", "Needles"]
+__all__ = ["Needles"]
 
-NEW_TOKENS = 128
 KEYS = {"word": word_keys, "uuid": uuids}
 VALUES = {"number": numbers, "uuid": uuids}
 NOUN = {"number": "number", "uuid": "code"}
@@ -87,4 +86,6 @@ class Needles:
             text = f"\nWhat is the secret {noun} of {names} in the text above? The secret {noun} of {names} is"
         else:
             text = f"\nWhat are all the secret {noun}s of {names} in the text above? The secret {noun}s of {names} are"
-        return Question(text, tuple(value for values in facts.values() for value in values), NEW_TOKENS, "share")
+        return Question(
+            text, tuple(value for values in facts.values() for value in values), NEW_TOKENS["niah"], "share"
+        )

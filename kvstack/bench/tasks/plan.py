@@ -8,7 +8,10 @@ from typing import Protocol
 
 from .sample import Question
 
-__all__ = ["Plan", "Task"]
+__all__ = ["NEW_TOKENS", "Plan", "Task"]
+
+NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
+"""Room for an answer, as RULER has it, by the first part of a task's name."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from ...errors import KVStackError
 from .jsonl import entries
+from .plan import NEW_TOKENS
 from .sample import Question, Sample
 
 __all__ = ["ruler_files"]
 
 QUESTIONS = ("\nWhat", "\nQuestion")
 """What the question of a RULER task begins with."""
-NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
-"""RULER's own, by the first part of a task's name."""
 
 
 def ruler_files(folder: Path, context: int, task: str, samples: int) -> list[Sample]:

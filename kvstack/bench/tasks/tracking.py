@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 from .haystack import hide, noise
-from .plan import Plan
+from .plan import NEW_TOKENS, Plan
 from .sample import Question
 from .wordlist import coded_words, numbers
 
-__all__ = ["NEW_TOKENS", "Tracking"]
+__all__ = ["Tracking"]
 
-NEW_TOKENS = 30
 EXAMPLE = 80
 """Pieces of noise in the example."""
 
@@ -51,4 +50,4 @@ class Tracking:
             f"Answer: The {len(names)} variables that hold the value {value} are"
         )
         text = hide(noise(size), list(zip(depths, chain, strict=True)))
-        return intro + text, Question(ask, names, NEW_TOKENS, "share")
+        return intro + text, Question(ask, names, NEW_TOKENS["vt"], "share")
