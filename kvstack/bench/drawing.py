@@ -150,14 +150,17 @@ def annotate(
     The axes must have their last limits and layout: places are compared in pixels. Greedy, so the result depends on
     nothing but its input.
     """
+    import numpy as np
     from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
 
     canvas: Any = axes.figure.canvas
-    spots: Any = axes.transData.transform(points) if points else []
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
+    pixels = axes.figure.dpi / 72  # shifts are in typographic points
+    spots = axes.transData.transform(points) if points else np.zeros((0, 2))
+    taken = np.concatenate([spots - 6, spots + 6], axis=1)  # boxes: left, bottom, right, top
     for line in lines:
-        taken += _beads(line.get_transform().transform_path(line.get_path()).vertices)
+        beads = _beads(line.get_transform().transform(line.get_xydata()))
+        taken = np.concatenate([taken, np.concatenate([beads - 2, beads + 2], axis=1)])
+    window = np.array([axes.bbox.extents])
     for note in sorted(notes, key=lambda note: (note.x, note.y, note.text)):
         leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
         text: Any = axes.annotate(
@@ -172,43 +175,40 @@ def annotate(
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
             zorder=5,
         )
-
-        def box(shift: tuple[int, int], text: Any = text) -> Bbox:
-            text.xyann = shift
-            text.set_horizontalalignment("left" if shift[0] > 0 else "right")
-            text.update_positions(canvas.get_renderer())
-            return Text.get_window_extent(text, canvas.get_renderer())
-
-        def cost(shift: tuple[int, int], box: Any = box) -> float:
-            own = box(shift)
-            covered = sum(_common(own, other) for other in taken)
-            outside = own.width * own.height - _common(own, axes.bbox)
-            return 4 * covered + 10 * outside + 2 * (abs(shift[0]) + abs(shift[1]))
-
-        shift = min(SHIFTS, key=cost)
-        taken.append(box(shift).padded(2))
-        if abs(shift[0]) + abs(shift[1]) < 20:
-            text.arrow_patch.set_visible(False)
-
-
-def _beads(corners: Any) -> list[Any]:
-    """A line through `corners` as a row of small boxes, all in pixels."""
-    from matplotlib.transforms import Bbox
-
-    return [
-        Bbox.from_bounds(x + (x2 - x) * i / steps - 2, y + (y2 - y) * i / steps - 2, 4, 4)
-        for (x, y), (x2, y2) in pairwise(corners)
-        for steps in [1 + int(max(abs(x2 - x), abs(y2 - y)) / 8)]
-        for i in range(steps + 1)
-    ]
+        extent = Text.get_window_extent(text, canvas.get_renderer())
+        width, half = extent.width, extent.height / 2
+        x, y = axes.transData.transform((note.x, note.y))
+        boxes, costs = [], []
+        for right, up in SHIFTS:
+            left = x + right * pixels - (width if right < 0 else 0)
+            middle = y + up * pixels
+            box = np.array([left, middle - half, left + width, middle + half])
+            outside = 2 * width * half - _common(box, window)
+            boxes.append(box)
+            costs.append(4 * _common(box, taken) + 10 * outside + 2 * (abs(right) + abs(up)))
+        best = int(np.argmin(costs))
+        right, up = text.xyann = SHIFTS[best]
+        text.set_horizontalalignment("left" if right > 0 else "right")
+        text.arrow_patch.set_visible(abs(right) + abs(up) > 20)
+        taken = np.concatenate([taken, boxes[best][None] + [-2, -2, 2, 2]])
 
 
-def _common(one: Any, other: Any) -> float:
-    """Area that two boxes share, in square pixels."""
-    from matplotlib.transforms import Bbox
+def _beads(corners: Any) -> Any:
+    """Points (N, 2) along a line through `corners`, 8 pixels apart or less."""
+    import numpy as np
 
-    both = Bbox.intersection(one, other)
-    return both.width * both.height if both else 0.0
+    parts = [corners]
+    for start, end in pairwise(corners):
+        parts.append(np.linspace(start, end, 2 + int(abs(end - start).max() / 8)))
+    return np.concatenate(parts)
+
+
+def _common(box: Any, others: Any) -> float:
+    """Area of `box` that `others` (N, 4) cover, counted again for each, in square pixels."""
+    import numpy as np
+
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(sides.clip(min=0).prod(axis=1).sum())
 
 
 def tip(artist: Any, text: str) -> None:
@@ -226,6 +226,8 @@ def svg(figure: Figure) -> str:
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=nothing)
     text = re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", out.getvalue())
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     title = html.escape(figure.get_suptitle())
     start = text.index("<svg")  # without the XML and document type declarations
     return text[start:].replace("<svg", f'<svg role="img" aria-label="{title}"', 1).rstrip() + "\n"

@@ -70,7 +70,7 @@ def page(title: str, environment: Mapping[str, object], sections: Sequence[Secti
                     f"{list(row)}. Give one cell per column, None for an empty one."
                 )
     engine = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    engine.filters["cell"] = _cell
+    engine.filters |= {"cell": _cell, "headers": _headers}
     pictures = [[_own_ids(svg, f"p{i}-{j}-") for j, svg in enumerate(s.pictures)] for i, s in enumerate(sections)]
     return engine.from_string(_data("report.html")).render(
         title=title,
@@ -101,8 +101,15 @@ def _cell(value: Value) -> dict[str, object]:
 
 def _key(key: float | str) -> dict[str, object]:
     """No key means last, both ways: empty text, and numbers that are none."""
-    number = isinstance(key, int | float)
-    return {"number": number, "key": "" if number and math.isnan(key) else str(key)}
+    if isinstance(key, str):
+        return {"number": False, "key": key}
+    return {"number": True, "key": "" if math.isnan(key) else str(key)}
+
+
+def _headers(table: Table) -> list[tuple[str, bool]]:
+    """The columns, and whether each holds numbers only: then its header stands to the right, as they do."""
+    cells = [[_cell(value) for value in row] for row in table.rows]
+    return [(name, all(row[i]["number"] or not row[i]["key"] for row in cells)) for i, name in enumerate(table.columns)]
 
 
 def _lines(value: object) -> list[str]:

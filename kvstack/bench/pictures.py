@@ -57,7 +57,8 @@ def quality(rows: Sequence[Row]) -> Figure:
     legend = [_key(family, color=colour[family], marker=marker[family]) for family in present]
     if any(row.get("simulated") for row in rows):
         legend.append(_key("hollow: bytes nominal, none freed", color="#333333", marker="o", mfc="white"))
-    legend.append(_key("best kvstack for its bytes", color=COLOURS[0], linestyle="-"))
+    if any(row["kind"] == "kvstack" for row in rows):
+        legend.append(_key("best kvstack for its bytes", color=COLOURS[0], linestyle="-"))
     if any(row["kind"] == "peer" for row in rows):
         legend.append(_key("best peer for its bytes", color="#333333", linestyle="--"))
     return _scatter("Quality against memory: down and left is better", rows, look_of, fronts_of, legend)
@@ -126,7 +127,7 @@ def _scatter(
         axes.set_title(f"{context:,} tokens")
         axes.set_ylabel(KL)
     panels[-1].set_xlabel(BYTES)
-    panels[0].set_xlim(log_limits([row["share"] for row in shown], 1.5, 1.8))
+    panels[0].set_xlim(log_limits([row["share"] for row in shown], 2, 1.8))
     panels[0].set_ylim(log_limits([value for row in shown for value in (row["kl"], *_interval(row))]))
     figure.legend(handles=list(legend), loc="outside right upper")
     if left_out:
@@ -137,7 +138,7 @@ def _scatter(
         notes = [
             Note(row["share"], row["kl"], row["cache"], colour) for colour, _, front in fronts_of(here) for row in front
         ]
-        annotate(axes, notes, [(row["share"], row["kl"]) for row in here])
+        annotate(axes, notes, [(row["share"], row["kl"]) for row in here], lines[axes])
     return figure
 
 
