@@ -20,7 +20,9 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from . import models
-from .bench.common import console, hardware, held_bytes, mib
+from .bench.run import hardware
+from .bench.show import console, mib
+from .bench.variants import held_bytes
 from .cache import KVStack
 from .errors import KVStackError
 

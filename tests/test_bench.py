@@ -220,7 +220,7 @@ def test_dense_bytes_of_a_sliding_layer_end_with_its_window():
     model(ids, past_key_values=cache)
     model(ids[:, :1], past_key_values=cache)  # until now its layers hold views of the whole prompt
     held = variants.held_bytes(cache) / model.dtype.itemsize * 2
-    assert variants.dense_bfloat16(cache, model) == held
+    assert variants.dense_bfloat16(cache, model) == pytest.approx(held, rel=0.01)  # it also holds a few counters
 
 
 # ---- statistics
@@ -280,7 +280,9 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     lines = (tmp_path / "quality.jsonl").read_text()
     read = quality.read
     asked = []
-    monkeypatch.setattr(quality, "read", lambda tiny, cache, *rest: asked.append(cache.label) or read(tiny, cache, *rest))
+    monkeypatch.setattr(
+        quality, "read", lambda tiny, cache, *rest: asked.append(cache.label) or read(tiny, cache, *rest)
+    )
     assert invoke(*options, "--stack", "quant:4") == first
     assert asked == []
     invoke(*options, "--stack", "quant:4", "--stack", "quant:2")
@@ -330,7 +332,7 @@ def test_everything_and_its_report(tmp_path):
     for heading in ("Quality", "Needles", "Memory", "Speed", "Mix and match", "At equal bytes"):
         assert heading in page
     pictures = sorted(path.stem for path in tmp_path.glob("*.svg"))
-    assert pictures[:4] == ["decode", "matrix-512", "memory", "memory-growth"]
+    assert pictures[:4] == ["decode", "matrix", "memory", "memory-growth"]
     assert page.count("<svg") == len(pictures)
 
 

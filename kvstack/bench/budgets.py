@@ -22,7 +22,7 @@ STACKS = (
     # a quarter
     "commonkv:0.9+quant:4",
     "quant:2",
-    # a tenth and less
+    # an eighth and less
     "commonkv:0.87+quant:2",
     "quant:2+evict:0.5",
     "commonkv:0.45+quant:2@window=16",
@@ -36,11 +36,16 @@ STACKS = (
     "hqq:2",
     "quanto:4",
     "quanto:2",
+    "turboquant:4",
+    "turboquant:2",
     *(
         f"kvpress:{press},keep={keep}"
-        for keep in (0.5, 0.25, 0.125, 0.0625, 0.05, 0.02)
-        for press in ("snapkv", "expected", "keydiff", "tova", "streaming", "kvzip")
+        for keep in (0.5, 0.25, 0.125, 0.05, 0.02)
+        for press in ("snapkv", "expected", "kvzip")
     ),
+    "kvpress:keydiff,keep=0.25",
+    "kvpress:tova,keep=0.25",
+    "kvpress:streaming,keep=0.25",
 )
 
 

@@ -65,9 +65,9 @@ def _options(
             "--stack",
             callback=_known,
             metavar="SPEC,...",
-            help="Caches to measure beside the dense one, by commas or repeated: stacks such as quant:2+evict:0.2, with "
-            "settings quant:4@fused=False; empty; nothing (no context at all); peers such as hqq:4, quanto:2,group=32 or "
-            "kvpress:snapkv,keep=0.2.",
+            help="Caches to measure beside the dense one, by commas or repeated: stacks such as quant:2+evict:0.2, "
+            "with settings quant:4@fused=False; empty; nothing (no context at all); peers such as hqq:4, "
+            "quanto:2,group=32 or kvpress:snapkv,keep=0.2.",
         ),
     ] = None,
     texts: Annotated[

@@ -12,7 +12,7 @@ from .run import Run
 __all__ = ["run"]
 
 TINY = (512,)
-SAMPLES = 5
+SAMPLES = 4
 
 
 def run(run: Run) -> None:
@@ -27,9 +27,9 @@ def run(run: Run) -> None:
         few = 2 if run.tiny else SAMPLES
         quality.run(usual(quality.CONTEXTS, quality.STACKS), windows=1, score=256)
         budgets.run(usual(budgets.CONTEXTS, budgets.STACKS), windows=1, score=256)
-        needles.run(usual(needles.CONTEXTS, needles.STACKS), needles.Asking(samples=few))
-        memory.run(replace(usual(memory.CONTEXTS, memory.STACKS), dtype="bfloat16"), decode=16, peak=not run.tiny)
-        decode.run(usual(decode.CONTEXTS[:2], decode.STACKS), rounds=1 if run.tiny else 3, steps=32, burst=8)
+        needles.run(usual(needles.CONTEXTS, needles.STACKS), needles.Asking(tasks=needles.TASKS[:2], samples=few))
+        memory.run(replace(usual(memory.CONTEXTS[:2], memory.STACKS), dtype="bfloat16"), decode=16, peak=not run.tiny)
+        decode.run(usual(decode.CONTEXTS[:2], decode.STACKS), rounds=1 if run.tiny else 2, steps=32, burst=8)
         grid = matrix.combinations(matrix.TRANSFORMS, matrix.ENCODES, matrix.EVICTS)
         matrix.run(usual(matrix.CONTEXTS), grid, windows=1, score=256, steps=16, burst=4)
         if run.out is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..errors import KVStackError
@@ -22,7 +21,7 @@ EVICTS = (NONE, "evict:0.5", "evict:0.2")
 
 
 def combinations(transforms: Sequence[str], encodes: Sequence[str], evicts: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Spec of each combination -> which stage of each kind it has. Those that cannot be built are left out, and said."""
+    """Spec of each combination -> its stage of each kind. Those that cannot be built are left out, and said."""
     found = {}
     for transform, encode, evict in itertools.product(transforms, encodes, evicts):
         stages = [stage for stage in (transform, encode, evict) if stage != NONE]
@@ -59,7 +58,7 @@ def run(
                 if steps:
                     timed = decode.measure(opened.model, opened.tokens(context), caches, 1, steps, burst)
                 for key, figures in zip(keys, timed, strict=True):
-                    speeds.add({"stages": grid.get(key["cache"], {}), **figures}, **key)
+                    speeds.add({"stages": grid.get(str(key["cache"]), {}), **figures}, **key)
             mine = [
                 {**grid[row["cache"]], **row, "speed": speeds.rows([key])[0]["speed_typical"]}
                 for row, key in zip(found, keys, strict=True)

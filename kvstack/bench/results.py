@@ -2,8 +2,8 @@
 
     {"bench": "quality", "key": {...}, "figures": {...}, "environment": {...}}
 
-`key` names what was measured (a context, a window of text, a cache, ...). A line counts for a later run when its key and
-its environment are the same, apart from the commit: the digest of the sources says whether the code was.
+`key` names what was measured (a context, a window of text, a cache, ...). A line counts for a later run when its key
+and its environment are the same, apart from the commit: the digest of the sources says whether the code was.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def _quality(context: int, cache: str, mine: Sequence[Mapping[str, Any]], seed: 
 def budgets(records: Sequence[Mapping[str, Any]], shares: Sequence[float] = BUDGETS, seed: int = 0) -> list[Row]:
     """The best stack and the best peer that hold no more than each share of the dense bytes, for each context.
 
-    `ratio` is the stack's KL over the peer's, with its paired interval; None where there is no peer so small. Peers whose
-    bytes are only claimed compete too: that is to their advantage.
+    `ratio` is the stack's KL over the peer's, with its paired interval; None where there is no peer so small.
+    Peers whose bytes are only claimed compete too: that is to their advantage.
     """
     rows = []
     for (context,), mine in _by(records, "context").items():

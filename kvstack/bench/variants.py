@@ -36,7 +36,6 @@ __all__ = [
     "available",
     "dense_bfloat16",
     "held_bytes",
-   
     "parse",
     "share_of_bfloat16",
     "split",
@@ -101,9 +100,7 @@ def split(text: str) -> list[str]:
     return [spec.strip(", ") for spec in found if spec.strip(", ")]
 
 
-def available(
-    variants: Sequence[Variant], model: PreTrainedModel | None = None, alone: bool = True
-) -> list[Variant]:
+def available(variants: Sequence[Variant], model: PreTrainedModel | None = None, alone: bool = True) -> list[Variant]:
     """The variants that can be measured here; why the others cannot is said.
 
     `model`: those that cannot be bound to it are left out too. `alone`: peers that run in a process of their own count.
