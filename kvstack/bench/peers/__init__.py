@@ -13,7 +13,7 @@ says what to ask of `kvpress.KvPress`, which runs the model elsewhere and hands 
 from __future__ import annotations
 
 from .caches import plain
-from .kvpress import KvPress, Press
+from .kvpress import KvPress, Press, find
 from .spec import NAMES, Peer, parse
 
-__all__ = ["NAMES", "KvPress", "Peer", "Press", "parse", "plain"]
+__all__ = ["NAMES", "KvPress", "Peer", "Press", "find", "parse", "plain"]
