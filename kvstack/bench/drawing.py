@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from ..errors import KVStackError
 
@@ -60,7 +61,7 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched and selected
     "svg.hashsalt": "kvstack",  # else every run gives its elements other names
 }
-TIP = "tip: "
+TIP = "tip-"
 
 
 @contextmanager
@@ -213,10 +214,14 @@ def _common(box: Any, others: Any) -> float:
 
 def tip(artist: Any, text: str) -> None:
     """Give something drawn the words a browser shows when the pointer rests on it."""
-    artist.set_gid(TIP + text)
+    artist.set_gid(TIP + quote(text))  # matplotlib writes it as an id, and quotes in one as it likes
 
 
 # ---- files
+
+
+def _title(found: re.Match[str]) -> str:
+    return f"<g><title>{html.escape(unquote(found[1]))}</title>"
 
 
 @look()
@@ -225,7 +230,7 @@ def svg(figure: Figure) -> str:
     out = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=nothing)
-    text = re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", out.getvalue())
+    text = re.sub(rf'<g id="{TIP}([^"]*)">', _title, out.getvalue())
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     title = html.escape(figure.get_suptitle())
