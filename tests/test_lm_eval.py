@@ -1,4 +1,4 @@
-"""The model type for lm-evaluation-harness: the numbers of its `hf` model without compression, a plain loop's with it."""
+"""The model type for lm-evaluation-harness: the numbers of its `hf` without compression, a plain loop's with it."""
 
 from __future__ import annotations
 
@@ -151,10 +151,12 @@ def test_choices_read_the_compressed_context(make, chunk, batch_size):
     assert [score for score, _ in choices(lm)] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_documents_read_their_beginning_compressed(make):
-    lm = make(**LOSSY, chunk=16)
-    whole = text(200, 3)
-    assert ask(lm, "loglikelihood_rolling", [(whole,)]) == pytest.approx([by_hand([1], ids(whole), 16)], rel=1e-4)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_documents_read_their_beginning_compressed(make, batch_size):
+    lm = make(**LOSSY, chunk=16, batch_size=batch_size)
+    texts = [text(200, i) for i in range(4)]
+    wanted = [by_hand([1], ids(whole), 16) for whole in texts]
+    assert ask(lm, "loglikelihood_rolling", [(whole,) for whole in texts]) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_generations_are_those_of_generate(make, tokenizer):

@@ -3,8 +3,8 @@
     python -m kvstack.lm_eval --model kvstack --model_args pretrained=FOLDER,stack=quant:4+evict:0.5 --tasks TASKS
 
 The harness (0.4.13) finds models in its own list and has no entry points, so somebody must import this module before
-its command looks the name up; that is all `python -m kvstack.lm_eval` does. In Python, importing it registers `kvstack`,
-and `KVStackLM(...)` is a model for `lm_eval.simple_evaluate`.
+its command looks the name up; that is all `python -m kvstack.lm_eval` does. In Python, importing it registers
+`kvstack`, and `KVStackLM(...)` is a model for `lm_eval.simple_evaluate`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class KVStackLM(HFLM):
     `chunk` at a time: each reads what came before its chunk compressed, and its own chunk exactly. Requests with the
     same context share its prefill. A rolling log likelihood is the same with a context of one token, so a document is
     read, and compressed, chunk by chunk. A generation is `model.generate` with a new stack for each batch.
+
+    A log likelihood does not depend on `batch_size`: continuations of more than one chunk are fed one at a time.
 
     Args:
         pretrained: folder, name or model, as `hf` takes it.
@@ -142,7 +144,9 @@ class KVStackLM(HFLM):
                 read = self._prefill(contexts)
                 asked = [(row, i) for row, context in enumerate(contexts) for i in shared[context]]
                 asked.sort(key=lambda pair: len(requests[pair[1]][2]), reverse=True)
-                for few in _batches(asked, size):
+                # rows of a batch that is compressed again drop as many sealed tokens as each other: such texts go alone
+                alone = [pair for pair in asked if len(requests[pair[1]][2]) - 1 > self._chunk]
+                for few in (*_batches(alone, 1), *_batches(asked[len(alone) :], size)):
                     rows = torch.tensor([row for row, _ in few], device=self.device)
                     answers = self._score(read, rows, [requests[i][2] for _, i in few])
                     for (_, i), answer in zip(few, answers, strict=True):
