@@ -151,12 +151,25 @@ def test_choices_read_the_compressed_context(make, chunk, batch_size):
     assert [score for score, _ in choices(lm)] == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_documents_read_their_beginning_compressed(make, batch_size):
-    lm = make(**LOSSY, chunk=16, batch_size=batch_size)
-    texts = [text(200, i) for i in range(4)]
-    wanted = [by_hand([1], ids(whole), 16) for whole in texts]
-    assert ask(lm, "loglikelihood_rolling", [(whole,) for whole in texts]) == pytest.approx(wanted, rel=1e-5)
+def test_padding_does_not_shift_positions(make):
+    # keys are stored without rotary embedding, which is taken off by true positions
+    alone, together = (choices(make(stack="commonkv:0.5,basis=weights", batch_size=size)) for size in (1, 4))
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], rel=1e-5)
+
+
+def test_documents_read_their_beginning_compressed(make):
+    lm = make(**LOSSY, chunk=16)
+    whole = text(200, 3)
+    assert ask(lm, "loglikelihood_rolling", [(whole,)]) == pytest.approx([by_hand([1], ids(whole), 16)], rel=1e-4)
+
+
+def test_documents_do_not_depend_on_the_batch_size(make):
+    stack = {"stack": "quant:4+evict:0.5", "window": 8, "chunk": 16}  # sealed tokens are dropped, alike in all rows
+    alone, together = (
+        ask(make(**stack, batch_size=size), "loglikelihood_rolling", [(text(300, i),) for i in range(4)])
+        for size in (1, 4)
+    )
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 def test_generations_are_those_of_generate(make, tokenizer):
