@@ -153,7 +153,7 @@ def test_choices_read_the_compressed_context(make, chunk, batch_size):
 
 def test_padding_does_not_shift_positions(make):
     # keys are stored without rotary embedding, which is taken off by true positions
-    alone, together = (choices(make(stack="commonkv:0.5,basis=weights", batch_size=size)) for size in (1, 4))
+    alone, together = (choices(make(stack="commonkv:0.5,basis=weights", window=8, batch_size=size)) for size in (1, 4))
     assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], rel=1e-5)
 
 
