@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from kvstack.bench.common import _tensors_in
+from kvstack.bench.variants import _tensors_in
 from kvstack.bench.peers import KvPress, Press, caches, kvpress, parse, plain
 from kvstack.errors import KVStackError, SpecError
 from kvstack.packed import storage_bytes
