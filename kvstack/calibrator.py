@@ -18,6 +18,7 @@ import importlib.metadata
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -108,18 +109,12 @@ def calibrate(
     return Calibration(tuple(groups), manifest)
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[str, Calibration]] = weakref.WeakKeyDictionary()
-
-
 def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
     """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
     folder, or made now and kept there."""
-    path = usual_path(model, layers)
-    known = _known.setdefault(model, {})
-    if path.name not in known:
-        notice = f"CommonKV calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
-        known[path.name] = kept(model, path, Calibration.load, lambda: calibrate(model, layers=layers), notice)
-    return known[path.name]
+    notice = f"CommonKV calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+    make = partial(calibrate, model, layers=layers)
+    return kept(model, usual_path(model, layers), Calibration.load, make, notice)
 
 
 class Fitted(Protocol):
@@ -130,12 +125,14 @@ class Fitted(Protocol):
 
 
 F = TypeVar("F", bound=Fitted)
+_known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 def kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
-    """What is in the file at `path` and fits `model`, or is made now and kept there, by one process for all. `notice`
-    is logged before it is made."""
-    found = _read_kept(model, path, load)
+    """What this process knows already, what is in the file at `path` and fits `model`, or what is made now and kept
+    there, by one process for all. `notice` is logged before it is made."""
+    known: dict[str, F] = _known.setdefault(model, {})
+    found = known.get(path.name) or _read_kept(model, path, load)
     if found is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +142,7 @@ def kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F], make: Ca
         except OSError as error:
             log.warning(NOT_KEPT, error)
             found = make()
+    known[path.name] = found
     return found
 
 
