@@ -38,7 +38,7 @@ class KVSharer(Transform):
             this (default 0.5).
         seed: of the random order (default 0).
 
-    Source: KVSharer, arXiv 2410.18517, sections 3.1 and 3.2. Differs from the paper: the texts searched with by default
+    Source: KVSharer, arXiv 2410.18517, section 3. Differs from the paper: the texts searched with by default
     are not Wikipedia; layers that hold different shapes, and layers without full attention, are never paired.
 
     Example:

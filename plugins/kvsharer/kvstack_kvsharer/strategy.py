@@ -55,8 +55,8 @@ class Strategy:
             and 2 reads 1, both read 1.
         cosine: mean cosine of the last hidden state with that of the dense model, on the texts searched with; None
             where nothing was searched.
-        distances: of each pair taken, in their order: (layer, layer read, distance of their averages, cosine with all
-            pairs up to this one).
+        pairs: those taken, in their order and before chains are resolved: (layer, earlier layer, distance of their
+            averages, cosine with all pairs up to this one).
         identity: fingerprint of the model it was searched for; empty: any model is taken.
         settings: what it was searched with.
 
@@ -66,7 +66,7 @@ class Strategy:
 
     shares: Mapping[int, int] = field(hash=False)
     cosine: float | None = None
-    distances: Sequence[tuple[int, int, float, float]] = field(default=(), repr=False, hash=False)
+    pairs: Sequence[tuple[int, int, float, float]] = field(default=(), repr=False, hash=False)
     identity: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
@@ -75,7 +75,7 @@ class Strategy:
             if not 0 <= read < layer:
                 raise CalibrationError(f"layer {layer} cannot read layer {read}: give it an earlier one, from 0 on.")
         object.__setattr__(self, "shares", resolved(self.shares))
-        object.__setattr__(self, "distances", tuple(tuple(pair) for pair in self.distances))
+        object.__setattr__(self, "pairs", tuple(tuple(pair) for pair in self.pairs))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, complete or not at all."""
@@ -161,7 +161,7 @@ def search(
     Raises:
         CalibrationError: settings that make no sense, fewer layers than `share` needs, or no text.
 
-    Source: KVSharer, arXiv 2410.18517, section 3.1. Where fewer layers pass the threshold than `share` asks for, the
+    Source: KVSharer, arXiv 2410.18517, section 3. Where fewer layers pass the threshold than `share` asks for, the
     strategy holds these, and a warning says so. Differs from the published code: all texts count in the averages,
     whatever their length.
     """

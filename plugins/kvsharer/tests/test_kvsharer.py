@@ -1,10 +1,12 @@
 """KVSharer beside a Llama that shares by hand, alone and in stacks; the search beside plain loops."""
 
 import copy
+import doctest
 import math
 import tomllib
 from pathlib import Path
 
+import kvstack_kvsharer
 import pytest
 import torch
 from kvstack_kvsharer import KVSharer, Strategy, search
@@ -377,7 +379,7 @@ def test_distances_are_those_of_plain_loops():
 def test_most_different_pairs_come_first():
     model = tiny_model(num_hidden_layers=6)
     found = {rank: search(model, share=0.5, rank=rank, threshold=-1.0) for rank in ("different", "similar", "random")}
-    gone = {rank: [pair[2] for pair in strategy.distances] for rank, strategy in found.items()}
+    gone = {rank: [pair[2] for pair in strategy.pairs] for rank, strategy in found.items()}
     assert gone["different"] == sorted(gone["different"], reverse=True)
     assert gone["similar"] == sorted(gone["similar"])
     assert min(gone["different"]) > max(gone["similar"])
@@ -463,7 +465,7 @@ def test_a_strategy_comes_back_from_its_file(tmp_path):
     strategy.save(tmp_path / "strategy.json")
     again = Strategy.load(tmp_path / "strategy.json")
     assert again == strategy
-    assert (again.settings["rank"], len(again.distances)) == ("different", 2)
+    assert (again.settings["rank"], len(again.pairs)) == ("different", 2)
     assert hash(again) == hash(strategy)
 
 
@@ -603,3 +605,7 @@ def test_it_is_in_the_catalogue(installed):
 @pytest.mark.parametrize("stage", [KVSharer(threshold=-1.0), KVSharer(0), sharer({3: 1, 2: 0})], ids=repr)
 def test_contract(stage):
     check_stage(stage)
+
+
+def test_docstring_examples():
+    assert doctest.testmod(kvstack_kvsharer) == (0, 3)
