@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,19 +152,18 @@ class _ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
-        self.modules = attention_modules(model)
         self.resting: set[int] = set()
-        for module in self.modules.values():
+        for module in attention_modules(model).values():
             names = list(_parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
             # always_call: an exception in attention must not leave our function in transformers' registry
             self.handles.append(module.register_forward_hook(_leaving, always_call=True))
 
-    def rest(self, layers: Iterable[int]) -> None:
+    def rest(self, modules: Mapping[int, nn.Module]) -> None:
         """Let these layers compute no keys and values in a call that reads another layer's."""
-        for layer in set(layers) - self.resting:
+        for layer in modules.keys() - self.resting:
             self.resting.add(layer)
-            found = [getattr(self.modules[layer], name, None) for name in ("k_proj", "v_proj")]
+            found = [getattr(modules[layer], name, None) for name in ("k_proj", "v_proj")]
             projections = [projection for projection in found if isinstance(projection, nn.Linear)]
             if len(projections) == len(found):
                 for projection in projections:
@@ -186,7 +185,7 @@ def install(stack: KVStack, model: PreTrainedModel) -> weakref.finalize[Any, Any
     if hooks is None:
         hooks = _hooked[model] = _ModelHooks(model)
     hooks.users += 1
-    hooks.rest(stack._shares)
+    hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
     return weakref.finalize(stack, _release, weakref.ref(model))
 
 
