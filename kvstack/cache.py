@@ -154,6 +154,8 @@ class KVStack(Cache):
         self._ropes: dict[int, Rope | None] = {}
         self._place: dict[int, tuple[int, int]] = {}  # layer -> (group, slot in the group)
         self._groups: list[list[int]] = []
+        self._shares: dict[int, int] = {}  # layer that holds nothing -> the layer whose keys and values it reads
+        self._ends: list[int] = []  # of each group, the last layer that reads it
         self._scaling: dict[int, float] = {}
         self._direct: set[int] = set()  # layers whose attention uses just what update returned
         self._empty()
@@ -208,7 +210,7 @@ class KVStack(Cache):
 
     def _make_plan(self, stages: Sequence[Stage]) -> Plan:
         kinds: dict[str, Any] = {stage.kind: stage for stage in stages}
-        transform: Transform | None = kinds.get("transform")
+        transform: Transform | None = None if _sharing(stages) else kinds.get("transform")
         encode: Encode | None = kinds.get("encode") or (Plain() if transform else None)
         return Plan(kinds.get("select"), transform, encode, self.sinks, self.window, self.block)
 
@@ -248,6 +250,7 @@ class KVStack(Cache):
                     f"{transform!r} wants keys without rotary embedding, and {name} has none that kvstack knows "
                     f"in layers {bare}."
                 )
+            self._shares = _checked_shares(bound, name, full)
         self._set_groups(full)
         self._layer_types, self._layer_arguments, self._modules = types, arguments, modules
         self.layers = self._new_layers()
@@ -277,6 +280,11 @@ class KVStack(Cache):
                 f"layers, which do not divide. Use layers= one of {divisors}."
             )
         silent = [i for i in full if not hook.gives_queries(modules[i])]
+        if silent and (sharing := _sharing(self.stages)):
+            raise BindError(
+                f"{sharing!r} lets layers read each other's keys and values, and the attention of {name} (layer "
+                f"{silent[0]}) does not go through transformers' interface. Leave {sharing!r} out for this model."
+            )
         if silent and select and (select.queries or select.tracks):
             raise BindError(
                 f"{select!r} needs the queries, and the attention of {name} (layer {silent[0]}) does not go through "
@@ -291,8 +299,11 @@ class KVStack(Cache):
 
     def _set_groups(self, layers: list[int]) -> None:
         size = self._plan.layers
-        self._groups = [layers[i : i + size] for i in range(0, len(layers), size)]
+        holding = [layer for layer in layers if layer not in self._shares]
+        self._groups = [holding[i : i + size] for i in range(0, len(holding), size)]
         self._place = {layer: (g, s) for g, group in enumerate(self._groups) for s, layer in enumerate(group)}
+        self._place |= {layer: self._place[source] for layer, source in self._shares.items()}
+        self._ends = [max(i for i in layers if self._place[i][0] == g) for g in range(len(self._groups))]
 
     def _new_layers(self) -> list[Any]:
         return [
@@ -396,6 +407,7 @@ class KVStack(Cache):
         self._columns[layer_idx] += new
         numbers = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
         self._shapes[layer_idx] = (numbers, key_states.element_size())
+        own = layer_idx not in self._shares
         group, slot = self._place[layer_idx]
         kv = KV(key_states, value_states)
         ragged = len(self._cohorts) > 1 or self._cohorts[0].new != new
@@ -406,14 +418,12 @@ class KVStack(Cache):
             fresh.append(self._hidden(call))
         for cohort in self._cohorts:
             store = cohort.stores[group]
-            if cohort.new:
-                raw = store.append(slot, KV(*(cohort.of(x) for x in fresh)))
+            if cohort.new and own:
+                store.append(slot, KV(*(cohort.of(x) for x in fresh)))
             if ragged:
                 continue
             deferred = ours and self._may_fuse(store, layer_idx, new)
-            if not store.sealed_tokens:
-                kv = raw
-            elif not deferred:
+            if not deferred:
                 kv = store.read(slot, cohort.seen, self._work)
         if deferred and not (call is not None and ours and hook.gives_queries(call.module)):
             raise UseError(
@@ -436,7 +446,7 @@ class KVStack(Cache):
         """Serve a caller that is no transformers model: layers come as they are named, and are settled when the
         next forward begins."""
         select = self._plan.select
-        if self._plan.transform or (select and (select.queries or select.tracks)):
+        if self._plan.transform or _sharing(self.stages) or (select and (select.queries or select.tracks)):
             raise UseError(
                 f"{self!r} does not know its model, which this stack needs. Pass model=: KVStack([...], model=model)."
             )
@@ -535,12 +545,12 @@ class KVStack(Cache):
         scaling = kwargs.get("scaling")
         self._scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         group, slot = self._place[call.layer]
-        if select and (select.queries or select.tracks):
+        if select and (select.queries or select.tracks) and call.layer not in self._shares:
             for cohort in self._cohorts:
                 if cohort.new:
                     cohort.stores[group].remember(slot, cohort.of(query))
-        if select and select.tracks:
-            self._forward.queries[call.layer] = query
+            if select.tracks:
+                self._forward.queries[call.layer] = query
         if not given.deferred:
             return plain(query, key, value, mask)
         return self._attend_cohorts(call, query, value, kwargs, plain)
@@ -590,9 +600,9 @@ class KVStack(Cache):
                 if cohort.new:
                     store = cohort.stores[group]
                     store.track(slot, cohort.seen, self._scaling[call.layer], cohort.of(queries), self._work)
-        if slot == len(self._groups[group]) - 1 and not self._recording:
+        if call.layer == self._ends[group] and not self._recording:
             self._settle(group)
-        if call.layer == self._groups[-1][-1]:
+        if call.layer == max(self._ends):
             self._work.clear()
             for cohort in self._cohorts:
                 for store in cohort.stores:
@@ -828,6 +838,23 @@ def _is_simple(kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is plain softmax(qk)v, without any of the extras some models ask for."""
     extras = ("softcap", "s_aux", "position_bias", "sliding_window")
     return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in extras)
+
+
+def _sharing(stages: Sequence[Stage]) -> Transform | None:
+    """The transform that lets layers read other layers' keys and values, if there is one."""
+    return next((stage for stage in stages if isinstance(stage, Transform) and stage.shares is not None), None)
+
+
+def _checked_shares(stages: Sequence[Stage], name: str, full: Sequence[int]) -> dict[int, int]:
+    sharing = _sharing(stages)
+    shares = dict(sharing.shares or {}) if sharing else {}
+    for layer, source in shares.items():
+        if not (layer in full and source in full and source < layer and source not in shares):
+            raise BindError(
+                f"{sharing!r} lets layer {layer} of {name} read layer {source}. A full-attention layer, of {full}, can "
+                "read an earlier one that reads no other."
+            )
+    return shares
 
 
 def _allotted(plan: Plan) -> Plan:

@@ -18,8 +18,9 @@ import importlib.metadata
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from filelock import FileLock
@@ -37,7 +38,7 @@ from .types import KV
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "calibrate", "calibrated", "usual_path"]
+__all__ = ["TOKENS", "calibrate", "calibrated", "kept", "usual_path"]
 
 log = logging.getLogger("kvstack")
 
@@ -108,35 +109,48 @@ def calibrate(
     return Calibration(tuple(groups), manifest)
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[str, Calibration]] = weakref.WeakKeyDictionary()
-
-
 def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
     """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
     folder, or made now and kept there."""
-    path = usual_path(model, layers)
-    known = _known.setdefault(model, {})
-    if path.name in known:
-        return known[path.name]
-    found = _kept(model, path)
+    notice = f"CommonKV calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+    make = partial(calibrate, model, layers=layers)
+    return kept(model, usual_path(model, layers), Calibration.load, make, notice)
+
+
+class Fitted(Protocol):
+    """What was fitted to a model and can be kept on disk."""
+
+    def check(self, model: PreTrainedModel) -> None: ...
+    def save(self, path: Path) -> None: ...
+
+
+F = TypeVar("F", bound=Fitted)
+_known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
+    """What this process knows already, what is in the file at `path` and fits `model`, or what is made now and kept
+    there, by one process for all. `notice` is logged before it is made."""
+    known: dict[str, F] = _known.setdefault(model, {})
+    found = known.get(path.name) or _read_kept(model, path, load)
     if found is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # the lock goes when its process goes; a second process waits here and finds the work done
             with FileLock(path.with_suffix(".lock")):
-                found = _kept(model, path) or _made(model, layers, path)
+                found = _read_kept(model, path, load) or _made(path, make, notice)
         except OSError as error:
             log.warning(NOT_KEPT, error)
-            found = calibrate(model, layers=layers)
+            found = make()
     known[path.name] = found
     return found
 
 
-def _kept(model: PreTrainedModel, path: Path) -> Calibration | None:
+def _read_kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F]) -> F | None:
     if not path.exists():
         return None
     try:
-        found = Calibration.load(path)
+        found = load(path)
         found.check(model)
     except CalibrationError as error:
         log.warning("%s It is made anew.", error)
@@ -144,13 +158,9 @@ def _kept(model: PreTrainedModel, path: Path) -> Calibration | None:
     return found
 
 
-def _made(model: PreTrainedModel, layers: int, path: Path) -> Calibration:
-    log.warning(
-        "CommonKV calibrates itself for this %s, once: about a minute for a small model. Kept in %s",
-        type(model).__name__,
-        path,
-    )
-    found = calibrate(model, layers=layers)
+def _made(path: Path, make: Callable[[], F], notice: str) -> F:
+    log.warning("%s Kept in %s", notice, path)
+    found = make()
     try:
         found.save(path)
     except OSError as error:

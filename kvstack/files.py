@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import KVStackError
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "write_bytes", "write_tensors"]
 
 CHECKSUM = "checksum"
 
@@ -22,7 +22,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write one file, complete or not at all."""
     from safetensors.torch import save
 
-    data = save(dict(tensors), {**metadata, CHECKSUM: _checksum(tensors, metadata)})
+    write_bytes(path, save(dict(tensors), {**metadata, CHECKSUM: _checksum(tensors, metadata)}))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write one file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # beside its place, so that the renaming stays on one disk
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ class Call:
     implementation: str
     mask: Any
     hidden: Tensor | None
+    shares: bool  # the layer reads another's keys and values, and its own are not needed
+    asked: Sequence[int] = ()  # rows and tokens that a resting projection was asked for
 
 
 class _Running(threading.local):
@@ -150,11 +152,23 @@ class _ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
+        self.resting: set[int] = set()
         for module in attention_modules(model).values():
             names = list(_parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
             # always_call: an exception in attention must not leave our function in transformers' registry
             self.handles.append(module.register_forward_hook(_leaving, always_call=True))
+
+    def rest(self, modules: Mapping[int, nn.Module]) -> None:
+        """Let these layers compute no keys and values in a call that reads another layer's."""
+        for layer in modules.keys() - self.resting:
+            self.resting.add(layer)
+            found = [getattr(modules[layer], name, None) for name in ("k_proj", "v_proj")]
+            projections = [projection for projection in found if isinstance(projection, nn.Linear)]
+            if len(projections) == len(found):
+                for projection in projections:
+                    self.handles.append(projection.register_forward_pre_hook(_resting))
+                    self.handles.append(projection.register_forward_hook(_rested))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -171,6 +185,7 @@ def install(stack: KVStack, model: PreTrainedModel) -> weakref.finalize[Any, Any
     if hooks is None:
         hooks = _hooked[model] = _ModelHooks(model)
     hooks.users += 1
+    hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
     return weakref.finalize(stack, _release, weakref.ref(model))
 
 
@@ -194,7 +209,7 @@ def _entering(names: list[str]) -> Callable[..., None]:
         layer = module.layer_idx
         assert isinstance(layer, int)
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
-        _running.call = call = Call(stack, module, layer, how, mask, hidden)
+        _running.call = call = Call(stack, module, layer, how, mask, hidden, layer in stack._shares)
         try:
             stack._enter(call)
         except BaseException:
@@ -218,6 +233,23 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
         _swap_out(interface, call.implementation)
     if output is not None:  # None: the call failed, and what it wrote must not be settled
         call.stack._leave(call)
+
+
+def _resting(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Project no token at all, where keys and values would only be thrown away."""
+    call = running()
+    if call is None or not call.shares or not args:
+        return None
+    call.asked = args[0].shape[:-1]
+    return (args[0][..., :0, :], *args[1:])
+
+
+def _rested(projection: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    call = running()
+    if call is None or not call.asked:
+        return None
+    asked, call.asked = call.asked, ()
+    return output.new_zeros(()).expand(*asked, output.shape[-1])  # one number, seen as many
 
 
 def _cache_in(given: dict[str, Any]) -> KVStack | None:

@@ -60,6 +60,7 @@ def write(stack: KVStack, path: str | os.PathLike[str]) -> None:
         "shapes": [[layer, *shape] for layer, shape in stack._shapes.items()],
         "scaling": list(stack._scaling.items()),
         "direct": sorted(stack._direct),
+        "shares": list(stack._shares.items()),
         "cohorts": [
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
@@ -146,6 +147,11 @@ def read(stack: KVStack, described: Mapping[str, Any], tensors: Mapping[str, Ten
     def get(key: str | None, device: torch.device) -> Tensor | None:
         return None if key is None else tensors[key].to(device)
 
+    if dict(described.get("shares", [])) != stack._shares:
+        raise UseError(
+            f"{name!r} was saved where other layers shared keys and values than {stack!r} lets share here. Keep what "
+            "it was made with beside the cache."
+        )
     stack._batch = described["batch"]
     stack._columns = dict(described["columns"])
     stack._shapes = {layer: (numbers, size) for layer, numbers, size in described["shapes"]}

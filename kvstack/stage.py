@@ -143,6 +143,10 @@ class Transform(Stage):
     """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
     unit: int = 1
     """A latent holds all tokens of a granule, or a multiple of this number."""
+    shares: Mapping[int, int] | None = None
+    """For a transform that leaves layers out, once bound: layer -> the earlier layer whose keys and values it attends
+    to. The other layers are held as they come, so `forward` and `inverse` are not asked for. None: layers attend to
+    their own."""
 
     def of(self, layers: Sequence[int]) -> Self:
         """This stage for the group of `layers` (indices in the model), where groups differ."""

@@ -141,11 +141,12 @@ class Store:
 
     # ---- writing
 
-    def append(self, slot: int, kv: KV) -> KV:
-        """New tokens of one layer; returns views of all its raw tokens."""
+    def append(self, slot: int, kv: KV) -> None:
+        """New tokens of one layer."""
         self.dirty = True
         new = [x for x in (kv.keys, kv.values, kv.hidden) if x is not None]
-        return KV(*(buffer.append(x) for buffer, x in zip(self.raw[slot], new, strict=True)))
+        for buffer, x in zip(self.raw[slot], new, strict=True):
+            buffer.append(x)
 
     def remember(self, slot: int, queries: Tensor) -> None:
         """Keep what the selector wants to see of the running forward's queries (B, H*G, Q, D)."""

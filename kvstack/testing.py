@@ -141,8 +141,13 @@ def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> 
 
 def check_transform(stage: Transform, model: Any = None) -> None:
     """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
-    `weigh` agree with it."""
+    `weigh` agree with it. Where layers are left out, each of them reads an earlier one that is not."""
     bound = stage.bind(tiny_model() if model is None else model)
+    if bound.shares is not None:
+        for layer, source in bound.shares.items():
+            earlier = 0 <= source < layer and source not in bound.shares
+            assert earlier, f"{stage!r}: layer {layer} reads layer {source}, which is not earlier or reads another"
+        return
     assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
     stage = bound.of(list(range(bound.layers)))
     group = [KV(_numbers(2, 2, 64, 16, seed=i), _numbers(2, 2, 64, 16, seed=50 + i)) for i in range(bound.layers)]

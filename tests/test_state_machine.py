@@ -24,6 +24,7 @@ from kvstack import CommonKV, Evict, KVStack, Quant, Transform
 
 from . import tiny
 from .test_contracts import Pairs
+from .test_shares import Third
 
 SINKS, WINDOW, BLOCK = 2, 6, 8
 LAYERS = 2
@@ -39,6 +40,7 @@ STACKS = {
     "quant_count": [Evict(20, "keydiff", layers=2), Quant(4, group=8)],
     "transform": [Pairs(), Quant(8, group=8), Evict(0.5)],
     "commonkv": [CommonKV(1.0, layers=2), Evict(0.5)],
+    "shares": [Third(1, 0), Quant(8, group=8), Evict(0.5)],
 }
 
 
@@ -175,7 +177,8 @@ class Conversation(RuleBasedStateMachine):
         if not hasattr(self, "stack"):
             return
         for row, layers in enumerate(self.stack.rows):
-            for layer, tokens in enumerate(layers):
+            for layer in range(LAYERS):
+                tokens = layers[self.stack._shares.get(layer, layer)]
                 held = self.stack.positions(layer, row).long()
                 kv = self.stack.read(layer, row)
                 assert held.shape[-1] == kv.tokens

@@ -1,0 +1,110 @@
+"""KVSharer: some layers hold nothing and attend with the keys and values of an earlier, unlike layer."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Self
+
+from kvstack import calibrator
+from kvstack.calibration import identity
+from kvstack.errors import BindError, StageError
+from kvstack.stage import Transform, check
+
+from .strategy import Strategy, kinds_of, search, what_is_wrong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["KVSharer", "Strategy", "search"]
+
+
+@dataclass(frozen=True, repr=False)
+class KVSharer(Transform):
+    """Let some layers hold nothing: they attend with the keys and values of an earlier layer, in the prompt too.
+
+    Args:
+        share: the part of the full-attention layers that holds NOTHING, 0 or more and below 1 (default 0.25). That part
+            of the cache is gone.
+        strategy: which layer reads which: a `Strategy` or the path of a saved one, made by
+            `kvstack_kvsharer.search`. It says all that the other settings would. Default: searched for at first use
+            with these settings, and kept in the user's cache folder.
+        rank: the pairs of layers tried first. `different` (default, the paper's): those whose keys and values are
+            furthest apart. `similar`: the nearest. `random`: in a random order.
+        threshold: a pair is taken where the cosine of the last hidden state with that of the dense model stays above
+            this (default 0.5).
+        seed: of the random order (default 0).
+
+    Source: KVSharer, arXiv 2410.18517, section 3. Differs from the paper: the texts searched with by default
+    are not Wikipedia; layers that hold different shapes, and layers without full attention, are never paired.
+
+    Example:
+        >>> from kvstack import KVStack, Quant
+        >>> from kvstack_kvsharer import KVSharer
+        >>> KVStack([KVSharer(0.25), Quant(4)])
+        KVStack([KVSharer(), Quant(bits=4)])
+    """
+
+    share: float = 0.25
+    strategy: str | os.PathLike[str] | Strategy | None = None
+    rank: Literal["different", "similar", "random"] = "different"
+    threshold: float = 0.5
+    seed: int = 0
+
+    _shares: Mapping[int, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    name = "kvsharer"
+    source = "arXiv 2410.18517"
+    saves = "layers: some read what others hold"
+    layers = 1
+
+    def __post_init__(self) -> None:
+        if problem := what_is_wrong(self.share, self.rank, self.threshold):
+            raise StageError(f"{self!r}: {problem}")
+        if isinstance(self.strategy, os.PathLike):  # settings travel as plain data
+            object.__setattr__(self, "strategy", os.fspath(self.strategy))
+        alone = not self.settings().keys() - {"strategy"}
+        says = "a strategy says which layers share."
+        check(self.strategy is None or alone, self, says, "Leave the other settings out, or search with them.")
+
+    @property
+    def shares(self) -> Mapping[int, int]:  # type: ignore[override]
+        return self._shares
+
+    def bind(self, model: PreTrainedModel) -> Self:
+        kinds, name = kinds_of(model), type(model).__name__
+        if len(kinds) < 2:
+            raise BindError(
+                f"{self!r} needs two full-attention layers that one can read the other, and {name} has {len(kinds)}. "
+                "Leave it out for this model."
+            )
+        found = self._strategy_for(model)
+        for layer, read in found.shares.items():
+            if layer not in kinds or read not in kinds:
+                raise BindError(
+                    f"{self!r}: layer {layer} should read layer {read}, and the full-attention layers of {name} are "
+                    f"{list(kinds)}. Search a strategy for this model."
+                )
+            if kinds[layer] != kinds[read]:
+                raise BindError(
+                    f"{self!r}: layer {layer} cannot read layer {read} of {name}: they hold {kinds[layer]} and "
+                    f"{kinds[read]}. Use a strategy that pairs like with like."
+                )
+        fitted = copy.copy(self)
+        object.__setattr__(fitted, "_shares", found.shares)
+        return fitted
+
+    def _strategy_for(self, model: PreTrainedModel) -> Strategy:
+        if self.strategy is not None:
+            found = self.strategy if isinstance(self.strategy, Strategy) else Strategy.load(self.strategy)
+            found.check(model)
+            return found
+        share, rank, threshold, seed = self.share, self.rank, self.threshold, self.seed
+        words = f"{share}-{rank}-{threshold}-{seed}"
+        path = calibrator.folder() / f"{model.config.model_type}-{identity(model)}-kvsharer-{words}.json"
+        notice = f"KVSharer searches which layers of this {type(model).__name__} can share, once."
+        make = partial(search, model, share=share, rank=rank, threshold=threshold, seed=seed)
+        return calibrator.kept(model, path, Strategy.load, make, notice)
