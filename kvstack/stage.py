@@ -143,6 +143,8 @@ class Transform(Stage):
     """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
     unit: int = 1
     """A latent holds all tokens of a granule, or a multiple of this number."""
+    once: bool = False
+    """Whether only the first block of a text is sealed, and tokens that come later stay raw."""
 
     def of(self, layers: Sequence[int]) -> Self:
         """This stage for the group of `layers` (indices in the model), where groups differ."""
@@ -155,6 +157,26 @@ class Transform(Stage):
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
         """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
         raise NotImplementedError  # the other method a transform must write
+
+    # ---- optional: fitted to the text
+
+    def fit(self, group: Sequence[KV]) -> Self:
+        """A copy fitted to these tokens: the first that are sealed or, where `strays` asked for it, all that are."""
+        return self
+
+    def strays(self, group: Sequence[KV]) -> bool:
+        """Whether what was fitted serves these new tokens so badly that it should be fitted anew: to the decoded tokens
+        and these. The decoded ones are then encoded a second time."""
+        return False
+
+    @property
+    def fitted(self) -> Mapping[str, Tensor]:
+        """What `fit` made, each (B, ...). It belongs to the text: the store counts, moves and saves it."""
+        return {}
+
+    def hold(self, fitted: Mapping[str, Tensor]) -> Self:
+        """A copy with `fitted` in the place of its own: rows of it, or what was saved. Empty: not fitted any more."""
+        return self
 
     # ---- optional: read without rebuilding
 

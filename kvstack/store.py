@@ -57,6 +57,11 @@ class Plan:
         return self.encode is not None
 
     @property
+    def once(self) -> bool:
+        """Whether only the first block is sealed."""
+        return self.transform is not None and self.transform.once
+
+    @property
     def layers(self) -> int:
         """Adjacent layers that are handled together."""
         stored = self.transform.layers if self.transform else None  # None before the stack is bound
@@ -200,11 +205,12 @@ class Store:
             raw = max(0, fresh - plan.sinks - plan.window)  # a bound that holds in every layer
             dropped = how_many(self.sealed_tokens + self.middle, raw, budget, granule, plan.block)
         block = max(plan.block, granule)
-        ready = self.middle >= block and plan.seals
+        seals = plan.seals and not (plan.once and self.sealed_tokens)
+        ready = self.middle >= block and seals
         if dropped or ready:
             cut = self._cut(seen, granule, dropped, scalings, work) if dropped else None
             middle = self.middle if cut is None else cut.raw.shape[-1]
-            seal = middle // granule * granule if plan.seals and (dropped or middle >= block) else 0
+            seal = middle // granule * granule if seals and (dropped or middle >= block) else 0
             self._rebuild(seen, cut, seal, granule)
             if dropped:
                 self.recent = [None] * len(self.layers)
@@ -252,6 +258,7 @@ class Store:
                     name: held.take(cut.granules, self._share(held, granule)) for name, held in self.sealed.items()
                 }
                 self.sealed_tokens = packed.shape[-1]
+                self._forget_fit()
         block: list[KV] = []
         for buffers in self.raw:
             kept = []
@@ -297,8 +304,32 @@ class Store:
                     replace(kv, keys=self._rope(start + i).unrotate(kv.keys, positions.to(kv.keys.device)))
                     for i, kv in enumerate(chunk)
                 ]
-            found += [((start, role), latent) for role, latent in transform.forward(chunk).items()]
+            fitted, chunk = self._fitted(start, chunk)
+            found += [((start, role), latent) for role, latent in fitted.forward(chunk).items()]
         return found
+
+    def _fitted(self, start: int, chunk: list[KV]) -> tuple[Transform, list[KV]]:
+        """The transform of a group, fitted to its text, and what it shall seal: the new tokens or, where it is fitted
+        anew, the decoded ones before them too."""
+        transform = self.transforms[start]
+        if self.sealed_tokens:
+            if not transform.strays(chunk):
+                return transform, chunk
+            self._latents.clear()  # decoded before tokens were evicted
+            latents = self._decoded(start)
+            old = [transform.inverse(latents, i) for i in range(len(chunk))]
+            chunk = [
+                KV(*(torch.cat([a.to(b), b], dim=2) for a, b in ((was.keys, new.keys), (was.values, new.values))))
+                for was, new in zip(old, chunk, strict=True)
+            ]
+            self.sealed = {name: packed for name, packed in self.sealed.items() if name[0] != start}
+        self.transforms[start] = transform.fit(chunk)
+        return self.transforms[start], chunk
+
+    def _forget_fit(self) -> None:
+        """What was fitted to tokens goes when the last of them has gone."""
+        if not self.sealed_tokens:
+            self.transforms = {start: stage.hold({}) for start, stage in self.transforms.items()}
 
     def _rope(self, slot: int) -> Rope:
         rope = self.ropes.get(self.layers[slot])
@@ -442,6 +473,10 @@ class Store:
                 if old.tensors:
                     new.replace(old.view.index_select(0, index.to(old.view.device)))
         other.sealed = {name: packed.rows(index) for name, packed in self.sealed.items()}
+        for start, stage in self.transforms.items():
+            if stage.fitted:
+                fitted = {name: x.index_select(0, index.to(x.device)) for name, x in stage.fitted.items()}
+                other.transforms[start] = stage.hold(fitted)
         other.kept = pick(self.kept)
         other.recent = [pick(x) for x in self.recent]
         other.memory = [{name: x.index_select(0, index.to(x.device)) for name, x in m.items()} for m in self.memory]
@@ -485,6 +520,7 @@ class Store:
             parts = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items() if whole}
             self.sealed = parts
             self.sealed_tokens = whole
+            self._forget_fit()
         self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
         self.end_forward()
 
@@ -511,6 +547,8 @@ class Store:
             own = packed.exact or isinstance(self.plan.encode, Plain)  # no encoder of the user's had a part in it
             payer = repr(self.plan.transform if own else self.plan.encode)
             found += [(payer, f"{role}: {part}", tensor) for part, tensor in packed.parts.items()]
+        for stage in self.transforms.values():
+            found += [(repr(self.plan.transform), "bases", x) for x in stage.fitted.values()]
         chooser = repr(self.plan.select)
         if self.kept is not None:
             found.append((chooser, "positions", self.kept))
