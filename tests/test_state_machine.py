@@ -24,6 +24,7 @@ from kvstack import CommonKV, Evict, KVStack, Quant, Transform
 
 from . import tiny
 from .test_contracts import Pairs
+from .test_fit import Centred
 
 SINKS, WINDOW, BLOCK = 2, 6, 8
 LAYERS = 2
@@ -39,6 +40,8 @@ STACKS = {
     "quant_count": [Evict(20, "keydiff", layers=2), Quant(4, group=8)],
     "transform": [Pairs(), Quant(8, group=8), Evict(0.5)],
     "commonkv": [CommonKV(1.0, layers=2), Evict(0.5)],
+    "fitted": [Centred(far=1.0), Evict(0.5)],
+    "fitted_once": [Centred(once=True), Evict(0.5)],
 }
 
 
@@ -229,7 +232,7 @@ class Conversation(RuleBasedStateMachine):
 
 def tensors_in(thing, seen=None):
     """All tensors reachable from `thing`, found without kvstack's help; row numbers are not what is cached, and what
-    was fitted to the model (stages, channels) belongs to all its caches."""
+    was fitted to the model (stages, channels), not to the text, belongs to all its caches."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return
@@ -238,7 +241,10 @@ def tensors_in(thing, seen=None):
         yield thing
     elif isinstance(thing, dict):
         for name, value in thing.items():
-            if name not in ("rows", "ropes", "plan", "transforms", "channels"):
+            if name == "transforms":
+                for stage in value.values():
+                    yield from stage.fitted.values()
+            elif name not in ("rows", "ropes", "plan", "channels"):
                 yield from tensors_in(value, seen)
     elif isinstance(thing, list | tuple):
         for value in thing:

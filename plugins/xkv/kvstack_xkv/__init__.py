@@ -1,12 +1,12 @@
 """xKV: keys and values of several layers as shared token factors and bases, found anew for every text.
 
     x (T, N)   un-rotated keys of all layers of a group, side by side; their values likewise       N = G*H*D
-    x ~ z b    z (T, r)  token factors: one row a token, whatever the layer. The latent: encoders and eviction work on it
+    x ~ z b    z (T, r)  token factors: one row a token, whatever the layer. Encoders and eviction work on these
                b (r, N)  bases of this text, cut into those of each layer and head
 
 Rows of b are singular vectors times the root mean square of their factor, so the channels of z are equally strong. An
-encoder that shares a scale between channels then errs by the same share of each; had z the singular values, one step for
-all would have to be as wide as the strongest channel needs it. Encoders with a scale a channel do not care.
+encoder that shares a scale between channels then errs by the same share of each; had z the singular values, one step
+for all would have to be as wide as the strongest channel needs it. Encoders with a scale a channel do not care.
 """
 
 from __future__ import annotations
