@@ -11,7 +11,7 @@ facts about itself and the stack settles the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Encode", "Score", "Select", "Settings", "Stage", "Transform", "check"]
 
 Kind = Literal["select", "transform", "encode"]
+Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 def check(condition: bool, stage: object, problem: str, fix: str) -> None:
@@ -187,6 +188,15 @@ class Transform(Stage):
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         """`weights` (B, H, G, T) times the values: (B, H, G, D). Override to weigh the latents first."""
         return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
+
+    def pick(
+        self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn
+    ) -> tuple[Mapping[str, Tensor], Tensor] | None:
+        """Which sealed tokens a scaled query (B, H, G, D) is answered from: their latents, for `keys` and `weigh`, and
+        their places among all (B, H, n). None (the default): all. `turn(keys, places)` rotates un-rotated keys
+        (B, H, n, D) to the positions of the tokens at `places` (B or 1, H or 1, n). Only asked where attention is
+        answered from latents."""
+        return None
 
     # ---- optional: a budget over all groups
 

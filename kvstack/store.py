@@ -36,6 +36,9 @@ RAW = ("stack", "raw")
 
 PLAIN = Plain()
 
+Picked = tuple[Mapping[str, Tensor], Tensor]
+"""What `Transform.pick` gives: latents of some tokens, and their places among the sealed ones."""
+
 RECENT_QUERIES = 8
 """Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
 the cache on grouped-query models, so they are few, and none are held before the first new token."""
@@ -397,14 +400,16 @@ class Store:
             }
         return self._latents[start]
 
-    def _rotated(self, slot: int, keys: Tensor, seen: int) -> Tensor:
-        """Keys that a transform rebuilt, as attention wants them."""
+    def _rotated(self, slot: int, keys: Tensor, seen: int, places: Tensor | None = None) -> Tensor:
+        """Keys that a transform rebuilt, as attention wants them: of all sealed tokens, or of those at `places`."""
         if not self._transform_of(slot)[1].unrotated:
             return keys
         if self._sealed_positions is None:
             self._sealed_positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
         positions = self._sealed_positions.to(keys.device)
         rope = self._rope(slot)
+        if places is not None:
+            return rope.rotate(keys, positions.take_along_dim(places.to(keys.device), dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
 
@@ -417,31 +422,46 @@ class Store:
         keys, values = self._raw(slot)
         b, h, _, d = keys.shape
         grouped = query.reshape(b, h, -1, d) * scaling  # (B, H, G, D)
-        packed = self._dot(slot, grouped, seen, work)
+        picked = self._picked(slot, grouped, seen)
+        packed = self._dot(slot, grouped, picked, seen, work)
         logits = torch.cat([packed, torch.matmul(grouped, keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
-        weights = logits.softmax(dim=-1, dtype=torch.float32)
-        mixed = self._mix(slot, weights[..., : self.sealed_tokens], work)
-        mixed = mixed.to(values.dtype) + torch.matmul(weights[..., self.sealed_tokens :].to(values.dtype), values)
+        sealed, loose = logits.softmax(dim=-1, dtype=torch.float32).tensor_split([packed.shape[-1]], dim=-1)
+        mixed = self._mix(slot, sealed, picked, work)
+        mixed = mixed.to(values.dtype) + torch.matmul(loose.to(values.dtype), values)
+        if picked is not None:
+            places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
+            sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
+        weights = torch.cat([sealed, loose], dim=-1)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
 
-    def _dot(self, slot: int, query: Tensor, seen: int, work: Workspace) -> Tensor:
-        """`query` (B, H, G, D) times the sealed keys: (B, H, G, sealed)."""
+    def _picked(self, slot: int, query: Tensor, seen: int) -> Picked | None:
+        """What the transform answers a query from, where that is not all of the sealed tokens."""
+        if not self.transforms:
+            return None
+        start, transform = self._transform_of(slot)
+        latents = self._decoded(start)
+        query = query.to(next(iter(latents.values())).device)
+        return transform.pick(query, latents, slot - start, lambda keys, at: self._rotated(slot, keys, seen, at))
+
+    def _dot(self, slot: int, query: Tensor, picked: Picked | None, seen: int, work: Workspace) -> Tensor:
+        """`query` (B, H, G, D) times the sealed keys: (B, H, G, sealed or picked)."""
         encode = self.plan.encode
         assert encode is not None
         if not self.transforms:
             return encode.dot(query, self.sealed[slot, "keys"], "keys", work)
         start, transform = self._transform_of(slot)
-        keys = self._rotated(slot, transform.keys(self._decoded(start), slot - start), seen)
+        latents, places = picked or (self._decoded(start), None)
+        keys = self._rotated(slot, transform.keys(latents, slot - start), seen, places)
         return torch.matmul(query.float(), keys.transpose(-1, -2).to(query.device, torch.float32))
 
-    def _mix(self, slot: int, weights: Tensor, work: Workspace) -> Tensor:
-        """`weights` (B, H, G, sealed) times the sealed values: (B, H, G, D)."""
+    def _mix(self, slot: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, sealed or picked) times the sealed values: (B, H, G, D)."""
         encode = self.plan.encode
         assert encode is not None
         if not self.transforms:
             return encode.mix(weights, self.sealed[slot, "values"], "values", work)
         start, transform = self._transform_of(slot)
-        latents = self._decoded(start)
+        latents = picked[0] if picked else self._decoded(start)
         there = next(iter(latents.values())).device  # layers of a group may live on several devices
         return transform.weigh(weights.to(there), latents, slot - start).to(weights.device)
 

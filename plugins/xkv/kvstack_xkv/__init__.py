@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from kvstack import KV, Latent, Transform
+from kvstack import KV, BindError, Latent, Transform
 from kvstack.grouping import Grouping
-from kvstack.stage import check
+from kvstack.stage import Turn, check
+from kvstack.types import take_tokens
 
 from .svd import leading
 
@@ -37,6 +38,8 @@ VALUES_SHARE = 0.6
 WEAKEST = 1e-3
 """Of the strongest channel: a later token's factors are divided by the strength, and must fit into half precision."""
 LEFT = "left out"
+CHUNK = 8
+"""Tokens that are picked together; the paper's."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,13 +60,16 @@ class XKV(Transform):
             values) than they left of the tokens they were fitted to makes the stack fit them anew, to the decoded old
             tokens and the new ones (default 0.1). None: never.
         svd: `randomized` (default) or `full`. They differ by less than 1 % of the error.
+        select: how many tokens are rebuilt to answer a single query, beside those that are raw: the chunks of 8 whose
+            mean keys it looks at most, for each kv head (default None: all). The mean keys are extra: an eighth of the
+            keys, in the model's type.
 
     Models that cache latents (DeepSeek V2 and V3) have those compressed, with the rank of keys; the rotary key that all
     heads share is stored as it is.
 
-    Source: xKV, arXiv 2503.18893, section 3. Differs from the paper: later tokens are compressed too (`decode="dense"`
+    Source: xKV, arXiv 2503.18893. Differs from the paper: later tokens are compressed too (`decode="dense"`
     leaves them raw); the strength of a channel goes with the bases, not with the tokens; sinks, and the window at the
-    prompt's end, stay raw; no selective reconstruction.
+    prompt's end, stay raw; mean keys are those of un-rotated keys, turned to the middle of their chunk.
 
     Example:
         >>> from kvstack import KVStack, Quant
@@ -77,6 +83,7 @@ class XKV(Transform):
     decode: Literal["fold", "dense"] = "fold"
     refit: float | None = 0.1
     svd: Literal["randomized", "full"] = "randomized"
+    select: int | None = None
 
     _caches_latents: bool = field(init=False, repr=False, compare=False, default=False)
     _fitted: Mapping[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -89,7 +96,7 @@ class XKV(Transform):
     def __post_init__(self) -> None:
         if isinstance(self.rank, list):  # settings travel as JSON
             object.__setattr__(self, "rank", tuple(self.rank))
-        rank, keep, refit = self.rank, self.keep, self.refit
+        rank, keep, refit, select = self.rank, self.keep, self.refit, self.select
         pair = isinstance(rank, tuple) and len(rank) == 2 and all(_counts(r) for r in rank)
         check(rank is None or pair, self, "rank is a pair, of keys and of values.", "Use rank=(512, 768).")
         share = isinstance(keep, int | float) and not isinstance(keep, bool) and 0 < keep <= 1
@@ -101,16 +108,31 @@ class XKV(Transform):
         check(refit is None or above, self, "refit is a share of energy above 0.", "Use refit=0.1, or None for never.")
         check(self.svd in ("randomized", "full"), self, f"{self.svd!r} decomposes nothing.", 'Use "randomized".')
 
+        check(select is None or _counts(select, CHUNK), self, "select counts tokens.", f"Use {CHUNK} or more.")
+
     # ---- fitted to a model, then to a text
 
     @property
     def once(self) -> bool:  # type: ignore[override]
         return self.decode == "dense"
 
+    @property
+    def granule(self) -> int:  # type: ignore[override]
+        return CHUNK if self.select else 1
+
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        return self.granule  # what is encoded has all tokens of it
+
     def bind(self, model: PreTrainedModel) -> Self:
         plan = Grouping(model, self.layers)
         # multi-head latent attention caches (latent, rotary key) and expands them after reading
         latents = all(hasattr(plan.modules[i], "expand_kv") for i in plan.full)
+        if latents and self.select:
+            raise BindError(
+                f"{self!r}: {type(model).__name__} expands what it caches itself, so it always reads all of it. "
+                "Leave select out."
+            )
         return self._with(_caches_latents=latents, unrotated=plan.rotates and not latents)
 
     def fit(self, group: Sequence[KV]) -> Self:
@@ -196,6 +218,9 @@ class XKV(Transform):
         if self._caches_latents:
             # clone: a slice of one head is a view that would keep all raw tokens alive
             found |= {f"rotary key {i}": Latent(kv.values.clone(), exact=True) for i, kv in enumerate(group)}
+        if self.select:
+            means = [kv.keys.unflatten(2, (-1, CHUNK)).mean(dim=3) for kv in group]  # (B, H, T / 8, D)
+            found |= {f"mean key {i}": Latent(mean, exact=True) for i, mean in enumerate(means)}
         return found
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
@@ -208,17 +233,34 @@ class XKV(Transform):
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         # models that cache latents never come here: they expand what they read, so they read all of it
-        mixed = torch.einsum("bhgt,btr->bhgr", weights, latents[f"{VALUES} factors"].squeeze(1).to(weights.dtype))
+        mixed = torch.einsum("bhgt,bhtr->bhgr", weights, latents[f"{VALUES} factors"].to(weights.dtype))
         return torch.einsum("bhgr,brhd->bhgd", mixed, self._fitted[f"{VALUES} {layer}"].to(weights.dtype))
 
+    def pick(
+        self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn
+    ) -> tuple[Mapping[str, Tensor], Tensor] | None:
+        held = latents[f"{KEYS} factors"].shape[2]
+        if self.select is None or self.select >= held:
+            return None
+        middles = torch.arange(CHUNK // 2, held, CHUNK, device=query.device)[None, None]
+        means = turn(latents[f"mean key {layer}"], middles).to(query.dtype)
+        looked_at = (query @ means.mT).softmax(dim=-1).amax(dim=2)  # (B, H, chunks): by any query of the kv head
+        chunks = looked_at.topk(self.select // CHUNK, dim=-1).indices.sort(dim=-1).values
+        places = (chunks.unsqueeze(-1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(-2)
+        heads = means.shape[1]  # each of which has tokens of its own
+        picked = {
+            name: take_tokens(latents[name].expand(-1, heads, -1, -1), places)
+            for name in (f"{KEYS} factors", f"{VALUES} factors")
+        }
+        return picked, places
+
     def _rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
-        bases = self._fitted[f"{role} {layer}"]  # (B, r, H, D)
-        x = latents[f"{role} factors"].squeeze(1) @ bases.flatten(2)
-        return x.unflatten(-1, bases.shape[2:]).transpose(1, 2)
+        """(B, H, T, D) from factors (B, 1 or H, T, r) and bases (B, r, H, D)."""
+        return torch.einsum("bhtr,brhd->bhtd", latents[f"{role} factors"], self._fitted[f"{role} {layer}"])
 
 
-def _counts(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+def _counts(number: object, least: int = 1) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
 
 
 def _flat(layers: Sequence[Tensor]) -> Tensor:
