@@ -92,6 +92,7 @@ def _describe(store: Store, writer: _Writer) -> dict[str, Any]:
             for (slot, role), packed in store.sealed.items()
         ],
         "sealed_tokens": store.sealed_tokens,
+        "bases": [{name: put(x) for name, x in stage.fitted.items()} for stage in store.transforms.values()],
         "kept": put(store.kept),
         "memory": [{name: put(x) for name, x in memory.items()} for memory in store.memory],
         "recent": [put(x) for x in store.recent],
@@ -193,6 +194,9 @@ def _fill(store: Store, held: Mapping[str, Any], devices: list[torch.device], ge
             channels=known and Channels(*(get(key, device) for key in known)),
         )
     store.sealed_tokens = held["sealed_tokens"]
+    for (start, stage), bases in zip(list(store.transforms.items()), held["bases"], strict=True):
+        if bases:
+            store.transforms[start] = stage.hold({name: get(key, devices[start]) for name, key in bases.items()})
     store.kept = get(held["kept"], devices[0])
     store.memory = [
         {name: get(key, d) for name, key in m.items()} for m, d in zip(held["memory"], devices, strict=True)

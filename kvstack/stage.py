@@ -11,7 +11,7 @@ facts about itself and the stack settles the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Encode", "Score", "Select", "Settings", "Stage", "Transform", "check"]
 
 Kind = Literal["select", "transform", "encode"]
+Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 def check(condition: bool, stage: object, problem: str, fix: str) -> None:
@@ -147,6 +148,8 @@ class Transform(Stage):
     """For a transform that leaves layers out, once bound: layer -> the earlier layer whose keys and values it attends
     to. The other layers are held as they come, so `forward` and `inverse` are not asked for. None: layers attend to
     their own."""
+    once: bool = False
+    """Whether only the first block of a text is sealed, and tokens that come later stay raw."""
 
     def of(self, layers: Sequence[int]) -> Self:
         """This stage for the group of `layers` (indices in the model), where groups differ."""
@@ -160,6 +163,26 @@ class Transform(Stage):
         """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
         raise NotImplementedError  # the other method a transform must write
 
+    # ---- optional: fitted to the text
+
+    def fit(self, group: Sequence[KV]) -> Self:
+        """A copy fitted to these tokens: the first that are sealed or, where `strays` asked for it, all that are."""
+        return self
+
+    def strays(self, group: Sequence[KV]) -> bool:
+        """Whether what was fitted serves these new tokens so badly that it should be fitted anew: to the decoded tokens
+        and these. The decoded ones are then encoded a second time."""
+        return False
+
+    @property
+    def fitted(self) -> Mapping[str, Tensor]:
+        """What `fit` made, each (B, ...). It belongs to the text: the store counts, moves and saves it."""
+        return {}
+
+    def hold(self, fitted: Mapping[str, Tensor]) -> Self:
+        """A copy with `fitted` in the place of its own: rows of it, or what was saved. Empty: not fitted any more."""
+        return self
+
     # ---- optional: read without rebuilding
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
@@ -169,6 +192,15 @@ class Transform(Stage):
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         """`weights` (B, H, G, T) times the values: (B, H, G, D). Override to weigh the latents first."""
         return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
+
+    def pick(
+        self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn
+    ) -> tuple[Mapping[str, Tensor], Tensor] | None:
+        """Which sealed tokens a scaled query (B, H, G, D) is answered from: their latents, for `keys` and `weigh`, and
+        their places among all (B, H, n). None (the default): all. `turn(keys, places)` rotates un-rotated keys
+        (B, H, n, D) to the positions of the tokens at `places` (B or 1, H or 1, n). Only asked where attention is
+        answered from latents."""
+        return None
 
     # ---- optional: a budget over all groups
 

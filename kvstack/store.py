@@ -36,6 +36,9 @@ RAW = ("stack", "raw")
 
 PLAIN = Plain()
 
+Picked = tuple[Mapping[str, Tensor], Tensor]
+"""What `Transform.pick` gives: latents of some tokens, and their places among the sealed ones."""
+
 RECENT_QUERIES = 8
 """Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
 the cache on grouped-query models, so they are few, and none are held before the first new token."""
@@ -55,6 +58,11 @@ class Plan:
     @property
     def seals(self) -> bool:
         return self.encode is not None
+
+    @property
+    def once(self) -> bool:
+        """Whether only the first block is sealed."""
+        return self.transform is not None and self.transform.once
 
     @property
     def layers(self) -> int:
@@ -201,11 +209,12 @@ class Store:
             raw = max(0, fresh - plan.sinks - plan.window)  # a bound that holds in every layer
             dropped = how_many(self.sealed_tokens + self.middle, raw, budget, granule, plan.block)
         block = max(plan.block, granule)
-        ready = self.middle >= block and plan.seals
+        seals = plan.seals and not (plan.once and self.sealed_tokens)
+        ready = self.middle >= block and seals
         if dropped or ready:
             cut = self._cut(seen, granule, dropped, scalings, work) if dropped else None
             middle = self.middle if cut is None else cut.raw.shape[-1]
-            seal = middle // granule * granule if plan.seals and (dropped or middle >= block) else 0
+            seal = middle // granule * granule if seals and (dropped or middle >= block) else 0
             self._rebuild(seen, cut, seal, granule)
             if dropped:
                 self.recent = [None] * len(self.layers)
@@ -253,6 +262,7 @@ class Store:
                     name: held.take(cut.granules, self._share(held, granule)) for name, held in self.sealed.items()
                 }
                 self.sealed_tokens = packed.shape[-1]
+                self._forget_fit()
         block: list[KV] = []
         for buffers in self.raw:
             kept = []
@@ -298,8 +308,32 @@ class Store:
                     replace(kv, keys=self._rope(start + i).unrotate(kv.keys, positions.to(kv.keys.device)))
                     for i, kv in enumerate(chunk)
                 ]
-            found += [((start, role), latent) for role, latent in transform.forward(chunk).items()]
+            fitted, chunk = self._fitted(start, chunk)
+            found += [((start, role), latent) for role, latent in fitted.forward(chunk).items()]
         return found
+
+    def _fitted(self, start: int, chunk: list[KV]) -> tuple[Transform, list[KV]]:
+        """The transform of a group, fitted to its text, and what it shall seal: the new tokens or, where it is fitted
+        anew, the decoded ones before them too."""
+        transform = self.transforms[start]
+        if self.sealed_tokens:
+            if not transform.strays(chunk):
+                return transform, chunk
+            self._latents.clear()  # decoded before tokens were evicted
+            latents = self._decoded(start)
+            old = [transform.inverse(latents, i) for i in range(len(chunk))]
+            chunk = [
+                KV(*(torch.cat([a.to(b), b], dim=2) for a, b in ((was.keys, new.keys), (was.values, new.values))))
+                for was, new in zip(old, chunk, strict=True)
+            ]
+            self.sealed = {name: packed for name, packed in self.sealed.items() if name[0] != start}
+        self.transforms[start] = transform.fit(chunk)
+        return self.transforms[start], chunk
+
+    def _forget_fit(self) -> None:
+        """What was fitted to tokens goes when the last of them has gone."""
+        if not self.sealed_tokens:
+            self.transforms = {start: stage.hold({}) for start, stage in self.transforms.items()}
 
     def _rope(self, slot: int) -> Rope:
         rope = self.ropes.get(self.layers[slot])
@@ -367,14 +401,16 @@ class Store:
             }
         return self._latents[start]
 
-    def _rotated(self, slot: int, keys: Tensor, seen: int) -> Tensor:
-        """Keys that a transform rebuilt, as attention wants them."""
+    def _rotated(self, slot: int, keys: Tensor, seen: int, places: Tensor | None = None) -> Tensor:
+        """Keys that a transform rebuilt, as attention wants them: of all sealed tokens, or of those at `places`."""
         if not self._transform_of(slot)[1].unrotated:
             return keys
         if self._sealed_positions is None:
             self._sealed_positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
         positions = self._sealed_positions.to(keys.device)
         rope = self._rope(slot)
+        if places is not None:
+            return rope.rotate(keys, positions.take_along_dim(places.to(keys.device), dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
 
@@ -387,31 +423,46 @@ class Store:
         keys, values = self._raw(slot)
         b, h, _, d = keys.shape
         grouped = query.reshape(b, h, -1, d) * scaling  # (B, H, G, D)
-        packed = self._dot(slot, grouped, seen, work)
+        picked = self._picked(slot, grouped, seen)
+        packed = self._dot(slot, grouped, picked, seen, work)
         logits = torch.cat([packed, torch.matmul(grouped, keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
-        weights = logits.softmax(dim=-1, dtype=torch.float32)
-        mixed = self._mix(slot, weights[..., : self.sealed_tokens], work)
-        mixed = mixed.to(values.dtype) + torch.matmul(weights[..., self.sealed_tokens :].to(values.dtype), values)
+        sealed, loose = logits.softmax(dim=-1, dtype=torch.float32).tensor_split([packed.shape[-1]], dim=-1)
+        mixed = self._mix(slot, sealed, picked, work)
+        mixed = mixed.to(values.dtype) + torch.matmul(loose.to(values.dtype), values)
+        if picked is not None:
+            places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
+            sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
+        weights = torch.cat([sealed, loose], dim=-1)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
 
-    def _dot(self, slot: int, query: Tensor, seen: int, work: Workspace) -> Tensor:
-        """`query` (B, H, G, D) times the sealed keys: (B, H, G, sealed)."""
+    def _picked(self, slot: int, query: Tensor, seen: int) -> Picked | None:
+        """What the transform answers a query from, where that is not all of the sealed tokens."""
+        if not self.transforms:
+            return None
+        start, transform = self._transform_of(slot)
+        latents = self._decoded(start)
+        query = query.to(next(iter(latents.values())).device)
+        return transform.pick(query, latents, slot - start, lambda keys, at: self._rotated(slot, keys, seen, at))
+
+    def _dot(self, slot: int, query: Tensor, picked: Picked | None, seen: int, work: Workspace) -> Tensor:
+        """`query` (B, H, G, D) times the sealed keys: (B, H, G, sealed or picked)."""
         encode = self.plan.encode
         assert encode is not None
         if not self.transforms:
             return encode.dot(query, self.sealed[slot, "keys"], "keys", work)
         start, transform = self._transform_of(slot)
-        keys = self._rotated(slot, transform.keys(self._decoded(start), slot - start), seen)
+        latents, places = picked or (self._decoded(start), None)
+        keys = self._rotated(slot, transform.keys(latents, slot - start), seen, places)
         return torch.matmul(query.float(), keys.transpose(-1, -2).to(query.device, torch.float32))
 
-    def _mix(self, slot: int, weights: Tensor, work: Workspace) -> Tensor:
-        """`weights` (B, H, G, sealed) times the sealed values: (B, H, G, D)."""
+    def _mix(self, slot: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, sealed or picked) times the sealed values: (B, H, G, D)."""
         encode = self.plan.encode
         assert encode is not None
         if not self.transforms:
             return encode.mix(weights, self.sealed[slot, "values"], "values", work)
         start, transform = self._transform_of(slot)
-        latents = self._decoded(start)
+        latents = picked[0] if picked else self._decoded(start)
         there = next(iter(latents.values())).device  # layers of a group may live on several devices
         return transform.weigh(weights.to(there), latents, slot - start).to(weights.device)
 
@@ -443,6 +494,10 @@ class Store:
                 if old.tensors:
                     new.replace(old.view.index_select(0, index.to(old.view.device)))
         other.sealed = {name: packed.rows(index) for name, packed in self.sealed.items()}
+        for start, stage in self.transforms.items():
+            if stage.fitted:
+                fitted = {name: x.index_select(0, index.to(x.device)) for name, x in stage.fitted.items()}
+                other.transforms[start] = stage.hold(fitted)
         other.kept = pick(self.kept)
         other.recent = [pick(x) for x in self.recent]
         other.memory = [{name: x.index_select(0, index.to(x.device)) for name, x in m.items()} for m in self.memory]
@@ -486,6 +541,7 @@ class Store:
             parts = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items() if whole}
             self.sealed = parts
             self.sealed_tokens = whole
+            self._forget_fit()
         self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
         self.end_forward()
 
@@ -512,6 +568,8 @@ class Store:
             own = packed.exact or isinstance(self.plan.encode, Plain)  # no encoder of the user's had a part in it
             payer = repr(self.plan.transform if own else self.plan.encode)
             found += [(payer, f"{role}: {part}", tensor) for part, tensor in packed.parts.items()]
+        for stage in self.transforms.values():
+            found += [(repr(self.plan.transform), "bases", x) for x in stage.fitted.values()]
         chooser = repr(self.plan.select)
         if self.kept is not None:
             found.append((chooser, "positions", self.kept))

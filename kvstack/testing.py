@@ -151,6 +151,7 @@ def check_transform(stage: Transform, model: Any = None) -> None:
     assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
     stage = bound.of(list(range(bound.layers)))
     group = [KV(_numbers(2, 2, 64, 16, seed=i), _numbers(2, 2, 64, 16, seed=50 + i)) for i in range(bound.layers)]
+    stage = stage.fit(group)
     latents = stage.forward(group)
     assert latents, f"{stage!r}: forward gave no latents"
     for name, latent in latents.items():
@@ -167,6 +168,15 @@ def check_transform(stage: Transform, model: Any = None) -> None:
         weights = _numbers(2, 2, 3, 64, seed=100 + i).softmax(-1)
         found, expected = stage.weigh(weights, data, i), weights @ back.values
         assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
+        _check_fitted(stage, data, i, back)
+
+
+def _check_fitted(stage: Transform, data: dict[str, Tensor], layer: int, back: KV) -> None:
+    """What was fitted to a text has a first axis of rows, and goes with them."""
+    swapped = stage.hold({name: x[[1, 0]] for name, x in stage.fitted.items()})
+    again = swapped.inverse({name: x[[1, 0]] for name, x in data.items()}, layer)
+    same = torch.allclose(again.keys[[1, 0]], back.keys, atol=1e-5)
+    assert same, f"{stage!r}: hold() with rows swapped does not give the rows swapped"
 
 
 def check_select(stage: Select) -> None:

@@ -24,6 +24,7 @@ from kvstack import CommonKV, Evict, KVStack, Quant, Transform
 
 from . import tiny
 from .test_contracts import Pairs
+from .test_fit import Centred
 from .test_shares import Third
 
 SINKS, WINDOW, BLOCK = 2, 6, 8
@@ -41,6 +42,8 @@ STACKS = {
     "transform": [Pairs(), Quant(8, group=8), Evict(0.5)],
     "commonkv": [CommonKV(1.0, layers=2), Evict(0.5)],
     "shares": [Third(1, 0), Quant(8, group=8), Evict(0.5)],
+    "fitted": [Centred(far=1.0), Evict(0.5)],
+    "fitted_once": [Centred(once=True), Evict(0.5)],
 }
 
 
@@ -232,7 +235,7 @@ class Conversation(RuleBasedStateMachine):
 
 def tensors_in(thing, seen=None):
     """All tensors reachable from `thing`, found without kvstack's help; row numbers are not what is cached, and what
-    was fitted to the model (stages, channels) belongs to all its caches."""
+    was fitted to the model (stages, channels), not to the text, belongs to all its caches."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return
@@ -241,7 +244,10 @@ def tensors_in(thing, seen=None):
         yield thing
     elif isinstance(thing, dict):
         for name, value in thing.items():
-            if name not in ("rows", "ropes", "plan", "transforms", "channels"):
+            if name == "transforms":
+                for stage in value.values():
+                    yield from stage.fitted.values()
+            elif name not in ("rows", "ropes", "plan", "channels"):
                 yield from tensors_in(value, seen)
     elif isinstance(thing, list | tuple):
         for value in thing:

@@ -1,0 +1,182 @@
+"""A transform that is fitted to the text: what it fitted is counted, moved, saved and forgotten with the tokens."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from kvstack import KV, Evict, KVStack, Latent, Quant, Transform, registry
+from kvstack.testing import check_stage, tiny_model
+
+SETTINGS = {"sinks": 2, "window": 8, "block": 8}
+FLOAT = 4
+
+
+@dataclass(frozen=True, repr=False)
+class Centred(Transform):
+    """Two layers less the mean of their text: lossless, so that any loss is the pipeline's."""
+
+    once: bool = False
+    far: float = 1e9
+    layers: int = 2
+    unrotated: bool = True
+    _fitted: Mapping = field(init=False, repr=False, compare=False, default_factory=dict)
+    name = "centred"
+
+    def fit(self, group):
+        return self.hold({f"mean {i}": x.mean(2, keepdim=True) for i, x in enumerate(both(group))})
+
+    def strays(self, group):
+        means = zip(both(group), self.fitted.values(), strict=True)
+        return any(bool(((x.mean(2, keepdim=True) - mean).norm(dim=-1) > self.far).any()) for x, mean in means)
+
+    @property
+    def fitted(self):
+        return self._fitted
+
+    def hold(self, fitted):
+        other = copy.copy(self)
+        object.__setattr__(other, "_fitted", fitted)
+        return other
+
+    def forward(self, group):
+        means = self.fitted.values()
+        return {str(i): Latent(x - mean) for i, (x, mean) in enumerate(zip(both(group), means, strict=True))}
+
+    def inverse(self, latents, layer):
+        return KV(*(latents[str(layer)] + self.fitted[f"mean {layer}"]).chunk(2, dim=-1))
+
+
+def both(group):
+    return [torch.cat([kv.keys, kv.values], dim=-1) for kv in group]
+
+
+def tokens(rows, length, seed=0):
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def filled(stages, model, rows=2, length=90):
+    stack = KVStack(stages, model=model, **SETTINGS)
+    model(tokens(rows, length), past_key_values=stack)
+    return stack
+
+
+def bases(stack):
+    stores = stack._cohorts[0].stores
+    return [x for store in stores for stage in store.transforms.values() for x in stage.fitted.values()]
+
+
+@pytest.mark.parametrize("far", [1e9, 0.0], ids=["fitted once", "fitted anew at every block"])
+def test_contract(far):
+    check_stage(Centred(far=far))
+
+
+@pytest.mark.parametrize("far", [1e9, 0.0])
+def test_loses_nothing(far):
+    model, plain = tiny_model(), KVStack()
+    stack = KVStack([Centred(far=far)], **SETTINGS)
+    for length in (90, 1, 1, 30, 12, 1):  # prompt, new tokens, further turns
+        ids = tokens(2, length, seed=length)
+        found, expected = (model(ids, past_key_values=cache).logits for cache in (stack, plain))
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_bytes_are_counted_and_paid_for():
+    stack = filled([Centred(), Quant(8, group=8)], tiny_model())
+    # a mean of keys and values, 2 * 16 channels, of 2 heads, 4 layers and 2 rows
+    expected = 2 * 16 * 2 * 4 * 2 * FLOAT
+    assert [part.nbytes for part in stack.report().parts if part.part == "bases"] == [expected]
+    assert stack.nbytes == sum(part.nbytes for part in stack.report().parts)
+    assert stack.model_nbytes == 0
+
+
+def test_it_is_fitted_to_the_first_block_that_is_sealed():
+    model = tiny_model()
+    stack = filled([Centred()], model)
+    first = [x.clone() for x in bases(stack)]
+    model(tokens(2, 40, seed=1), past_key_values=stack)
+    assert stack._cohorts[0].stores[0].sealed_tokens == 90 + 40 - 10
+    assert all(map(torch.equal, bases(stack), first))
+
+
+def test_it_is_fitted_anew_to_all_tokens():
+    model = tiny_model()
+    stack = filled([Centred(far=0.0)], model)
+    model(tokens(2, 40, seed=1), past_key_values=stack)
+    values = torch.cat([stack.read(0, row).values[:, :, 2:-8] for row in (0, 1)])
+    torch.testing.assert_close(bases(stack)[0][..., 16:], values.mean(2, keepdim=True))
+
+
+def test_once_leaves_later_tokens_raw():
+    model = tiny_model()
+    stack = filled([Centred(once=True), Quant(2, group=8)], model)
+    model(tokens(2, 40, seed=1), past_key_values=stack)
+    store = stack._cohorts[0].stores[0]
+    assert (store.sealed_tokens, store.raw_tokens) == (80, 50)
+    stack.crop(-125)
+    model(tokens(2, 60, seed=1), past_key_values=stack)
+    assert store.sealed_tokens == 48, "a text cut back to nothing that is sealed begins again"
+
+
+def test_a_budget_holds_where_later_tokens_stay_raw():
+    model = tiny_model()
+    stack = filled([Centred(once=True), Quant(2, group=8), Evict(32)], model)
+    for seed in range(60):
+        model(tokens(2, 1, seed), past_key_values=stack)
+        assert stack.held <= 32 + 10
+
+
+STACKS = {"alone": [Centred(far=0.5)], "quant, evict": [Centred(far=0.5), Quant(8, group=8), Evict(0.5)]}
+
+
+@pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
+def test_rows_take_theirs_with_them(stages):
+    stack = filled(stages, tiny_model(), rows=3)
+    before = [stack.read(2, row).keys for row in range(3)]
+    stack.reorder_cache(torch.tensor([2, 0, 1]))
+    assert all(torch.equal(stack.read(2, row).keys, before[old]) for row, old in enumerate([2, 0, 1]))
+    stack.batch_repeat_interleave(2)
+    assert all(torch.equal(stack.read(2, row).keys, before[old]) for row, old in enumerate([2, 2, 0, 0, 1, 1]))
+    stack.batch_select_indices(torch.tensor([3]))
+    assert torch.equal(stack.read(2).keys, before[0])
+    assert all(len(x) == 1 for x in bases(stack))
+
+
+@pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
+def test_a_saved_cache_and_a_copy_go_on_alike(stages, tmp_path, monkeypatch):
+    model = tiny_model()
+    stack = filled(stages, model)
+    monkeypatch.setitem(registry.BUILT_IN["stages"], "centred", f"{__name__}:Centred")
+    stack.save(tmp_path / "cache.safetensors")
+    others = [KVStack.load(tmp_path / "cache.safetensors", model=model), copy.deepcopy(stack)]
+    for seed, length in enumerate((1, 30, 1, 1)):
+        ids = tokens(2, length, seed)
+        expected = model(ids, past_key_values=stack).logits
+        assert all(torch.equal(model(ids, past_key_values=other).logits, expected) for other in others)
+
+
+def test_a_copy_shares_nothing():
+    model = tiny_model()
+    stack = filled([Centred(far=0.0)], model)
+    before = [x.clone() for x in bases(stack)]
+    model(tokens(2, 40, seed=1), past_key_values=copy.deepcopy(stack))
+    assert all(map(torch.equal, bases(stack), before))
+
+
+def test_crop_and_reset_forget_it_with_the_last_sealed_token():
+    model = tiny_model()
+    stack = filled([Centred()], model)
+    stack.crop(-40)
+    assert len(bases(stack)) == 4
+    stack.crop(-48)
+    assert stack._cohorts[0].stores[0].sealed_tokens == 0
+    assert bases(stack) == []
+    fresh = KVStack([Centred()], model=model, **SETTINGS)
+    model(tokens(2, 2), past_key_values=fresh)
+    for cache in (stack, fresh):
+        model(tokens(2, 60, seed=3), past_key_values=cache)
+    torch.testing.assert_close(bases(stack)[0], bases(fresh)[0])
+    stack.reset()
+    assert bases(stack) == []
