@@ -232,6 +232,8 @@ def stages() -> None:
     # a pipe is read by programs, and by people who can scroll: nothing is folded there
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
+    for sentence in registry.shadowed():
+        typer.echo(f"warning: {sentence}", err=True)
 
 
 def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[str]:
@@ -240,8 +242,8 @@ def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[
         found = find(name)
     except KVStackError as error:
         return [name, "", kind, "", "", f"error: {error}"]
-    saves = getattr(found, "saves", "")
-    return [name, found.__qualname__, getattr(found, "kind", kind), saves, found.source, _first_sentence(found)]
+    told = (getattr(found, what, default) for what, default in (("kind", kind), ("saves", ""), ("source", "")))
+    return [name, found.__qualname__, *map(str, told), _first_sentence(found)]
 
 
 def _first_sentence(found: type[Settings]) -> str:
