@@ -21,7 +21,7 @@ def test_stage(stage):
     check_registered(stage)
 
 
-@pytest.mark.parametrize("name", registry.score_names())
+@pytest.mark.parametrize("name", registry.BUILT_IN["scores"])
 def test_score(name):
     score = registry.make_score(name)
     check_score(score)
