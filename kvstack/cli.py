@@ -1,11 +1,11 @@
-"""The command `kvstack`: demo, generate, calibrate, stages, bench. Each imports what it needs when it runs."""
+"""The command `kvstack` and its commands. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Callable
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +47,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+
+
+class Kind(Enum):
+    transform = "transform"
+    encode = "encode"
+    score = "score"
 
 
 class Dtype(StrEnum):
@@ -234,6 +240,21 @@ def stages() -> None:
     console.print(table)
     for sentence in registry.shadowed():
         typer.echo(f"warning: {sentence}", err=True)
+
+
+@app.command()
+def new_stage(
+    name: Annotated[str, typer.Argument(help="The stage's name in specs: a word in lower case.")],
+    kind: Annotated[Kind, typer.Option(help="What it does: transform layers, encode numbers, or score tokens.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to make; kvstack-NAME if not given.")] = None,
+) -> None:
+    """Write a plugin to begin from: a package with one small stage that works, its tests and its entry point."""
+    from .newstage import write
+
+    folder = write(name, kind.value, out)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        typer.echo(path)
+    typer.echo(f"Next: pip install -e {folder} && pytest {folder}")
 
 
 def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[str]:
