@@ -145,6 +145,11 @@ def test_the_catalogue_names_what_is_broken_and_shows_all_others(install):
 # ---- the plugins of this repository
 
 
+def test_names_of_test_files_do_not_clash():
+    """A `tests` that is a package would be taken for this one."""
+    assert not list(PLUGINS.glob("*/tests/__init__.py"))
+
+
 def folders() -> list[Path]:
     return sorted(path.parent for path in PLUGINS.glob("*/pyproject.toml"))
 
