@@ -141,10 +141,9 @@ def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> 
 
 
 def check_transform(stage: Transform, model: Any = None) -> None:
-    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, granule by granule; `keys` and
+    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
     `weigh` agree with it."""
-    model = tiny_model() if model is None else model
-    bound = stage.bind(model)
+    bound = stage.bind(tiny_model() if model is None else model)
     assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
     stage = bound.of(list(range(bound.layers)))
     tokens = max(2, -(-64 // stage.granule)) * stage.granule
@@ -170,6 +169,7 @@ def check_transform(stage: Transform, model: Any = None) -> None:
 
 def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
     """Numbers of the shape that `model` gives a transform."""
+    model = tiny_model() if model is None else model
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([[3, 4]]), past_key_values=cache)
