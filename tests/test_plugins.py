@@ -155,6 +155,13 @@ def folders() -> list[Path]:
 
 
 @pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
+def test_a_plugin_of_this_repository_is_told_of(folder):
+    assert f"| `{folder.name}` |" in (PLUGINS / "README.md").read_text()
+    assert (folder / "README.md").exists()
+    assert list(folder.rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
 def test_a_plugin_of_this_repository_is_installed_and_loads(folder):
     import tomllib
 
