@@ -140,33 +140,6 @@ def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> 
         assert torch.allclose(found, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
 
 
-def check_transform(stage: Transform, model: Any = None) -> None:
-    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
-    `weigh` agree with it."""
-    bound = stage.bind(tiny_model() if model is None else model)
-    assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
-    stage = bound.of(list(range(bound.layers)))
-    tokens = max(2, -(-64 // stage.granule)) * stage.granule
-    group = [_layer_of(model, i, tokens, stage.hidden) for i in range(bound.layers)]
-    latents = stage.forward(group)
-    assert latents, f"{stage!r}: forward gave no latents"
-    for name, latent in latents.items():
-        assert latent.data.dim() == 4, f"{stage!r}: latent {name!r} is not (B, H or 1, T, R)"
-        if latent.channels is not None:
-            energy = latent.channels.energy
-            assert energy.shape == latent.data.shape[-1:], f"{stage!r}: the energy of {name!r} is not (R,)"
-    data = {name: latent.data for name, latent in latents.items()}
-    for i, kv in enumerate(group):
-        back = stage.inverse(data, i)
-        assert back.keys.shape == kv.keys.shape, f"{stage!r}: keys of layer {i} came back as {tuple(back.keys.shape)}"
-        assert back.values.shape == kv.values.shape, f"{stage!r}: values of layer {i} have another shape"
-        assert torch.equal(stage.keys(data, i), back.keys), f"{stage!r}: keys() of layer {i} differ from inverse()"
-        weights = _numbers(2, kv.keys.shape[1], 3, tokens, seed=100 + i).softmax(-1)
-        found, expected = stage.weigh(weights, data, i), weights @ back.values
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
-    _check_granules(stage, group)
-
-
 def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
     """Numbers of the shape that `model` gives a transform."""
     model = tiny_model() if model is None else model
@@ -195,6 +168,33 @@ def _check_granules(stage: Transform, group: list[KV]) -> None:
 
 def _tokens_of(kv: KV, part: slice) -> KV:
     return KV(kv.keys[:, :, part], kv.values[:, :, part], None if kv.hidden is None else kv.hidden[:, :, part])
+
+
+def check_transform(stage: Transform, model: Any = None) -> None:
+    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
+    `weigh` agree with it."""
+    bound = stage.bind(tiny_model() if model is None else model)
+    assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
+    stage = bound.of(list(range(bound.layers)))
+    tokens = max(2, -(-64 // stage.granule)) * stage.granule
+    group = [_layer_of(model, i, tokens, stage.hidden) for i in range(bound.layers)]
+    latents = stage.forward(group)
+    assert latents, f"{stage!r}: forward gave no latents"
+    for name, latent in latents.items():
+        assert latent.data.dim() == 4, f"{stage!r}: latent {name!r} is not (B, H or 1, T, R)"
+        if latent.channels is not None:
+            energy = latent.channels.energy
+            assert energy.shape == latent.data.shape[-1:], f"{stage!r}: the energy of {name!r} is not (R,)"
+    data = {name: latent.data for name, latent in latents.items()}
+    _check_granules(stage, group)
+    for i, kv in enumerate(group):
+        back = stage.inverse(data, i)
+        assert back.keys.shape == kv.keys.shape, f"{stage!r}: keys of layer {i} came back as {tuple(back.keys.shape)}"
+        assert back.values.shape == kv.values.shape, f"{stage!r}: values of layer {i} have another shape"
+        assert torch.equal(stage.keys(data, i), back.keys), f"{stage!r}: keys() of layer {i} differ from inverse()"
+        weights = _numbers(2, kv.keys.shape[1], 3, tokens, seed=100 + i).softmax(-1)
+        found, expected = stage.weigh(weights, data, i), weights @ back.values
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
 
 
 def check_select(stage: Select) -> None:

@@ -22,7 +22,7 @@ SPECS = {
     "xkv": "xkv:layers=2",
 }
 """How each stage is built here."""
-REFUSED = {("kvtc", "quant"): "how many bits"}
+REFUSED = {("kvtc", "quant"): "packs its numbers itself"}
 """Stages of two kinds that cannot be together, and words of the sentence that says so."""
 
 SINKS, WINDOW, BLOCK = 4, 16, 16
