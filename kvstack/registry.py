@@ -4,7 +4,8 @@
     evict:0.2,score=snapkv(window=32)         keyword arguments; a score may have arguments of its own
 
 Stages outside kvstack are found by the entry-point groups `kvstack.stages` and `kvstack.scores`. A plugin is
-loaded when its name is asked for, not before, so a broken one disturbs nobody who does not use it.
+loaded when its name is asked for, not before, so a broken one disturbs nobody who does not use it. No plugin can take
+a built-in name, and none of two that claim one name is preferred.
 """
 
 from __future__ import annotations
@@ -14,12 +15,26 @@ import importlib
 import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any, Literal
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from .errors import SpecError, StageError
 from .stage import Score, Settings, Stage
 
-__all__ = ["make_score", "parse", "score_names", "stage_names", "stage_type", "to_dict", "to_spec"]
+__all__ = [
+    "make_score",
+    "parse",
+    "score_names",
+    "score_type",
+    "shadowed",
+    "stage_names",
+    "stage_type",
+    "to_dict",
+    "to_spec",
+]
 
 Group = Literal["stages", "scores"]
 
@@ -48,8 +63,12 @@ SETTINGS = ("sinks", "window", "block", "fused")
 # ---- names
 
 
-def _plugins(group: Group) -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=f"kvstack.{group}")}
+def _plugins(group: Group) -> dict[str, list[EntryPoint]]:
+    """What installed packages announce, by name: read from their metadata, nothing is imported."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in importlib.metadata.entry_points(group=f"kvstack.{group}"):
+        found.setdefault(entry.name, []).append(entry)
+    return found
 
 
 def _names(group: Group) -> list[str]:
@@ -66,25 +85,68 @@ def score_names() -> list[str]:
     return _names("scores")
 
 
+def shadowed() -> list[str]:
+    """A sentence for every plugin that calls its stage or score what kvstack calls one of its own."""
+    return [
+        f"{_package(entry)} calls a {group[:-1]} {name!r}, which is kvstack's own and stays so. Update or remove it."
+        for group in BUILT_IN
+        for name, entries in sorted(_plugins(group).items())
+        if name in BUILT_IN[group]
+        for entry in entries
+    ]
+
+
 def _find(group: Group, name: str) -> type[Settings]:
-    base: type[Settings] = Stage if group == "stages" else Score
     if name in BUILT_IN[group]:
         module, _, attribute = BUILT_IN[group][name].partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-    else:
-        plugin = _plugins(group).get(name)
-        if plugin is None:
-            raise SpecError(f"no {group[:-1]} is called {name!r}. Use one of: {', '.join(_names(group))}.")
-        try:
-            found = plugin.load()
-        except Exception as error:  # whatever a stranger's module raises
-            where = f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist else plugin.value
-            raise SpecError(
-                f"the plugin {name!r} ({where}) cannot be loaded: {error!r}. Update or remove it."
-            ) from error
+        built_in: type[Settings] = getattr(importlib.import_module(module), attribute)
+        return built_in
+    entries = _plugins(group).get(name, [])
+    if not entries:
+        raise SpecError(f"no {group[:-1]} is called {name!r}. Use one of: {', '.join(_names(group))}.")
+    if len(entries) > 1:
+        packages = " and ".join(sorted(map(_package, entries)))
+        raise SpecError(f"{packages} both have a {group[:-1]} called {name!r}. Remove one of them.")
+    return _load(group, entries[0])
+
+
+def _load(group: Group, plugin: EntryPoint) -> type[Settings]:
+    base: type[Settings] = Stage if group == "stages" else Score
+    who = f"the plugin {plugin.name!r} ({_package(plugin)})"
+    if (unfit := _unfit(plugin)) is not None:
+        raise SpecError(f"{who} {unfit}. Update one of them.")
+    try:
+        found = plugin.load()
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+        raise SpecError(f"{who} cannot be loaded: {error!r}. Update or remove it.") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise SpecError(f"the plugin {name!r} is not a kvstack {base.__name__}. Update or remove it.")
+        raise SpecError(f"{who} is not a kvstack {base.__name__}. Update or remove it.")
+    if getattr(found, "name", None) != plugin.name:
+        own = getattr(found, "name", None)
+        raise SpecError(f"{who} gives its class the name {own!r}. The two must be one word.")
     return found
+
+
+def _package(plugin: EntryPoint) -> str:
+    return f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist else plugin.value
+
+
+def _unfit(plugin: EntryPoint) -> str | None:
+    """For which other kvstack a plugin was made, as its package's requirements say; None where it is this one. pip
+    looks at them when the plugin is installed, and not when kvstack is updated under it."""
+    from . import __version__
+
+    for text in (plugin.dist.requires if plugin.dist else None) or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if canonicalize_name(requirement.name) != "kvstack":
+            continue
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if needed and not requirement.specifier.contains(__version__, prereleases=True):
+            return f"is made for kvstack {requirement.specifier}, and this is kvstack {__version__}"
+    return None
 
 
 def stage_type(name: str) -> type[Settings]:

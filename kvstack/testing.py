@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from . import registry
 from .cache import KVStack
@@ -75,7 +76,7 @@ def check_stage(stage: Stage, model: Any = None) -> None:
     if isinstance(stage, Encode):
         check_encode(stage)
     elif isinstance(stage, Transform):
-        check_transform(stage)
+        check_transform(stage, model)
     elif isinstance(stage, Select):
         check_select(stage)
     else:
@@ -139,6 +140,36 @@ def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> 
         assert torch.allclose(found, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
 
 
+def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
+    """Numbers of the shape that `model` gives a transform."""
+    model = tiny_model() if model is None else model
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([[3, 4]]), past_key_values=cache)
+    held: Any = cache.layers[layer]
+    shapes = ((2, x.shape[1], tokens, x.shape[3]) for x in (held.keys, held.values))
+    keys, values = (_numbers(*shape, seed=50 * i + layer) for i, shape in enumerate(shapes))
+    width = model.config.get_text_config(decoder=True).hidden_size
+    return KV(keys, values, _numbers(2, 1, tokens, width, seed=100 + layer) if hidden else None)
+
+
+def _check_granules(stage: Transform, group: list[KV]) -> None:
+    """Granules that were transformed in two goes are read in one."""
+    parts = [[_tokens_of(kv, part) for kv in group] for part in (slice(0, stage.granule), slice(stage.granule, None))]
+    found = [{name: latent.data for name, latent in stage.forward(part).items()} for part in parts if part[0].tokens]
+    joined = {name: torch.cat([data[name] for data in found], dim=2) for name in found[0]}
+    for i in range(len(group)):
+        apart = [stage.inverse(data, i) for data in found]
+        for what in ("keys", "values"):
+            expected = torch.cat([getattr(kv, what) for kv in apart], dim=2)
+            same = torch.allclose(getattr(stage.inverse(joined, i), what), expected, atol=1e-4, rtol=1e-3)
+            assert same, f"{stage!r}: {what} of layer {i} change when latents of later granules stand behind theirs"
+
+
+def _tokens_of(kv: KV, part: slice) -> KV:
+    return KV(kv.keys[:, :, part], kv.values[:, :, part], None if kv.hidden is None else kv.hidden[:, :, part])
+
+
 def check_transform(stage: Transform, model: Any = None) -> None:
     """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
     `weigh` agree with it. Where layers are left out, each of them reads an earlier one that is not."""
@@ -150,7 +181,8 @@ def check_transform(stage: Transform, model: Any = None) -> None:
         return
     assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
     stage = bound.of(list(range(bound.layers)))
-    group = [KV(_numbers(2, 2, 64, 16, seed=i), _numbers(2, 2, 64, 16, seed=50 + i)) for i in range(bound.layers)]
+    tokens = max(2, -(-64 // stage.granule)) * stage.granule
+    group = [_layer_of(model, i, tokens, stage.hidden) for i in range(bound.layers)]
     stage = stage.fit(group)
     latents = stage.forward(group)
     assert latents, f"{stage!r}: forward gave no latents"
@@ -160,12 +192,13 @@ def check_transform(stage: Transform, model: Any = None) -> None:
             energy = latent.channels.energy
             assert energy.shape == latent.data.shape[-1:], f"{stage!r}: the energy of {name!r} is not (R,)"
     data = {name: latent.data for name, latent in latents.items()}
+    _check_granules(stage, group)
     for i, kv in enumerate(group):
         back = stage.inverse(data, i)
         assert back.keys.shape == kv.keys.shape, f"{stage!r}: keys of layer {i} came back as {tuple(back.keys.shape)}"
         assert back.values.shape == kv.values.shape, f"{stage!r}: values of layer {i} have another shape"
         assert torch.equal(stage.keys(data, i), back.keys), f"{stage!r}: keys() of layer {i} differ from inverse()"
-        weights = _numbers(2, 2, 3, 64, seed=100 + i).softmax(-1)
+        weights = _numbers(2, kv.keys.shape[1], 3, tokens, seed=100 + i).softmax(-1)
         found, expected = stage.weigh(weights, data, i), weights @ back.values
         assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
         _check_fitted(stage, data, i, back)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Encode, Evict, KVStack, Latent, Packed, Quant, Score, Transform, registry
-from kvstack.testing import check_registered, check_score, check_settings, check_stage, tiny_model
+from kvstack.testing import check_registered, check_score, check_settings, check_stage, check_transform, tiny_model
 from kvstack.types import KV
 
 STAGES = [Quant(bits) for bits in (2, 3, 4, 8)]
@@ -21,7 +21,7 @@ def test_stage(stage):
     check_registered(stage)
 
 
-@pytest.mark.parametrize("name", registry.score_names())
+@pytest.mark.parametrize("name", registry.BUILT_IN["scores"])
 def test_score(name):
     score = registry.make_score(name)
     check_score(score)
@@ -51,6 +51,21 @@ class Pairs(Transform):
 
 def test_transform():
     check_stage(Pairs())
+
+
+def test_transform_under_another_model():
+    """The shapes are the model's, and hidden states are there for a transform that asks for them."""
+
+    class Asks(Pairs):
+        hidden = True
+
+        def forward(self, group):
+            assert [kv.hidden.shape[3] for kv in group] == [128, 128]
+            assert group[0].keys.shape[1:] == (2, group[0].tokens, 32)
+            return super().forward(group)
+
+    model = tiny_model(hidden_size=128)
+    check_transform(Asks(), model)
 
 
 @pytest.mark.parametrize("unrotated", [True, False])
@@ -98,6 +113,13 @@ def test_checks_can_fail():
         def score(self, kv, context):
             return kv.keys.sum((1, 3))
 
+    class Drifting(Pairs):
+        def inverse(self, latents, layer):
+            kv = super().inverse(latents, layer)
+            return KV(kv.keys, kv.values - kv.values.mean(2, keepdim=True))
+
+    with pytest.raises(AssertionError, match="values of layer 0 change when latents of later granules stand behind"):
+        check_stage(Drifting())
     with pytest.raises(AssertionError, match="wrote something else"):
         check_stage(Forgetful())
     with pytest.raises(AssertionError, match=r"score gave \(2, 48\)"):

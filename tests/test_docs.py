@@ -27,8 +27,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LINKED = sorted({*ROOT.glob("*.md"), *PAGES})
+PLUGINS = sorted((ROOT / "plugins").rglob("README.md"))
+
+
+def installed(page: Path) -> bool:
+    """Whether the plugin that this README is of is there."""
+    return importlib.util.find_spec(f"kvstack_{page.parent.name.replace('-', '_')}") is not None
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *filter(installed, PLUGINS)]
+LINKED = sorted({*ROOT.glob("*.md"), *PAGES, *PLUGINS})
 
 BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- *(?P<mark>.*?) *(-->)?\s*\Z")

@@ -1,3 +1,8 @@
+"""What holds for all tests of this repository, those of plugins included."""
+
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -25,3 +30,14 @@ def _inference():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+PLUGINS = Path(__file__).parent / "plugins"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Plugins that are not installed are left out; tests/test_plugins.py says which, and how they are."""
+    if collection_path.parent == PLUGINS and (collection_path / "pyproject.toml").exists():
+        module = f"kvstack_{collection_path.name.replace('-', '_')}"
+        return True if importlib.util.find_spec(module) is None else None
+    return None
