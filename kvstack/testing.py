@@ -156,7 +156,7 @@ def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
 def _check_granules(stage: Transform, group: list[KV]) -> None:
     """Granules that were transformed in two goes are read in one."""
     parts = [[_tokens_of(kv, part) for kv in group] for part in (slice(0, stage.granule), slice(stage.granule, None))]
-    found = [{name: latent.data for name, latent in stage.forward(part).items()} for part in parts if part[0].tokens]
+    found = [{name: latent.data for name, latent in stage.forward(part).items()} for part in parts]
     joined = {name: torch.cat([data[name] for data in found], dim=2) for name in found[0]}
     for i in range(len(group)):
         apart = [stage.inverse(data, i) for data in found]
