@@ -10,6 +10,9 @@ weighed in one unit, nats, and one budget can be spent over all of them.
     covariance C (N, N), weight w (N,)   ->   eigenvectors of  sqrt(w) C sqrt(w)  are the axes, eigenvalues their energy
 
 Windows are added up as they come, so memory does not grow with the number of tokens.
+
+With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same layers,
+first those of the keys, then those of the values. No gradients are taken.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock
@@ -30,7 +34,7 @@ from .basis import flat
 from .calibration import Calibration, Group, identity
 from .errors import CalibrationError
 from .grouping import Grouping
-from .reading import SINKS, at_rest, windows_of
+from .reading import SINKS, at_rest, observe, windows_of
 from .rope import Rope
 from .types import KV
 
@@ -51,6 +55,7 @@ SCALE = 256.0
 NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: %s"
 
 Progress = Callable[[int, int], None]
+Metric = Literal["fisher", "variance"]
 
 
 # ---- the public functions
@@ -62,10 +67,11 @@ def calibrate(
     tokens: int = TOKENS,
     *,
     layers: int | None = None,
+    metric: Metric = "fisher",
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Find the axes that `CommonKV` stores a model's cache along.
+    """Find the axes that a model's cache is stored along, by `CommonKV` for one.
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.
@@ -73,6 +79,9 @@ def calibrate(
             documentation, code, numbers and chat that come with Python and with this package.
         tokens: how many to read (default 10,240).
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
+        metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes
+            for a group's keys and values together. `variance` weighs all the same, and finds axes for the keys and
+            others for the values.
         tokenizer: the model's; default the one in the folder the model was loaded from. With no tokenizer at all the
             model is calibrated on text that it writes itself.
         progress: called with (windows read, windows in all).
@@ -81,7 +90,9 @@ def calibrate(
         CalibrationError: `layers` does not divide the model's layers, or all texts are shorter than a window; those
             that are get passed over.
     """
-    if model.get_output_embeddings() is None:
+    if metric not in ("fisher", "variance"):
+        raise CalibrationError(f"{metric!r} is no metric. Use \"fisher\" or \"variance\".")
+    if model.get_output_embeddings() is None and metric == "fisher":
         raise CalibrationError(
             f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
             "Pass the causal model it is part of: KVStack([...], model=...)."
@@ -89,9 +100,12 @@ def calibrate(
     plan = Grouping(model, layers)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
-        sums = [_Sums(group, plan.ropes) for group in plan.groups]
+        sums = _variances(plan) if metric == "variance" else [_Sums(group, plan.ropes) for group in plan.groups]
         for number, (ids, prompt) in enumerate(windows):
-            cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
+            if metric == "variance":
+                cache, gradients = observe(model, plan, ids[:, :prompt]), None
+            else:
+                cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
             for group in sums:
                 group.add(cache, gradients)
             if progress is not None:
