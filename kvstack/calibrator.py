@@ -11,19 +11,19 @@ weighed in one unit, nats, and one budget can be spent over all of them.
 
 Windows are added up as they come, so memory does not grow with the number of tokens.
 
-With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same layers,
-first those of the keys, then those of the values. No gradients are taken.
+With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same
+layers, first those of the keys, then those of the values. No gradients are taken.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .basis import flat
-from .calibration import Calibration, Group, identity
-from .errors import CalibrationError
+from .calibration import Calibration, Group, Metric, identity, loaded
+from .errors import BindError, CalibrationError
 from .grouping import Grouping
 from .reading import SINKS, at_rest, observe, windows_of
 from .rope import Rope
@@ -41,7 +41,9 @@ from .types import KV
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "calibrate", "calibrated", "usual_path"]
+    from .stage import Stage
+
+__all__ = ["TOKENS", "calibrate", "calibrated", "fitting", "usual_path"]
 
 log = logging.getLogger("kvstack")
 
@@ -55,7 +57,6 @@ SCALE = 256.0
 NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: %s"
 
 Progress = Callable[[int, int], None]
-Metric = Literal["fisher", "variance"]
 
 
 # ---- the public functions
@@ -91,8 +92,8 @@ def calibrate(
             that are get passed over.
     """
     if metric not in ("fisher", "variance"):
-        raise CalibrationError(f"{metric!r} is no metric. Use \"fisher\" or \"variance\".")
-    if model.get_output_embeddings() is None and metric == "fisher":
+        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
+    if model.get_output_embeddings() is None:
         raise CalibrationError(
             f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
             "Pass the causal model it is part of: KVStack([...], model=...)."
@@ -100,10 +101,14 @@ def calibrate(
     plan = Grouping(model, layers)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
-        sums = _variances(plan) if metric == "variance" else [_Sums(group, plan.ropes) for group in plan.groups]
+        sums: list[_Sums]
+        if metric == "variance":
+            sums = [_OneKind(group, kind) for group in plan.groups for kind in ("keys", "values")]
+        else:
+            sums = [_Sums(group, plan.ropes) for group in plan.groups]
         for number, (ids, prompt) in enumerate(windows):
             if metric == "variance":
-                cache, gradients = observe(model, plan, ids[:, :prompt]), None
+                cache = gradients = observe(model, plan, ids[:, :prompt])
             else:
                 cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
             for group in sums:
@@ -114,6 +119,7 @@ def calibrate(
     manifest = {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "identity": identity(model),
+        "metric": metric,
         "texts": source,
         "tokens": str(sum(prompt for _, prompt in windows)),
         "kvstack": importlib.metadata.version("kvstack"),
@@ -125,46 +131,67 @@ def calibrate(
 _known: weakref.WeakKeyDictionary[Any, dict[str, Calibration]] = weakref.WeakKeyDictionary()
 
 
-def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
+def fitting(
+    stage: Stage,
+    given: str | os.PathLike[str] | Calibration | None,
+    model: PreTrainedModel,
+    layers: int,
+    metric: Metric,
+) -> Calibration:
+    """The calibration of `model` for groups of `layers` that was `given` to `stage`, or the usual one."""
+    if given is None:
+        return calibrated(model, layers, metric, type(stage).__name__)
+    found = given if isinstance(given, Calibration) else loaded(given)
+    found.check(model, metric)
+    if found.layers != layers:
+        raise BindError(
+            f"{stage!r}: the calibration is for groups of {found.layers} layers, not of {layers}. "
+            f"Use layers={found.layers}, or calibrate with layers={layers}."
+        )
+    return found
+
+
+def calibrated(model: PreTrainedModel, layers: int, metric: Metric = "fisher", who: str = "CommonKV") -> Calibration:
     """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
-    folder, or made now and kept there."""
-    path = usual_path(model, layers)
+    folder, or made now (for the stage `who`) and kept there."""
+    path = usual_path(model, layers, metric)
     known = _known.setdefault(model, {})
     if path.name in known:
         return known[path.name]
-    found = _kept(model, path)
+    found = _kept(model, path, metric)
     if found is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # the lock goes when its process goes; a second process waits here and finds the work done
             with FileLock(path.with_suffix(".lock")):
-                found = _kept(model, path) or _made(model, layers, path)
+                found = _kept(model, path, metric) or _made(model, layers, path, metric, who)
         except OSError as error:
             log.warning(NOT_KEPT, error)
-            found = calibrate(model, layers=layers)
+            found = calibrate(model, layers=layers, metric=metric)
     known[path.name] = found
     return found
 
 
-def _kept(model: PreTrainedModel, path: Path) -> Calibration | None:
+def _kept(model: PreTrainedModel, path: Path, metric: Metric) -> Calibration | None:
     if not path.exists():
         return None
     try:
         found = Calibration.load(path)
-        found.check(model)
+        found.check(model, metric)
     except CalibrationError as error:
         log.warning("%s It is made anew.", error)
         return None
     return found
 
 
-def _made(model: PreTrainedModel, layers: int, path: Path) -> Calibration:
+def _made(model: PreTrainedModel, layers: int, path: Path, metric: Metric, who: str) -> Calibration:
     log.warning(
-        "CommonKV calibrates itself for this %s, once: about a minute for a small model. Kept in %s",
+        "%s calibrates itself for this %s, once: about a minute for a small model. Kept in %s",
+        who,
         type(model).__name__,
         path,
     )
-    found = calibrate(model, layers=layers)
+    found = calibrate(model, layers=layers, metric=metric)
     try:
         found.save(path)
     except OSError as error:
@@ -172,9 +199,10 @@ def _made(model: PreTrainedModel, layers: int, path: Path) -> Calibration:
     return found
 
 
-def usual_path(model: PreTrainedModel, layers: int) -> Path:
-    """Where `CommonKV()` looks for a calibration of `model`."""
-    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}.safetensors"
+def usual_path(model: PreTrainedModel, layers: int, metric: Metric = "fisher") -> Path:
+    """Where stages look for a calibration of `model`."""
+    kind = "" if metric == "fisher" else f"-{metric}"
+    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}{kind}.safetensors"
 
 
 def folder() -> Path:
@@ -215,6 +243,7 @@ class _Sums:
 
     def __init__(self, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
         self.layers, self.ropes = layers, ropes
+        self.gradient: Tensor | float = 0.0
         self.count = 0
         self.origin: Tensor | None = None  # numbers are taken from here, or a large mean would eat their digits
         self.shapes: tuple[tuple[int, int, int], ...] = ()
@@ -222,17 +251,19 @@ class _Sums:
     def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
         x = self._flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
         g = self._flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
+        self._add([cache[i] for i in self.layers], x)
+        self.gradient = self.gradient + g.square().sum(0)
+
+    def _add(self, kvs: Sequence[KV], x: Tensor) -> None:
         if self.origin is None:
-            kvs = [cache[i] for i in self.layers]
             self.shapes = tuple((kv.keys.shape[1], kv.keys.shape[3], kv.values.shape[3]) for kv in kvs)
             n = x.shape[1]
             self.origin, self.total = x.mean(0), x.new_zeros(n)
-            self.square, self.gradient = x.new_zeros(n, n), x.new_zeros(n)
+            self.square = x.new_zeros(n, n)
         x = x - self.origin
         self.count += x.shape[0]
         self.total += x.sum(0)
         self.square.addmm_(x.T, x)
-        self.gradient += g.square().sum(0)
 
     def _flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
         """(T, N) without the sinks."""
@@ -247,6 +278,7 @@ class _Sums:
 
     def weight(self) -> Tensor:
         """(N,) mean square of the gradient, never far below the mean of the same layer's keys or values."""
+        assert isinstance(self.gradient, Tensor)
         found = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
         return torch.cat([part + RIDGE * part.mean() for part in found])
 
@@ -259,6 +291,21 @@ class _Sums:
         energy, axes = energy.flip(0).clamp_min(LEAST), axes.T.flip(0)
         tensors = [(self.origin + mean), weight, axes.half(), energy]
         return Group(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
+
+
+class _OneKind(_Sums):
+    """The keys alone or the values alone of a group of layers, all numbers of one weight."""
+
+    def __init__(self, layers: Sequence[int], kind: str) -> None:
+        super().__init__(layers, {})
+        self.kind = kind
+
+    def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
+        kvs = [cache[i].only(self.kind) for i in self.layers]  # un-rotated and without sinks already
+        self._add(kvs, flat(kvs)[0])
+
+    def weight(self) -> Tensor:
+        return torch.ones_like(self.total)
 
 
 def _finish(sums: Sequence[_Sums]) -> list[Group]:

@@ -55,7 +55,7 @@ def test_bad_settings(make, message):
 
 
 SPECS = [
-    ("quanty:2", "no stage is called 'quanty'. Use one of: commonkv, evict, quant"),
+    ("quanty:2", "no stage is called 'quanty'. Use one of: commonkv, evict"),
     ("evict:0.2,score=best", "no score is called 'best'. Use one of: expected, h2o"),
     ("quant:2,speed=3", "'quant' cannot be built with (2, speed=3)"),
     ("quant:(", "is no spec"),

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
+from torch import Tensor
+
 from kvstack import KV, BindError, Latent, Transform
 from kvstack.grouping import Grouping
 from kvstack.stage import check
 from kvstack.types import take_tokens
-from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,21 +38,21 @@ class MiniCache(Transform):
         read:    e times the layer's own length
 
     Tokens whose directions differ most are retained: e is then the deeper layer's own direction, and the shallower
-    layer's key (or value) is held beside it as it was, unquantized. Each head retains its own, of keys and of values, as
-    many in every 64 tokens.
+    layer's key (or value) is held beside it as it was, unquantized. Each head retains its own, of keys and of values,
+    as many in every 64 tokens.
 
     Args:
         start: share of the model's layers, counted from the input, that is left alone (default 0.5): these go to the
             encoder as they would without a transform. The rest is merged in pairs.
-        t: where between the layers the merged direction lies: 0 is the shallower one's, 1 the deeper one's (default 0.6).
+        t: where the merged direction lies: 0 is the shallower layer's, 1 the deeper one's (default 0.6).
         retain: share of the tokens that is retained (default 0.05), to the nearest 64th; above 0 at least one of 64.
 
     Keys are merged as they are cached. Both layers have rotated a token's key by the same angles, and an interpolation
     between two rotated vectors is the rotated interpolation, so rotary embedding makes no difference.
 
-    Source: MiniCache, arXiv 2405.14366. Differs from the paper: a share of the tokens is retained, of each head, not all
-    beyond a threshold on the angle; the divergent ones are, where one published variant retains the similar; new tokens
-    are merged too, when they leave the window.
+    Source: MiniCache, arXiv 2405.14366. Differs from the paper: a share of each head's tokens is retained, not all
+    beyond a threshold on the angle; the divergent ones are, where one published variant retains the similar; new
+    tokens are merged too, when they leave the window.
 
     Example:
         >>> from kvstack import KVStack, Quant

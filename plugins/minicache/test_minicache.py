@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from kvstack_minicache import MiniCache, parted, slerp
+from transformers import DynamicCache
+
 from kvstack import KV, BindError, Evict, KVStack, Quant, StageError
 from kvstack.packed import storage_bytes
 from kvstack.testing import check_registered, check_stage, tiny_model
-from kvstack_minicache import MiniCache, parted, slerp
-from transformers import DynamicCache
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 
@@ -277,7 +278,7 @@ def test_rows_crop_copy_and_disk(name, tmp_path):
     assert model.generate(ids(), past_key_values=beams, num_beams=3, **GREEDY).shape == (1, 324)
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("name", [name for name in STACKS if name != "nf4"])  # which has no codes for float64
 def test_a_padded_row_equals_the_row_alone(name):
     model = tiny_model().double()
     padded = ids(2, 300)
@@ -307,8 +308,9 @@ def test_it_is_found_by_its_name():
 
 
 def test_it_is_in_the_catalogue():
-    from kvstack.cli import app
     from typer.testing import CliRunner
+
+    from kvstack.cli import app
 
     done = CliRunner().invoke(app, ["stages"])
     (row,) = (line for line in done.stdout.splitlines() if "│ minicache" in line)
