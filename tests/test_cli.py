@@ -197,7 +197,7 @@ def test_demo_prompt_hides_the_fact_in_the_middle(folder):
 
 
 def test_unknown_stage():
-    names = "commonkv, evict, quant"
+    names = ", ".join(kvstack.registry.stage_names())
     assert failed("generate", "--stack", "foo:2", "hello") == f"error: no stage is called 'foo'. Use one of: {names}."
 
 

@@ -357,7 +357,7 @@ def test_a_ratio_that_leaves_nothing(model):
 
 
 def test_layers_that_do_not_divide(model):
-    with pytest.raises(CalibrationError, match=r"layers=3: LlamaForCausalLM has 4 full-attention layers"):
+    with pytest.raises(BindError, match=r"LlamaForCausalLM has 4 full-attention layers, which do not divide"):
         KVStack([KVTC(layers=3)], model=model)
 
 
