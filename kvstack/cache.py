@@ -749,12 +749,18 @@ class KVStack(Cache):
     # ---- on disk
 
     @torch.no_grad()
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what is held to one safetensors file, packed as it is."""
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
+        """Write what is held to one safetensors file, packed as it is.
+
+        Args:
+            path: the file.
+            compress: deflate every tensor that gets smaller by it (zlib, level 9), which takes longer. `load` reads
+                both, and gives back the same bits.
+        """
         if self._model is None:
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
         self._catch_up()
-        saved.write(self, path)
+        saved.write(self, path, compress)
 
     @classmethod
     @torch.no_grad()
@@ -861,7 +867,7 @@ def _allotted(plan: Plan) -> Plan:
     """Where the transform knows its channels, they compete for its budget: of bits where the encoder can spend them
     unevenly, of places otherwise."""
     transform, encode = plan.transform, plan.encode
-    if transform is None or encode is None or not transform.channels:
+    if transform is None or encode is None or transform.allotted or not transform.channels:
         return plan
     channels = encode.allot(transform.channels, transform.numbers)
     return replace(plan, transform=transform.trim(channels or leading(transform.channels, transform.numbers)))
@@ -885,6 +891,9 @@ def _checked(stages: Sequence[Stage]) -> tuple[Stage, ...]:
                 "each kind. Keep one of them."
             )
         found[stage.kind] = stage
+    transform, encode = found.get("transform"), found.get("encode")
+    if isinstance(transform, Transform) and transform.allotted and encode:
+        raise StageError(f"{transform!r} packs its numbers itself, and {encode!r} has none left. Leave it out.")
     _check_nesting(list(found.values()))
     return tuple(stages)
 

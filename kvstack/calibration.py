@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from .types import Channels
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Calibration", "Group", "identity", "loaded", "sampled"]
+__all__ = ["Calibration", "Group", "Metric", "identity", "loaded", "sampled"]
+
+Metric = Literal["fisher", "variance"]
 
 FORMAT = "kvstack calibration 1"
 MANY = 4096
@@ -78,8 +80,9 @@ class Calibration:
     """Made by `kvstack.calibrate`; give it to `CommonKV(calibration=...)`, or save it.
 
     Attributes:
-        groups: one per group of layers that are stored together.
-        manifest: model, texts, tokens and versions it was made with.
+        groups: one per group of layers that are stored together; two where keys and values are apart
+            (`metric="variance"`), those of the keys first: its parts 0 and 1.
+        manifest: model, metric, texts, tokens and versions it was made with.
     """
 
     groups: tuple[Group, ...]
@@ -96,22 +99,32 @@ class Calibration:
         return len(self.groups[0].layers)
 
     @property
+    def metric(self) -> str:
+        """How numbers were weighed, see `calibrate`."""
+        return self.manifest.get("metric", "fisher")
+
+    @property
+    def parts(self) -> int:
+        """Groups of axes for each group of layers."""
+        return 2 if self.metric == "variance" else 1
+
+    @property
     def channels(self) -> tuple[Channels, ...]:
         return tuple(Channels(group.energy) for group in self.groups)
 
-    def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
+    def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
         """The leading axes of the group that is `layers`; stacks that need the same share one copy."""
-        key = (tuple(layers), rank, device, dtype)
+        key = (tuple(layers), rank, device, dtype, part)
         found = self._bases.get(key)
         if found is None:
-            group = next(group for group in self.groups if group.layers == tuple(layers))
+            group = next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
             found = self._bases[key] = group.basis(rank, device, dtype)
         return found
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
         """What is held for the group that is `layers`."""
-        group = next(group for group in self.groups if group.layers == tuple(layers))
-        return [group.mean, group.weight, group.axes, group.energy]
+        mine = [group for group in self.groups if group.layers == tuple(layers)]
+        return [x for group in mine for x in (group.mean, group.weight, group.axes, group.energy)]
 
     @cached_property
     def mark(self) -> str:
@@ -125,16 +138,16 @@ class Calibration:
 
     # ---- spectra
 
-    def spectrum(self) -> dict[tuple[int, ...], Tensor]:
+    def spectrum(self, part: int = 0) -> dict[tuple[int, ...], Tensor]:
         """Layers of a group -> energy (N,) along each of its axes, falling. The energies of all groups are in one
         unit: what an error of that size would cost, up to a common factor."""
-        return {group.layers: group.energy.clone() for group in self.groups}
+        return {group.layers: group.energy.clone() for group in self.groups[part :: self.parts]}
 
-    def rank(self, share: float = 0.99) -> dict[tuple[int, ...], int]:
+    def rank(self, share: float = 0.99, part: int = 0) -> dict[tuple[int, ...], int]:
         """Layers of a group -> axes that hold `share` of its energy."""
         return {
             layers: min(len(energy), int((energy.cumsum(0) < share * energy.sum()).sum()) + 1)
-            for layers, energy in self.spectrum().items()
+            for layers, energy in self.spectrum(part).items()
         }
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -143,8 +156,9 @@ class Calibration:
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for layers, energy in self.spectrum().items():
-            axes.semilogy((energy / energy.sum()).numpy(), label=f"layers {layers[0]} to {layers[-1]}")
+        for part, kind in enumerate(["", ", keys", ", values"][self.parts - 1 :][: self.parts]):
+            for layers, energy in self.spectrum(part).items():
+                axes.semilogy((energy / energy.sum()).numpy(), label=f"layers {layers[0]} to {layers[-1]}{kind}")
         axes.set(xlabel="axis", ylabel="share of the group's energy", title=self.manifest.get("model", ""))
         axes.set_ylim(bottom=1e-7)
         axes.legend()
@@ -189,8 +203,13 @@ class Calibration:
         ]
         return cls(tuple(groups), metadata)
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise `CalibrationError` where this was made for another model."""
+    def check(self, model: PreTrainedModel, metric: Metric = "fisher") -> None:
+        """Raise `CalibrationError` where this was made for another model or with another metric."""
+        if self.metric != metric:
+            raise CalibrationError(
+                f"{self!r} was made with metric={self.metric!r}, and {metric!r} is needed. Make one with it: "
+                f"kvstack.calibrate(model, metric={metric!r})."
+            )
         mine, theirs = self.manifest.get("identity"), identity(model)
         if mine != theirs:
             raise CalibrationError(

@@ -10,12 +10,16 @@ weighed in one unit, nats, and one budget can be spent over all of them.
     covariance C (N, N), weight w (N,)   ->   eigenvectors of  sqrt(w) C sqrt(w)  are the axes, eigenvalues their energy
 
 Windows are added up as they come, so memory does not grow with the number of tokens.
+
+With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same
+layers, first those of the keys, then those of the values. No gradients are taken.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -28,17 +32,19 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .basis import flat
-from .calibration import Calibration, Group, identity
-from .errors import CalibrationError
+from .calibration import Calibration, Group, Metric, identity, loaded
+from .errors import BindError, CalibrationError
 from .grouping import Grouping
-from .reading import SINKS, at_rest, windows_of
+from .reading import SINKS, at_rest, observe, windows_of
 from .rope import Rope
 from .types import KV
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TOKENS", "calibrate", "calibrated", "kept", "usual_path"]
+    from .stage import Stage
+
+__all__ = ["TOKENS", "calibrate", "calibrated", "fitting", "kept", "usual_path"]
 
 log = logging.getLogger("kvstack")
 
@@ -63,10 +69,11 @@ def calibrate(
     tokens: int = TOKENS,
     *,
     layers: int | None = None,
+    metric: Metric = "fisher",
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Find the axes that `CommonKV` stores a model's cache along.
+    """Find the axes that a model's cache is stored along, by `CommonKV` for one.
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.
@@ -74,6 +81,9 @@ def calibrate(
             documentation, code, numbers and chat that come with Python and with this package.
         tokens: how many to read (default 10,240).
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
+        metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes
+            for a group's keys and values together. `variance` weighs all the same, and finds axes for the keys and
+            others for the values.
         tokenizer: the model's; default the one in the folder the model was loaded from. With no tokenizer at all the
             model is calibrated on text that it writes itself.
         progress: called with (windows read, windows in all).
@@ -82,6 +92,8 @@ def calibrate(
         CalibrationError: `layers` does not divide the model's layers, or all texts are shorter than a window; those
             that are get passed over.
     """
+    if metric not in ("fisher", "variance"):
+        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
     if model.get_output_embeddings() is None:
         raise CalibrationError(
             f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
@@ -90,9 +102,16 @@ def calibrate(
     plan = Grouping(model, layers)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
-        sums = [_Sums(group, plan.ropes) for group in plan.groups]
+        sums: list[_Sums]
+        if metric == "variance":
+            sums = [_OneKind(group, kind) for group in plan.groups for kind in ("keys", "values")]
+        else:
+            sums = [_Sums(group, plan.ropes) for group in plan.groups]
         for number, (ids, prompt) in enumerate(windows):
-            cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
+            if metric == "variance":
+                cache = gradients = observe(model, plan, ids[:, :prompt])
+            else:
+                cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
             for group in sums:
                 group.add(cache, gradients)
             if progress is not None:
@@ -101,6 +120,7 @@ def calibrate(
     manifest = {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "identity": identity(model),
+        "metric": metric,
         "texts": source,
         "tokens": str(sum(prompt for _, prompt in windows)),
         "kvstack": importlib.metadata.version("kvstack"),
@@ -109,18 +129,43 @@ def calibrate(
     return Calibration(tuple(groups), manifest)
 
 
-def calibrated(model: PreTrainedModel, layers: int) -> Calibration:
+def fitting(
+    stage: Stage,
+    given: str | os.PathLike[str] | Calibration | None,
+    model: PreTrainedModel,
+    layers: int,
+    metric: Metric,
+) -> Calibration:
+    """The calibration of `model` for groups of `layers` that was `given` to `stage`, or the usual one."""
+    if given is None:
+        return calibrated(model, layers, metric, type(stage).__name__)
+    found = given if isinstance(given, Calibration) else loaded(given)
+    found.check(model, metric)
+    if found.layers != layers:
+        raise BindError(
+            f"{stage!r}: the calibration is for groups of {found.layers} layers, not of {layers}. "
+            f"Use layers={found.layers}, or calibrate with layers={layers}."
+        )
+    return found
+
+
+def calibrated(model: PreTrainedModel, layers: int, metric: Metric = "fisher", who: str = "CommonKV") -> Calibration:
     """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
-    folder, or made now and kept there."""
-    notice = f"CommonKV calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
-    make = partial(calibrate, model, layers=layers)
-    return kept(model, usual_path(model, layers), Calibration.load, make, notice)
+    folder, or made now (for the stage `who`) and kept there."""
+    notice = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+
+    def read(path: Path) -> Calibration:
+        found = Calibration.load(path)
+        found.check(model, metric)
+        return found
+
+    make = partial(calibrate, model, layers=layers, metric=metric)
+    return kept(model, usual_path(model, layers, metric), read, make, notice)
 
 
 class Fitted(Protocol):
     """What was fitted to a model and can be kept on disk."""
 
-    def check(self, model: PreTrainedModel) -> None: ...
     def save(self, path: Path) -> None: ...
 
 
@@ -128,17 +173,18 @@ F = TypeVar("F", bound=Fitted)
 _known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
-def kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
-    """What this process knows already, what is in the file at `path` and fits `model`, or what is made now and kept
-    there, by one process for all. `notice` is logged before it is made."""
+def kept(model: PreTrainedModel, path: Path, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
+    """What this process knows already, what `read` finds in the file at `path`, or what is made now and kept there, by
+    one process for all. `read` raises CalibrationError for what does not fit `model`; `notice` is logged before it is
+    made."""
     known: dict[str, F] = _known.setdefault(model, {})
-    found = known.get(path.name) or _read_kept(model, path, load)
+    found = known.get(path.name) or _read_kept(path, read)
     if found is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # the lock goes when its process goes; a second process waits here and finds the work done
             with FileLock(path.with_suffix(".lock")):
-                found = _read_kept(model, path, load) or _made(path, make, notice)
+                found = _read_kept(path, read) or _made(path, make, notice)
         except OSError as error:
             log.warning(NOT_KEPT, error)
             found = make()
@@ -146,16 +192,14 @@ def kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F], make: Ca
     return found
 
 
-def _read_kept(model: PreTrainedModel, path: Path, load: Callable[[Path], F]) -> F | None:
+def _read_kept(path: Path, read: Callable[[Path], F]) -> F | None:
     if not path.exists():
         return None
     try:
-        found = load(path)
-        found.check(model)
+        return read(path)
     except CalibrationError as error:
         log.warning("%s It is made anew.", error)
         return None
-    return found
 
 
 def _made(path: Path, make: Callable[[], F], notice: str) -> F:
@@ -168,9 +212,10 @@ def _made(path: Path, make: Callable[[], F], notice: str) -> F:
     return found
 
 
-def usual_path(model: PreTrainedModel, layers: int) -> Path:
-    """Where `CommonKV()` looks for a calibration of `model`."""
-    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}.safetensors"
+def usual_path(model: PreTrainedModel, layers: int, metric: Metric = "fisher") -> Path:
+    """Where stages look for a calibration of `model`."""
+    kind = "" if metric == "fisher" else f"-{metric}"
+    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}{kind}.safetensors"
 
 
 def folder() -> Path:
@@ -211,6 +256,7 @@ class _Sums:
 
     def __init__(self, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
         self.layers, self.ropes = layers, ropes
+        self.gradient: Tensor | float = 0.0
         self.count = 0
         self.origin: Tensor | None = None  # numbers are taken from here, or a large mean would eat their digits
         self.shapes: tuple[tuple[int, int, int], ...] = ()
@@ -218,17 +264,19 @@ class _Sums:
     def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
         x = self._flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
         g = self._flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
+        self._add([cache[i] for i in self.layers], x)
+        self.gradient = self.gradient + g.square().sum(0)
+
+    def _add(self, kvs: Sequence[KV], x: Tensor) -> None:
         if self.origin is None:
-            kvs = [cache[i] for i in self.layers]
             self.shapes = tuple((kv.keys.shape[1], kv.keys.shape[3], kv.values.shape[3]) for kv in kvs)
             n = x.shape[1]
             self.origin, self.total = x.mean(0), x.new_zeros(n)
-            self.square, self.gradient = x.new_zeros(n, n), x.new_zeros(n)
+            self.square = x.new_zeros(n, n)
         x = x - self.origin
         self.count += x.shape[0]
         self.total += x.sum(0)
         self.square.addmm_(x.T, x)
-        self.gradient += g.square().sum(0)
 
     def _flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
         """(T, N) without the sinks."""
@@ -243,6 +291,7 @@ class _Sums:
 
     def weight(self) -> Tensor:
         """(N,) mean square of the gradient, never far below the mean of the same layer's keys or values."""
+        assert isinstance(self.gradient, Tensor)
         found = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
         return torch.cat([part + RIDGE * part.mean() for part in found])
 
@@ -255,6 +304,21 @@ class _Sums:
         energy, axes = energy.flip(0).clamp_min(LEAST), axes.T.flip(0)
         tensors = [(self.origin + mean), weight, axes.half(), energy]
         return Group(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
+
+
+class _OneKind(_Sums):
+    """The keys alone or the values alone of a group of layers, all numbers of one weight."""
+
+    def __init__(self, layers: Sequence[int], kind: str) -> None:
+        super().__init__(layers, {})
+        self.kind = kind
+
+    def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
+        kvs = [cache[i].only(self.kind) for i in self.layers]  # un-rotated and without sinks already
+        self._add(kvs, flat(kvs)[0])
+
+    def weight(self) -> Tensor:
+        return torch.ones_like(self.total)
 
 
 def _finish(sums: Sequence[_Sums]) -> list[Group]:

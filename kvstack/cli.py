@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 try:
     import typer
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from .cache import KVStack
+    from .calibration import Metric
     from .stage import Settings
 
 __all__ = ["app"]
@@ -170,6 +171,9 @@ def calibrate(
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read; 10,240 if not given.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
+    metric: Annotated[
+        str, typer.Option(help='"fisher", for CommonKV; "variance": keys and values apart, for stages that ask for it.')
+    ] = "fisher",
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw the energy of every group's axes into this picture.")
     ] = None,
@@ -191,10 +195,11 @@ def calibrate(
             given,
             tokens or calibrator.TOKENS,
             layers=layers,
+            metric=cast("Metric", metric),  # checked there
             tokenizer=tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    path = out or calibrator.usual_path(lm, found.layers)
+    path = out or calibrator.usual_path(lm, found.layers, cast("Metric", metric))
     found.save(path)
     if plot is not None:
         found.plot(plot)
@@ -214,9 +219,12 @@ def _spectra(found: Any) -> Any:
 
     shares = (0.9, 0.99, 0.999)
     table = Table("layers", "axes", *(f"for {share:.1%} of the energy" for share in shares))
-    ranks = [found.rank(share) for share in shares]
-    for layers, energy in found.spectrum().items():
-        table.add_row(f"{layers[0]} to {layers[-1]}", str(len(energy)), *(str(rank[layers]) for rank in ranks))
+    for part in range(found.parts):
+        ranks = [found.rank(share, part) for share in shares]
+        kind = ("keys ", "values ")[part] if found.parts > 1 else ""
+        for layers, energy in found.spectrum(part).items():
+            axes = (str(rank[layers]) for rank in ranks)
+            table.add_row(f"{kind}{layers[0]} to {layers[-1]}", str(len(energy)), *axes)
     return table
 
 

@@ -1,12 +1,14 @@
 """A cache on disk: one safetensors file with what is held, and the settings, lengths and identities to go on with it.
 
-Nothing is decoded: what is packed stays packed, so the file is about as large as the cache.
+Nothing is decoded: what is packed stays packed, so the file is about as large as the cache. With `compress`
+the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +36,10 @@ FORMAT = "kvstack cache 1"
 class _Writer:
     """Collects tensors under short names; a description holds the names in their place."""
 
-    def __init__(self) -> None:
+    def __init__(self, compress: bool = False) -> None:
+        self.compress = compress
         self.tensors: dict[str, Tensor] = {}
+        self.deflated: dict[str, tuple[str, list[int]]] = {}
         self._known: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
 
     def put(self, x: Tensor | None) -> str | None:
@@ -43,13 +47,28 @@ class _Writer:
             return None
         key = (x.data_ptr(), tuple(x.shape), x.stride())  # what several share is written once
         if key not in self._known or not x.numel():
-            self._known[key] = str(len(self.tensors))
-            self.tensors[self._known[key]] = x.contiguous()
+            name = self._known[key] = str(len(self.tensors))
+            self.tensors[name] = x.contiguous()
+            if self.compress:
+                self._deflate(name)
         return self._known[key]
 
+    def _deflate(self, name: str) -> None:
+        x = self.tensors[name]
+        plain = x.cpu().flatten().view(torch.uint8).numpy()
+        smaller = zlib.compress(plain.data, 9)
+        if len(smaller) < plain.nbytes:
+            self.tensors[name] = torch.frombuffer(bytearray(smaller), dtype=torch.uint8)
+            self.deflated[name] = str(x.dtype).removeprefix("torch."), list(x.shape)
 
-def write(stack: KVStack, path: str | os.PathLike[str]) -> None:
-    writer, model = _Writer(), stack._model
+
+def _inflated(x: Tensor, dtype: str, shape: list[int]) -> Tensor:
+    plain = torch.frombuffer(bytearray(zlib.decompress(x.numpy().data)), dtype=torch.uint8)
+    return plain.view(getattr(torch, dtype)).view(shape)
+
+
+def write(stack: KVStack, path: str | os.PathLike[str], compress: bool = False) -> None:
+    writer, model = _Writer(compress), stack._model
     assert model is not None
     described = {
         "stack": stack.to_dict(),
@@ -71,6 +90,7 @@ def write(stack: KVStack, path: str | os.PathLike[str]) -> None:
         ],
         "others": [_describe_layer(layer, writer) for layer in stack._others()],
     }
+    described["deflated"] = writer.deflated
     write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)})
 
 
@@ -210,4 +230,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     metadata, tensors = read_tensors(Path(path), UseError, "cache", again)
     if metadata.get("format") != FORMAT:
         raise UseError(f"{os.fspath(path)!r} is no cache of this version of kvstack. {again}")
-    return json.loads(metadata["cache"]), tensors
+    described = json.loads(metadata["cache"])
+    for key, (dtype, shape) in described.get("deflated", {}).items():
+        tensors[key] = _inflated(tensors[key], dtype, shape)
+    return described, tensors

@@ -142,6 +142,8 @@ class Transform(Stage):
     """Whether `KV.hidden` is wanted; it is held for all tokens that are still raw."""
     granule: int = 1
     """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
+    allotted: ClassVar[bool] = False
+    """Whether its `channels` come with their bits. The stack packs them so, and takes no encoder beside it."""
     unit: int = 1
     """A latent holds all tokens of a granule, or a multiple of this number."""
     shares: Mapping[int, int] | None = None

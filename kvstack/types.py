@@ -42,6 +42,11 @@ class KV:
     def tokens(self) -> int:
         return self.keys.shape[2]
 
+    def only(self, kind: str) -> KV:
+        """The `keys` or the `values` alone: the other one has no channels."""
+        none = self.keys[..., :0]
+        return KV(self.keys, none) if kind == "keys" else KV(none, self.values)
+
     def take(self, index: Tensor) -> KV:
         """The tokens at `index` (B or 1, H or 1, n), one choice per row and head."""
         return KV(take_tokens(self.keys, index), take_tokens(self.values, index))

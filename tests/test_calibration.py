@@ -277,6 +277,39 @@ def test_usual_group(count, size):
 # ---- mistakes
 
 
+def test_axes_of_keys_and_of_values_apart(tmp_path):
+    """Plain variance: half the numbers each, all of one weight; saved, loaded and told from the other kind."""
+    model = tiny.model("llama")
+    found = calibrate(model, layers=2, tokens=400, metric="variance")
+    assert [group.layers for group in found.groups] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    for part in range(2):
+        assert [len(energy) for energy in found.spectrum(part).values()] == [64, 64]
+        assert list(found.rank(0.9, part)) == [(0, 1), (2, 3)]
+    weights = torch.cat([group.weight for group in found.groups])
+    assert torch.equal(weights, weights[:1].expand_as(weights))
+    device = torch.device("cpu")
+    basis = [found.basis((2, 3), 64, device, torch.float32, part) for part in range(2)]
+    assert basis[0].shapes == ((2, 16, 0),) * 2
+    assert basis[1].shapes == ((2, 0, 16),) * 2
+    assert torch.equal(basis[1].mean, found.groups[3].mean)
+    found.save(tmp_path / "axes")
+    again = Calibration.load(tmp_path / "axes")
+    assert (again.metric, again.mark) == ("variance", found.mark)
+    again.check(model, "variance")
+    with pytest.raises(
+        CalibrationError, match=r"made with metric='variance', and 'fisher' is needed\. Make one with it"
+    ):
+        again.check(model)
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "spectra.png")
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_metric_that_is_none():
+    with pytest.raises(CalibrationError, match=r"'mean' is no metric\. Use \"fisher\" or \"variance\"\."):
+        calibrate(tiny.model("llama"), metric="mean")
+
+
 def test_layers_that_do_not_divide():
     with pytest.raises(CalibrationError, match=r"layers=3: LlamaForCausalLM has 4 .* Use one of \[1, 2, 4\]"):
         calibrate(tiny.model("llama"), layers=3)

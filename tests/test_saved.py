@@ -48,6 +48,54 @@ def test_the_file_is_as_large_as_the_cache(tmp_path):
     assert abs((tmp_path / "cache.safetensors").stat().st_size / stack.nbytes - 1) < 0.05
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", [name for name in STACKS if name != "mean"])
+def test_deflated_or_not_the_same_bits(name, architecture, tmp_path):
+    """All tensors, of all types, and never more bytes to speak of."""
+    model, files = tiny.model(architecture, dtype=torch.bfloat16), [tmp_path / "plain", tmp_path / "deflated"]
+    stack = KVStack(STACKS[name], model=model, **SETTINGS)
+    model(tiny.tokens(2, 600), past_key_values=stack)
+    found = []
+    for compress, path in enumerate(files):
+        stack.save(path, compress=bool(compress))
+        found.append(KVStack.load(path, model=model)._parts())
+    assert found[0]
+    for (*who, x), (*other, y) in zip(*found, strict=True):
+        assert (who, x.dtype, x.shape) == (other, y.dtype, y.shape)
+        assert torch.equal(x, y)
+    plain, deflated = (path.stat().st_size for path in files)
+    assert deflated <= 1.01 * plain
+
+
+def test_a_text_that_repeats_itself_is_deflated(tmp_path):
+    model = tiny.model("llama")
+    stack = KVStack([Quant(4)], model=model)
+    model(torch.full((1, 3000), 7), past_key_values=stack)
+    sizes = []
+    for compress in (False, True):
+        stack.save(tmp_path / "cache", compress=compress)
+        sizes.append((tmp_path / "cache").stat().st_size)
+    assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_files_of_before_are_read(tmp_path):
+    """A description that knows nothing of deflated tensors."""
+    import json
+
+    from kvstack import saved
+    from kvstack.files import read_tensors, write_tensors
+
+    model, path = tiny.model("llama"), tmp_path / "cache"
+    stack = KVStack([Quant(4)], model=model)
+    model(tiny.tokens(1, 200), past_key_values=stack)
+    stack.save(path)
+    metadata, tensors = read_tensors(path, UseError, "cache", "")
+    described = json.loads(metadata["cache"])
+    assert described.pop("deflated") == {}
+    write_tensors(path, tensors, {"format": saved.FORMAT, "cache": json.dumps(described)})
+    assert torch.equal(KVStack.load(path, model=model).read(0).keys, stack.read(0).keys)
+
+
 def test_mistakes(tmp_path):
     model, path = tiny.model("llama"), tmp_path / "cache.safetensors"
     stack = KVStack([CommonKV(0.5, layers=2)], model=model)

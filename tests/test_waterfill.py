@@ -1,13 +1,19 @@
 """Codes of a latent whose variances are known."""
 
+from dataclasses import dataclass
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
-from kvstack import Channels, Quant, UseError
+from kvstack import KV, Channels, KVStack, Latent, Quant, StageError, Transform, UseError
 from kvstack.encode import waterfill
 from kvstack.encode.allot import STEPS
+from kvstack.encode.plain import Plain
+from kvstack.testing import check_stage
+
+from . import tiny
 
 
 def channels(decay=0.8, count=24, bits=60):
@@ -96,3 +102,53 @@ def test_a_channel_without_energy_is_harmless():
     known = Channels(torch.tensor([4.0, 0.0]), torch.tensor([4, 1], dtype=torch.uint8))
     x = torch.tensor([[1.0, 0.0]]).expand(8, 2)[None, None]
     assert torch.allclose(waterfill.decode(waterfill.encode(x, known)), x, atol=0.5)
+
+
+# ---- channels that come with their bits
+
+
+def test_without_an_encoder_they_are_packed_just_so():
+    known, plain = channels(), Plain()
+    x = latent(known)
+    packed, other = plain.encode(x, "latent", known), Quant(2).encode(x, "latent", known)
+    assert packed.parts.keys() == other.parts.keys()
+    assert all(torch.equal(part, other.parts[name]) for name, part in packed.parts.items())
+    assert torch.equal(plain.decode(packed, "latent"), Quant(2).decode(other, "latent"))
+    assert plain.granule(24, known) == waterfill.GRANULE
+    assert plain.granule(24, Channels(known.energy)) == plain.granule(24) == 1
+
+
+@dataclass(frozen=True, repr=False)
+class FiveBits(Transform):
+    """Keys and values of a layer side by side, five bits for each number."""
+
+    layers: int = 1
+
+    name = "fivebits"
+    allotted = True
+
+    @property
+    def channels(self):
+        return (Channels(torch.full((64,), 4.0), torch.full((64,), 5, dtype=torch.uint8)),) * 4
+
+    def forward(self, group):
+        both = torch.cat([group[0].keys, group[0].values], dim=-1)  # (B, 2, T, 32)
+        return {"both": Latent(both.transpose(1, 2).flatten(2).unsqueeze(1), self.channels[0])}
+
+    def inverse(self, latents, layer):
+        return KV(*latents["both"].squeeze(1).unflatten(-1, (2, 32)).transpose(1, 2).chunk(2, dim=-1))
+
+
+def test_a_transform_that_gives_its_channels_bits():
+    check_stage(FiveBits())
+    stack = KVStack([FiveBits()], model=tiny.model("llama"), sinks=2, window=8)
+    tiny.model("llama")(tiny.tokens(1, 2 + 8 + 80), past_key_values=stack)
+    found = {part.part: part.nbytes for part in stack.report().parts if part.payer == "FiveBits()"}
+    assert found == {"both: codes": 4 * 80 * 64 * 5 // 8, "both: gains": 4 * 80 * 2 // 8}
+
+
+def test_an_encoder_beside_it_has_nothing_to_do():
+    with pytest.raises(
+        StageError, match=r"FiveBits\(\) packs its numbers itself, and Quant\(bits=4\) has none left\. Leave"
+    ):
+        KVStack([Quant(4), FiveBits()])

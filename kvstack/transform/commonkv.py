@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..basis import Basis, flat
 from ..budget import leading
-from ..calibration import Calibration, loaded
-from ..calibrator import calibrated
+from ..calibration import Calibration
+from ..calibrator import fitting
 from ..errors import BindError
 from ..grouping import Grouping
 from ..reading import observe
@@ -152,24 +152,11 @@ class CommonKV(Transform):
         return fitted._settle_apart(model) if self.unmerged else fitted
 
     def _bind_calibrated(self, model: PreTrainedModel) -> Self:
-        found = self._calibration_of(model)
+        found = fitting(self, self.calibration, model, self._plan.size, "fisher")
         numbers = [len(group.energy) for group in found.groups]
         self._check_rank(min(numbers))
         budget = int(self.keep * sum(numbers)) if isinstance(self.keep, float) else self.keep * len(numbers)
         return self._with(_axes=found, _numbers=budget, _channels=found.channels)
-
-    def _calibration_of(self, model: PreTrainedModel) -> Calibration:
-        given, size = self.calibration, self._plan.size
-        if given is None:
-            return calibrated(model, size)
-        found = given if isinstance(given, Calibration) else loaded(given)
-        found.check(model)
-        if found.layers != size:
-            raise BindError(
-                f"{self!r}: the calibration is for groups of {found.layers} layers, not of {size}. "
-                f"Use layers={found.layers}, or calibrate with layers={size}."
-            )
-        return found
 
     def _bind_weights(self, model: PreTrainedModel) -> Self:
         plan = self._plan

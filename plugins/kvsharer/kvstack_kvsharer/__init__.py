@@ -98,13 +98,19 @@ class KVSharer(Transform):
         return fitted
 
     def _strategy_for(self, model: PreTrainedModel) -> Strategy:
-        if self.strategy is not None:
-            found = self.strategy if isinstance(self.strategy, Strategy) else Strategy.load(self.strategy)
+        def read(path: str | os.PathLike[str]) -> Strategy:
+            found = Strategy.load(path)
             found.check(model)
             return found
+
+        if isinstance(self.strategy, Strategy):
+            self.strategy.check(model)
+            return self.strategy
+        if self.strategy is not None:
+            return read(self.strategy)
         share, rank, threshold, seed = self.share, self.rank, self.threshold, self.seed
         words = f"{share}-{rank}-{threshold}-{seed}"
         path = calibrator.folder() / f"{model.config.model_type}-{identity(model)}-kvsharer-{words}.json"
         notice = f"KVSharer searches which layers of this {type(model).__name__} can share, once."
         make = partial(search, model, share=share, rank=rank, threshold=threshold, seed=seed)
-        return calibrator.kept(model, path, Strategy.load, make, notice)
+        return calibrator.kept(model, path, read, make, notice)

@@ -1,0 +1,247 @@
+"""KVTC: transform coding. Principal axes over all layers, bits where they lower the error most, codes of these bits."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from kvstack import KV, BindError, Calibration, Channels, Latent, Transform
+from kvstack.basis import Basis, flat
+from kvstack.calibrator import fitting
+from kvstack.encode.allot import DISTORTION
+from kvstack.encode.waterfill import GAIN_BITS
+from kvstack.grouping import Grouping
+from kvstack.stage import check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["KVTC", "widths"]
+
+KINDS = ("keys", "values")
+BLOCKS, UNITS = 1024, 8192
+"""At most so many blocks of channels, of all latents together, share the bits of a token, counted in so many units."""
+
+
+@dataclass(frozen=True, repr=False)
+class KVTC(Transform):
+    """Store, for every token, the codes of two latents: one for the keys of all layers, one for their values.
+
+        keys of all layers, un-rotated (N)     z = (x - mean) axes^T,  channels by falling energy (R)
+        bits per channel                       8 8 7 .. 5 5 5 .. 2 2 2 2 .. 1 1 1 1 1 1 .. 0 0 0
+
+    Axes are principal axes of keys, and of values, on calibration text. Bits of a token are spread over the channels of
+    both so that the expected squared error is least, by dynamic programming; channels without bits are not stored.
+
+    It says by itself how many bits each channel takes, so it stands in the place of an encoder too: a stack with
+    `Quant` beside it is refused.
+
+    Args:
+        ratio: how many times smaller than 16-bit numbers the codes are, more than 1 (default 16: one bit a number on
+            average). A channel takes 8 bits at most, so below 2 nothing is gained. Sinks and window come on top.
+        layers: adjacent full-attention layers that share axes; default all of them. Fewer need less memory to
+            calibrate, and less arithmetic to rebuild.
+        calibration: a `Calibration` made with `metric="variance"`, or the path of a saved one. Default: made at first
+            use and kept in the user's cache folder.
+
+    Source: KVTC, arXiv 2511.01815. Differs from the paper: codes are those of a Gaussian of the channel's variance,
+    with one of four gains a token for each run of channels of equal bits, not integer and floating types with a scale;
+    widths are 0 to 8 bits; tokens are coded in the running cache, not when it is stored away, and the entropy coder
+    comes when the cache is saved: `KVStack.save(path, compress=True)`. The paper keeps 128 recent tokens: `window=128`.
+
+    Example:
+        >>> from kvstack import Evict, KVStack
+        >>> KVStack([KVTC(16), Evict(0.5)])
+        KVStack([KVTC(), Evict(keep=0.5)])
+    """
+
+    ratio: float = 16
+    layers: int | None = None
+    calibration: str | os.PathLike[str] | Calibration | None = None
+
+    _plan: Grouping = field(init=False, repr=False, compare=False)
+    _axes: Calibration = field(init=False, repr=False, compare=False)
+    _dtype: torch.dtype = field(init=False, repr=False, compare=False)
+    _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
+    _layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _mine: tuple[Channels, ...] = field(init=False, repr=False, compare=False)
+    _bases: tuple[Basis, ...] = field(init=False, repr=False, compare=False)
+
+    name = "kvtc"
+    source = "arXiv 2511.01815"
+    saves = "layers and bits: codes of principal components"
+    unrotated = True
+    allotted = True
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool) and self.ratio > 1
+        check(number, self, "ratio is how many times smaller the codes are, more than 1.", "Use ratio=16.")
+        layers = self.layers
+        counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
+        check(counts, self, "layers counts layers.", "Use 1 or more, or leave it out for all.")
+        if isinstance(self.calibration, os.PathLike):  # settings travel as plain data
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+
+    # ---- fitted to a model
+
+    def bind(self, model: PreTrainedModel) -> Self:
+        plan = Grouping(model, self.layers or len(Grouping(model, 1).full))
+        found = fitting(self, self.calibration, model, plan.size, "variance")
+        energies = [group.energy for group in found.groups]
+        bits = int(16 * sum(map(len, energies)) / self.ratio)
+        spread = widths(energies, bits)
+        if spread is None:
+            raise BindError(
+                f"{self!r}: {bits} bits a token are too few for {len(energies)} latents. "
+                "Use a smaller ratio, or more layers in a group."
+            )
+        known = []
+        for energy, given in zip(energies, spread, strict=True):
+            rank = int((given > 0).sum())
+            known.append(Channels(energy[:rank].clone(), given[:rank].clone()))
+        changes = {"_plan": plan, "_axes": found, "_dtype": model.dtype, "_channels": tuple(known)}
+        return self._with(layers=plan.size, unrotated=plan.rotates, **changes)
+
+    # what stacks share must not be an inference tensor, whatever forward the first of them is bound in
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def of(self, layers: Sequence[int]) -> Self:
+        first = len(KINDS) * self._plan.groups.index(list(layers))
+        device = self._plan.devices[layers[0]]
+        mine = tuple(known.to(device) for known in self._channels[first : first + len(KINDS)])
+        bases = tuple(
+            self._axes.basis(layers, len(known.energy), device, self._dtype, part) for part, known in enumerate(mine)
+        )
+        return self._with(_layers=tuple(layers), _mine=mine, _bases=bases)
+
+    def _with(self, **changes: Any) -> Self:
+        fitted = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(fitted, name, value)
+        return fitted
+
+    @property
+    def channels(self) -> Sequence[Channels]:
+        return self._channels
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        known = [x for mine in self._mine for x in (mine.energy, mine.bits) if x is not None]
+        return [*known, *(x for basis in self._bases for x in basis.tensors), *self._axes.tensors(self._layers)]
+
+    @property
+    def mark(self) -> str:
+        return f"{self._axes.mark} {self._layers} bits {[mine.runs for mine in self._mine]}"
+
+    # ---- there and back
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        found = {}
+        for kind, basis, mine in zip(KINDS, self._bases, self._mine, strict=True):
+            z = basis.project(flat([kv.only(kind) for kv in group]))  # (B, T, R)
+            found[kind] = Latent(z.unsqueeze(1), mine)
+        return found
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        values = self._bases[1].values(latents["values"].squeeze(1), layer).to(self._dtype)
+        return KV(self.keys(latents, layer), values)
+
+    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        return self._bases[0].keys(latents["keys"].squeeze(1), layer).to(self._dtype)
+
+    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        return self._bases[1].weigh(weights, latents["values"].squeeze(1), layer)
+
+
+# ---- bits
+
+
+def widths(energies: Sequence[Tensor], bits: int) -> list[Tensor] | None:
+    """How many of `bits` bits each channel gets so that the expected squared error is least: one uint8 tensor like
+    each of `energies` (R,), which fall. None where the bits are too few: every latent gets some.
+
+    A channel of energy e with w bits leaves the error `DISTORTION[w]` e. It costs w bits, and each run of channels of
+    equal width costs 2 more, its gain. With more than 1,024 channels, blocks of 2, 4, 8, ... have one width; with more
+    than 8,192 bits, they are counted in units of 2, 4, 8, ... at most a block's channels, rounded up.
+
+    Source: dynamic programming over groups of components, as in KVTC (arXiv 2511.01815). Widths fall with the energy,
+    so the choice is where each width begins. Over latents, widths from 8 down to 1 and blocks, it keeps the least
+    error for every number of units c:
+
+        run[i][c]    the first i blocks, the last of width w   = error of block i + the less of
+                     run[i-1][c - cost of w], done[i-1][c - cost of w - gain]
+        done[i][c]   the first i blocks, none narrower than w  = the less of run[i][c], done[i][c] before w
+    """
+    size = _power(sum(len(energy) for energy in energies) / BLOCKS)
+    unit = min(size, _power(bits / UNITS))
+    units, gain, cost = bits // unit, -(-GAIN_BITS // unit), size // unit
+    least = torch.zeros(units + 1, dtype=torch.float64)  # of all latents so far, by units spent at most
+    steps = []
+    for energy in energies:
+        blocks = torch.stack([part.sum() for part in energy.double().cpu().split(size)])
+        steps.append(_Step(blocks, least, cost, gain))
+        least = steps[-1].least
+    if not bool(torch.isfinite(least[units])):
+        return None
+    found: list[Tensor] = []
+    for energy, step in zip(reversed(energies), reversed(steps), strict=True):
+        given, units = step.back(units)
+        found.append(given.repeat_interleave(size)[: len(energy)].to(energy.device))
+    return found[::-1]
+
+
+def _power(x: float) -> int:
+    """The least power of two that is `x` or more."""
+    return 1 << math.ceil(math.log2(max(x, 1)))
+
+
+class _Step:
+    """The programme for the blocks (n,) of one latent, from the `least` error of those before it. A bit for a block
+    costs `cost` units, a run `gain`."""
+
+    def __init__(self, blocks: Tensor, least: Tensor, cost: int, gain: int) -> None:
+        n, c = len(blocks), len(least)
+        self.cost, self.gain = cost, gain
+        done = torch.full((n + 1, c), torch.inf, dtype=torch.float64)
+        done[0] = least
+        most = len(DISTORTION) - 1
+        self.took = torch.zeros(most + 1, n + 1, c, dtype=torch.bool)  # the run of this width ends at block i
+        self.began = torch.zeros(most + 1, n + 1, c, dtype=torch.bool)  # block i is the first of its run
+        for width in range(most, 0, -1):
+            run, before = torch.full((c,), torch.inf, dtype=torch.float64), done[0]
+            for i in range(1, n + 1):
+                goes_on, begins = _later(run, width * cost), _later(before, width * cost + gain)
+                self.began[width, i] = begins < goes_on
+                run = torch.minimum(goes_on, begins) + DISTORTION[width] * blocks[i - 1]
+                self.took[width, i] = run < done[i]
+                before = done[i].clone()  # without runs of this width
+                done[i] = torch.minimum(done[i], run)
+        rest = blocks.sum() - blocks.cumsum(0)
+        self.least, self.last = (done[1:] + rest[:, None]).min(dim=0)
+
+    def back(self, units: int) -> tuple[Tensor, int]:
+        """Bits of every block when `units` are spent, and how many of them are left for the latents before."""
+        i = int(self.last[units]) + 1
+        given = torch.zeros(self.took.shape[1] - 1, dtype=torch.uint8)
+        for width in range(1, len(DISTORTION)):
+            if not self.took[width, i, units]:
+                continue
+            first = False
+            while not first:
+                first = bool(self.began[width, i, units])
+                given[i - 1] = width
+                units -= width * self.cost + first * self.gain
+                i -= 1
+        return given, units
+
+
+def _later(x: Tensor, units: int) -> Tensor:
+    """`x` (c,) by units spent, when `units` more are spent."""
+    return torch.cat([torch.full((min(units, len(x)),), torch.inf, dtype=x.dtype), x[: max(0, len(x) - units)]])
