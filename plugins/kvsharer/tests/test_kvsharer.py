@@ -561,6 +561,14 @@ def test_layers_of_other_shapes_do_not_share():
     assert model(tokens(1, 9), past_key_values=stack_of({2: 1})).logits.isfinite().all()
 
 
+def test_layers_on_other_devices_do_not_share():
+    model = tiny_model()
+    kinds_of(model)
+    model.model.layers[3].self_attn.to("meta")
+    with pytest.raises(BindError, match=r"layer 3 cannot read layer 1 .* numbers on meta and 2 heads .* on cpu"):
+        KVStack([sharer({3: 1})], model=model)
+
+
 def test_only_full_attention_layers_share():
     config = Gemma3TextConfig(
         **SHAPE, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2
