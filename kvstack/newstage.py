@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import keyword
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -54,9 +53,8 @@ def write(name: str, kind: Kind, out: Path | None = None) -> Path:
         f"{module}.py": f"{kind}.py",
         f"tests/test_{name}.py": f"test_{kind}.py",
     }
-    templates = Environment(
-        loader=PackageLoader("kvstack", "data/plugin"), undefined=StrictUndefined, keep_trailing_newline=True
-    )  # fmt: skip
+    source = PackageLoader("kvstack", "data/plugin")
+    templates = Environment(loader=source, undefined=StrictUndefined, keep_trailing_newline=True)
     texts = {path: templates.get_template(f"{template}.jinja").render(words) for path, template in files.items()}
     _write_all(out, texts)
     return out
@@ -83,14 +81,10 @@ def _versions() -> str:
 
 
 def _write_all(out: Path, texts: dict[str, str]) -> None:
-    # beside its place, so that the renaming stays on one disk
-    partial = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
-    try:
+    # written beside its place, so that the renaming stays on one disk
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as place:
+        folder = Path(place, out.name)
         for path, text in texts.items():
-            (partial / path).parent.mkdir(exist_ok=True)
-            (partial / path).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+        folder.rename(out)
