@@ -24,7 +24,7 @@ def invoke(*arguments: object) -> str:
     # one thread: two that wait for each other on a busy machine cost more than the arithmetic
     done = CliRunner().invoke(bench_app, [*map(str, arguments), "--tiny", "--threads", "1"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 @pytest.fixture

@@ -147,6 +147,19 @@ def test_quanto_takes_texts_of_any_length(model):
     assert torch.equal(layer._dequantize((packed, tokens)), whole[..., :61, :])
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_hqq_takes_texts_of_any_length(model, bits):
+    """Codes of four or two groups share bytes; a text of an odd number of tokens, one row and head, fills them anyway."""
+    pytest.importorskip("hqq")
+    keys = torch.randn(1, 1, 61, 32)
+    layer = parse(f"hqq:{bits}").make(model).layers[0]
+    layer.keys = keys  # what transformers asks for device and dtype
+    back = layer._dequantize(layer._quantize(keys, axis=1))
+    assert back.shape == keys.shape
+    step = (keys.amax() - keys.amin()) / (2**bits - 1)
+    assert (back - keys).abs().max() <= step
+
+
 @pytest.mark.parametrize("spec", ["dense", "hqq:4", "quanto:4", "turboquant:4"])
 def test_caches_serve_generate(model, spec):
     if why := parse(spec).missing():

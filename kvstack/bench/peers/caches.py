@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
-from transformers.cache_utils import QuantoQuantizedLayer
+from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +29,29 @@ def dense(model: PreTrainedModel) -> Cache:
 def hqq(bits: int, group: int) -> Make:
     def make(model: PreTrainedModel) -> Cache:
         # axis 0 takes its groups across the whole text, so its error grows with every flush
-        axes = {"axis_key": 1, "axis_value": 1}
-        return QuantizedCache("hqq", model.config, bits, q_group_size=group, residual_length=RESIDUAL, **axes)
+        settings = {"axis_key": 1, "axis_value": 1, "q_group_size": group, "residual_length": RESIDUAL}
+        cache = QuantizedCache("hqq", model.config, bits, **settings)
+        cache.layers = [WholeBytes(bits, **settings) for _ in cache.layers]
+        return cache
 
     return make
+
+
+class WholeBytes(HQQQuantizedLayer):
+    """Adds copies of the last token until all groups fill whole bytes: hqq fails on texts of other lengths."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> tuple[Any, int]:
+        tokens, numbers = tensor.shape[-2], tensor[..., :1, :].numel()
+        whole = self.q_group_size * 8 // self.nbits
+        spare = next((n for n in range(whole) if numbers * (tokens + n) % whole == 0), 0)
+        if spare:
+            tensor = torch.cat([tensor, tensor[..., -1:, :].expand(-1, -1, spare, -1)], dim=-2)
+        return super()._quantize(tensor, axis), tokens
+
+    def _dequantize(self, qtensor: tuple[Any, int]) -> Tensor:
+        packed, tokens = qtensor
+        found: Tensor = super()._dequantize(packed)
+        return found[..., :tokens, :]
 
 
 def quanto(bits: int, group: int) -> Make:
