@@ -595,6 +595,8 @@ def test_picking_changes_the_answer_and_not_the_prompt():
 @pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="needs kvstack[cli]")
 def test_its_share_of_the_prefill_can_be_measured():
     options = ["--tiny", "--threads", "1", "--rounds", "1", "--steps", "8", "--contexts", "128"]
-    done = CliRunner().invoke(app, ["bench", "decode", *options, "--stack", "xkv:keep=0.25,layers=2"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, ["bench", "decode", *options, "--stack", "xkv:keep=0.25,layers=2"], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     assert "xkv:keep=0.25,layers=2" in done.output
