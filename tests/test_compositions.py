@@ -8,7 +8,7 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from kvstack import KVStack, KVStackError, StageError, registry
+from kvstack import KVStack, KVStackError, SpecError, StageError, registry
 
 from . import tiny
 
@@ -29,8 +29,16 @@ SINKS, WINDOW, BLOCK = 4, 16, 16
 TOKENS, NEW = 480, 40
 
 
+def kind_of(name: str) -> str:
+    """Empty for a plugin that is broken: its own test says so, and the others go on."""
+    try:
+        return registry.stage_type(name).kind
+    except SpecError:
+        return ""
+
+
 def named(kind: str) -> list[str]:
-    return [name for name in registry.stage_names() if name in SPECS and registry.stage_type(name).kind == kind]
+    return [name for name in registry.stage_names() if name in SPECS and kind_of(name) == kind]
 
 
 def refusal(names: tuple[str, ...]) -> str | None:
