@@ -156,7 +156,7 @@ class Calibration:
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for part, kind in enumerate(["", ", keys", ", values"][self.parts - 1 :][: self.parts]):
+        for part, kind in enumerate([""] if self.parts == 1 else [", keys", ", values"]):
             for layers, energy in self.spectrum(part).items():
                 axes.semilogy((energy / energy.sum()).numpy(), label=f"layers {layers[0]} to {layers[-1]}{kind}")
         axes.set(xlabel="axis", ylabel="share of the group's energy", title=self.manifest.get("model", ""))

@@ -21,7 +21,7 @@ from kvstack import (
     sensitivity,
 )
 from kvstack.calibration import identity
-from kvstack.cli import app
+from kvstack.cli import _spectra, app
 
 from . import tiny
 
@@ -292,6 +292,8 @@ def test_axes_of_keys_and_of_values_apart(tmp_path):
     assert basis[0].shapes == ((2, 16, 0),) * 2
     assert basis[1].shapes == ((2, 0, 16),) * 2
     assert torch.equal(basis[1].mean, found.groups[3].mean)
+    rows = ["keys 0 to 1", "keys 2 to 3", "values 0 to 1", "values 2 to 3"]
+    assert list(_spectra(found).columns[0].cells) == rows
     found.save(tmp_path / "axes")
     again = Calibration.load(tmp_path / "axes")
     assert (again.metric, again.mark) == ("variance", found.mark)
