@@ -149,7 +149,7 @@ def test_quanto_takes_texts_of_any_length(model):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_hqq_takes_texts_of_any_length(model, bits):
-    """Codes of four or two groups share bytes; a text of an odd number of tokens, one row and head, fills them anyway."""
+    """Codes of four or two groups share a byte; a text of an odd number of tokens fills its bytes anyway."""
     pytest.importorskip("hqq")
     keys = torch.randn(1, 1, 61, 32)
     layer = parse(f"hqq:{bits}").make(model).layers[0]
