@@ -19,7 +19,7 @@ Row = dict[str, Any]
 Array = NDArray[np.float64]
 BLOCK = 32
 RESAMPLES = 2000
-BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.05, 0.02)
+BUDGETS = (0.5, 0.25, 0.125, 0.1, 0.0625, 0.05, 0.02)
 """Shares of the dense bytes at which the best caches are compared."""
 
 
