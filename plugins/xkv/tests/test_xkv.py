@@ -530,6 +530,8 @@ def test_latents_are_decomposed_and_rotary_keys_left_alone(version):
         assert torch.equal(stack.read(layer).values, kv[layer][1]), "the rotary key is stored as it is"
         torch.testing.assert_close(alone.read(layer).keys[:, 0, sealed], by_hand[layer], atol=1e-3, rtol=1e-3)
     assert alone.nbytes == sum(part.nbytes for part in alone.report().parts)
+    parts = {part.part: part.nbytes for part in alone.report().parts}
+    assert [parts[f"rotary key {i}: data"] for i in range(4)] == [190 * 16 * FLOAT] * 4
     assert stack.compression > alone.compression > 0.3
 
 
