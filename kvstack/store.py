@@ -322,10 +322,7 @@ class Store:
             self._latents.clear()  # decoded before tokens were evicted
             latents = self._decoded(start)
             old = [transform.inverse(latents, i) for i in range(len(chunk))]
-            chunk = [
-                KV(*(torch.cat([a.to(b), b], dim=2) for a, b in ((was.keys, new.keys), (was.values, new.values))))
-                for was, new in zip(old, chunk, strict=True)
-            ]
+            chunk = [_joined(was, new) for was, new in zip(old, chunk, strict=True)]
             self.sealed = {name: packed for name, packed in self.sealed.items() if name[0] != start}
         self.transforms[start] = transform.fit(chunk)
         return self.transforms[start], chunk
@@ -426,13 +423,14 @@ class Store:
         picked = self._picked(slot, grouped, seen)
         packed = self._dot(slot, grouped, picked, seen, work)
         logits = torch.cat([packed, torch.matmul(grouped, keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
-        sealed, loose = logits.softmax(dim=-1, dtype=torch.float32).tensor_split([packed.shape[-1]], dim=-1)
+        weights = logits.softmax(dim=-1, dtype=torch.float32)
+        sealed, loose = weights.tensor_split([packed.shape[-1]], dim=-1)
         mixed = self._mix(slot, sealed, picked, work)
         mixed = mixed.to(values.dtype) + torch.matmul(loose.to(values.dtype), values)
         if picked is not None:
             places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
             sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
-        weights = torch.cat([sealed, loose], dim=-1)
+            weights = torch.cat([sealed, loose], dim=-1)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
 
     def _picked(self, slot: int, query: Tensor, seen: int) -> Picked | None:
@@ -588,3 +586,9 @@ class Store:
             found += [(name, n * token) for name, n in tokens.items()]
             found.append(("reserve", whole - buffer.length * token))
         return found
+
+
+def _joined(old: KV, new: KV) -> KV:
+    """Decoded tokens, followed by new ones; they are where the new ones are."""
+    keys = torch.cat([old.keys.to(new.keys), new.keys], dim=2)
+    return KV(keys, torch.cat([old.values.to(new.values), new.values], dim=2))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from kvstack import KV, BindError, Latent, Transform
+from kvstack import KV, BindError, Latent, Transform, UseError
 from kvstack.grouping import Grouping
 from kvstack.stage import Turn, check
 from kvstack.types import take_tokens
@@ -107,7 +107,6 @@ class XKV(Transform):
         above = isinstance(refit, int | float) and not isinstance(refit, bool) and refit > 0
         check(refit is None or above, self, "refit is a share of energy above 0.", "Use refit=0.1, or None for never.")
         check(self.svd in ("randomized", "full"), self, f"{self.svd!r} decomposes nothing.", 'Use "randomized".')
-
         check(select is None or _counts(select, CHUNK), self, "select counts tokens.", f"Use {CHUNK} or more.")
 
     # ---- fitted to a model, then to a text
@@ -141,6 +140,9 @@ class XKV(Transform):
         found: dict[str, Tensor] = {}
         for (role, layers), rank in zip(roles.items(), ranks, strict=True):
             x = _flat(layers)
+            if not bool(torch.isfinite(x).all()):
+                why = "Check the model's dtype (float16 overflows) and its input."
+                raise UseError(f"{self!r}: {role}s hold NaN or infinity. {why}")
             axes = leading(x, min(rank, *x.shape[1:]), self.svd == "full")  # (B, r, N)
             strength = (x @ axes.mT).square().mean(dim=1).sqrt()  # (B, r)
             strength = strength.clamp_min(WEAKEST * strength.amax(dim=1, keepdim=True))
@@ -204,8 +206,10 @@ class XKV(Transform):
         shares = []
         for role, layers in roles.items():
             x = _flat(layers)
-            rest = x - self._project(x, role) @ self._bases(role).to(x.dtype)
-            shares.append(rest.square().sum((1, 2)) / x.square().sum((1, 2)).clamp_min(torch.finfo(x.dtype).tiny))
+            strength = self._bases(role).to(x.dtype).square().sum(-1)  # (B, r)
+            kept = (self._project(x, role).square().sum(1) * strength).sum(-1)  # bases are orthogonal
+            whole = x.square().sum((1, 2))
+            shares.append((whole - kept) / whole.clamp_min(torch.finfo(x.dtype).tiny))
         return torch.stack(shares, dim=-1)
 
     # ---- there and back

@@ -1,8 +1,9 @@
 """xKV beside torch.linalg.svd on the concatenated, un-rotated keys of a dense cache."""
 
 import copy
-import importlib.util
+import doctest
 
+import kvstack_xkv
 import pytest
 import torch
 from kvstack_xkv import XKV
@@ -16,7 +17,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from kvstack import KV, BindError, Evict, KVStack, Quant, StageError, registry
+from kvstack import KV, BindError, Evict, KVStack, Quant, StageError, UseError, registry
 from kvstack.cli import app
 from kvstack.testing import check_registered, check_stage, tiny_model
 from kvstack.workspace import Workspace
@@ -104,6 +105,12 @@ def test_it_is_found_by_its_name():
 def test_mistakes(settings, message):
     with pytest.raises(StageError, match=message):
         XKV(**settings)
+
+
+def test_the_example_of_the_docstring():
+    found = doctest.testmod(kvstack_xkv)
+    assert found.attempted == 2
+    assert not found.failed
 
 
 def test_layers_must_divide():
@@ -205,6 +212,17 @@ def test_full_rank_is_dense_in_single_precision():
             torch.testing.assert_close(stack.read(layer, row).values[0], values[row], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, ids = tiny_model().to(dtype), tokens(2, 300)
+    stack = filled([XKV((10_000, 10_000))], model, ids)
+    assert all(x.dtype == dtype for name, x in transforms(stack)[0].fitted.items() if name != "left out")
+    for layer, pair in enumerate(dense(model, ids)):
+        for role, x in zip(("keys", "values"), pair, strict=True):
+            found = torch.cat([getattr(stack.read(layer, row), role) for row in (0, 1)])
+            assert float((found - x).float().norm() / x.float().norm()) < 4 * torch.finfo(dtype).eps
+
+
 # ---- bytes
 
 
@@ -289,6 +307,15 @@ def test_a_refit_is_made_on_decoded_and_new_tokens():
     for layer in range(4):
         found = stack.read(layer).values[:, :, SINKS:-WINDOW]
         torch.testing.assert_close(found, by_hand[:, :, layer].transpose(1, 2), atol=1e-3, rtol=1e-3)
+
+
+def test_what_a_refit_leaves_out_is_not_judged_by_decoded_tokens():
+    group = [KV(torch.randn(1, 2, 200, 16), torch.randn(1, 2, 200, 16)) for _ in range(4)]
+    stage = XKV((12, 18)).fit(group)
+    latents = {name: latent.data for name, latent in stage.forward(group).items()}
+    decoded = [stage.inverse(latents, i) for i in range(4)]
+    assert bool((XKV((12, 18)).fit(decoded).fitted["left out"] < 0.01).all())
+    assert torch.equal(stage.fit(decoded).fitted["left out"], stage.fitted["left out"])
 
 
 def test_dense_leaves_later_tokens_raw():
@@ -468,6 +495,12 @@ def test_a_text_of_nothing_but_zeros():
     assert torch.equal(back.keys, group[0].keys)
 
 
+def test_keys_that_are_no_numbers():
+    group = [KV(torch.full((1, 2, 40, 16), torch.nan), torch.zeros(1, 2, 40, 16)) for _ in range(4)]
+    with pytest.raises(UseError, match=r"XKV\(\): keys hold NaN or infinity\. Check the model's dtype"):
+        XKV().fit(group)
+
+
 # ---- models that cache latents
 
 SMALL = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
@@ -497,6 +530,8 @@ def test_latents_are_decomposed_and_rotary_keys_left_alone(version):
         assert torch.equal(stack.read(layer).values, kv[layer][1]), "the rotary key is stored as it is"
         torch.testing.assert_close(alone.read(layer).keys[:, 0, sealed], by_hand[layer], atol=1e-3, rtol=1e-3)
     assert alone.nbytes == sum(part.nbytes for part in alone.report().parts)
+    parts = {part.part: part.nbytes for part in alone.report().parts}
+    assert [parts[f"rotary key {i}: data"] for i in range(4)] == [190 * 16 * FLOAT] * 4
     assert stack.compression > alone.compression > 0.3
 
 
@@ -592,7 +627,6 @@ def test_picking_changes_the_answer_and_not_the_prompt():
 # ---- its cost
 
 
-@pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="needs kvstack[cli]")
 def test_its_share_of_the_prefill_can_be_measured():
     options = ["--tiny", "--threads", "1", "--rounds", "1", "--steps", "8", "--contexts", "128"]
     done = CliRunner().invoke(
