@@ -1,10 +1,10 @@
-"""Needles in a haystack: RULER's eight variants (Hsieh et al. 2024, arXiv 2404.06654, section 3, table 2)."""
+"""Needles in a haystack: RULER's eight variants (Hsieh et al. 2024, arXiv 2404.06654, section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal
 
 from .haystack import PIECE, hide, noise, prose
@@ -51,10 +51,9 @@ class Needles:
     def write(self, plan: Plan, size: int) -> tuple[str, tuple[Question, ...]]:
         draw = plan.draw()
         keys, values = KEYS[self.key](draw), VALUES[self.value](draw)
-        facts = {
-            key: list(islice(values, self.values)) for key in islice(keys, max(self.keys, plan.questions * self.asked))
-        }
-        needles = [(draw.random(), self._sentence(key, value)) for key, all_ in facts.items() for value in all_]
+        names = list(islice(keys, max(self.keys, plan.questions * self.asked)))
+        facts = {name: list(islice(values, self.values)) for name in names}
+        needles = [(draw.random(), self._sentence(name, value)) for name in names for value in facts[name]]
         if self.one_place:
             needles[0] = (plan.depth, needles[0][1])
         if self.haystack == "noise":
@@ -63,9 +62,8 @@ class Needles:
             pieces = prose(plan.prose, size, draw)
         else:
             pieces = list(islice(self._others(keys, values), size))
-        names = list(facts)
         groups = [names[i * self.asked : (i + 1) * self.asked] for i in range(plan.questions)]
-        questions = tuple(self._question({key: facts[key] for key in group}) for group in groups)
+        questions = tuple(self._question({name: facts[name] for name in group}) for group in groups)
         noun = NOUN[self.value]
         intro = f"The text below holds secret {noun}s. Remember them: you will be asked for one or more later.\n"
         return intro + hide(pieces, needles), questions
@@ -86,6 +84,4 @@ class Needles:
             text = f"\nWhat is the secret {noun} of {names} in the text above? The secret {noun} of {names} is"
         else:
             text = f"\nWhat are all the secret {noun}s of {names} in the text above? The secret {noun}s of {names} are"
-        return Question(
-            text, tuple(value for values in facts.values() for value in values), NEW_TOKENS["niah"], "share"
-        )
+        return Question(text, tuple(chain.from_iterable(facts.values())), NEW_TOKENS["niah"], "share")
