@@ -38,11 +38,9 @@ STACKS = (
     "quanto:2",
     "turboquant:4",
     "turboquant:2",
-    *(
-        f"kvpress:{press},keep={keep}"
-        for keep in (0.5, 0.25, 0.125, 0.05, 0.02)
-        for press in ("snapkv", "expected", "kvzip")
-    ),
+    *(f"kvpress:{press},keep={keep}" for keep in (0.5, 0.25, 0.125, 0.05, 0.02) for press in ("snapkv", "expected")),
+    "kvpress:kvzip,keep=0.5",
+    "kvpress:kvzip,keep=0.125",
     "kvpress:keydiff,keep=0.25",
     "kvpress:tova,keep=0.25",
     "kvpress:streaming,keep=0.25",
