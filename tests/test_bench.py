@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -91,6 +92,22 @@ def test_a_context_that_is_compressed_is_not_the_one_that_is_scored():
         reading = quality.read(tiny, variants.parse([])[0], ids, 48)
         plain = tiny.model(ids).logits[0, 48:-1].log_softmax(-1)
     torch.testing.assert_close(reading.log_probs, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_can_be_fed_as_in_decoding():
+    """One by one they give what they give at once, and a stack compresses them when they leave its window."""
+    stack = variants.parse(["quant:4@window=16"])[1]
+    with opened(Run((), (), tiny=True, threads=1)) as tiny:
+        ids, held = tiny.tokens(128), []
+        dense = [quality.read(tiny, variants.parse([])[0], ids, 64, feed).log_probs for feed in (None, 1, 7)]
+        torch.testing.assert_close(dense[1], dense[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(dense[2], dense[0], atol=1e-4, rtol=1e-4)
+        for feed in (None, 1):
+            made = []
+            keep = dataclasses.replace(stack, make=lambda model, made=made: made.append(stack.make(model)) or made[-1])
+            quality.read(tiny, keep, ids, 64, feed)
+            held.append(made[0].compression)
+    assert held[1] > held[0]
 
 
 def test_needles_are_asked_of_every_cache(bench):

@@ -132,11 +132,14 @@ def quality(
     run: Run,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
     score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
+    feed: Annotated[
+        int | None, typer.Option(min=1, help="Scored tokens fed at once: 1 is decoding; all if not given.")
+    ] = None,
 ) -> None:
     """Drift of the next tokens from the dense cache, on three kinds of text."""
     from . import quality as bench
 
-    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), windows, score)
+    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), windows, score, feed)
 
 
 @_command

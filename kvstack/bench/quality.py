@@ -2,7 +2,9 @@
 
 A window of text is parted in two. The first part is prefilled and the cache compresses it; the second is then fed
 in one forward, with the true tokens, and its logits are compared with those that the dense cache gives. So all
-tokens that are scored read the same compressed text, and none of them is compressed itself.
+tokens that are scored read the same compressed text, and none of them is compressed itself. With `feed` they come a
+few at a time, as in decoding: they are compressed themselves when they leave the window, and with 1 the cache is read
+the way a single query reads it.
 
     KL           mean Kullback-Leibler divergence of the model on this cache from the model on a dense one, in nats;
                  0 is no drift at all
@@ -72,14 +74,14 @@ class Reading:
     """Whether the bytes are what the method claims and not what is held."""
 
 
-def run(run: Run, windows: int, score: int) -> list[dict[str, Any]]:
+def run(run: Run, windows: int, score: int, feed: int | None = None) -> list[dict[str, Any]]:
     """Measure, print a table for each context, and give the rows of `summary.quality`."""
     rows: list[dict[str, Any]] = []
     with opened(run) as subject:
-        caches = variants.available(variants.parse(run.stacks), subject.model)
+        caches = variants.available(variants.parse(run.stacks), subject.model, alone=feed is None)
         results = Results("quality", run.out, environment(run, subject.name))
         for context in run.contexts:
-            found = measure(subject, results, run, context, caches, windows, score)
+            found = measure(subject, results, run, context, caches, windows, score, feed)
             mine = summary.quality(found, run.seed)
             show_table(f"{context:,} tokens compressed, the next {score} scored: {subject.name}, {run.dtype}", mine)
             rows += mine
@@ -94,22 +96,23 @@ def measure(
     caches: Sequence[Variant],
     windows: int,
     score: int,
+    feed: int | None = None,
 ) -> list[dict[str, Any]]:
     """Score what follows the first `context` tokens of every window; records of what was measured now or before."""
     data = windows_of(subject, run, context + score + 1, windows)
     keys = []
     with show.steps(f"quality at {context:,}", len(data) * len(caches)) as progress:
         for (domain, number), ids in data.items():
-            own = [_key(context, score, domain, number, cache) for cache in caches]
+            own = [_key(context, score, feed, domain, number, cache) for cache in caches]
             keys += own
             todo = [cache for cache, key in zip(caches, own, strict=True) if results.get(**key) is None]
             progress.skip(len(caches) - len(todo))
             if not todo:
                 continue
-            for cache, reading, dense in _read_all(subject, ids, context, todo, caches[0]):
+            for cache, reading, dense in _read_all(subject, ids, context, todo, caches[0], feed):
                 figures = compare(reading, dense, ids[0, context + 1 :])
                 labels = {"kind": cache.kind, "family": cache.family}
-                results.add(labels | figures, **_key(context, score, domain, number, cache))
+                results.add(labels | figures, **_key(context, score, feed, domain, number, cache))
                 progress.step(f"{domain}, {cache.label}")
     return results.rows(keys)
 
@@ -123,39 +126,43 @@ def windows_of(subject: Subject, run: Run, length: int, count: int) -> dict[tupl
     }
 
 
-def _key(context: int, score: int, domain: str, window: int, cache: Variant) -> dict[str, Any]:
-    return {"context": context, "score": score, "domain": domain, "window": window, "cache": cache.label}
+def _key(context: int, score: int, feed: int | None, domain: str, window: int, cache: Variant) -> dict[str, Any]:
+    return {"context": context, "score": score, "feed": feed, "domain": domain, "window": window, "cache": cache.label}
 
 
 def _read_all(
-    subject: Subject, ids: Tensor, context: int, todo: Sequence[Variant], dense: Variant
+    subject: Subject, ids: Tensor, context: int, todo: Sequence[Variant], dense: Variant, feed: int | None
 ) -> Iterator[tuple[Variant, Reading, Tensor]]:
     """What each cache made of one window, and what the dense one did."""
-    reference = read(subject, dense, ids, context)
+    reference = read(subject, dense, ids, context, feed)
     for cache in todo:
-        reading = reference if cache == dense else read(subject, cache, ids, context)
+        reading = reference if cache == dense else read(subject, cache, ids, context, feed)
         yield cache, reading, reference.log_probs
 
 
-def read(subject: Subject, cache: Variant, ids: Tensor, context: int) -> Reading:
-    """Prefill the first `context` of `ids` (1, T) into an empty cache and score the rest from it."""
+def read(subject: Subject, cache: Variant, ids: Tensor, context: int, feed: int | None = None) -> Reading:
+    """Prefill the first `context` of `ids` (1, T) into an empty cache and score the rest from it, `feed` tokens at a
+    time, or all at once."""
     if cache.label == variants.NOTHING:
-        return Reading(_log_probs(subject.model, ids[:, context:-1], None, 0), 0.0)
+        return Reading(_log_probs(subject.model, ids[:, context:-1], None, 0, None), 0.0)
     if cache.press is not None:
         assert subject.kvpress is not None  # it is available, or the cache would have been skipped
         return Reading(*subject.kvpress.read(ids, context, cache.press))
     held = cache.cache(subject.model)
     prefill(subject.model, ids[:, :context].to(subject.model.device), held)
     share = variants.share_of_bfloat16(held, subject.model)
-    return Reading(_log_probs(subject.model, ids[:, context:-1], held, context), share)
+    return Reading(_log_probs(subject.model, ids[:, context:-1], held, context, feed), share)
 
 
-def _log_probs(model: PreTrainedModel, fed: Tensor, cache: Any, start: int) -> Tensor:
+def _log_probs(model: PreTrainedModel, fed: Tensor, cache: Any, start: int, feed: int | None) -> Tensor:
     """Log probabilities (scored, vocabulary) after each true token that has a successor."""
-    fed = fed.to(model.device)
-    positions = torch.arange(start, start + fed.shape[1], device=model.device)[None]
-    logits = model(input_ids=fed, past_key_values=cache, position_ids=positions, use_cache=cache is not None).logits
-    return logits[0].float().log_softmax(-1)
+    found = []
+    for part in fed.to(model.device).split(feed or fed.shape[1], dim=1):
+        positions = torch.arange(start, start + part.shape[1], device=model.device)[None]
+        use = {"past_key_values": cache, "position_ids": positions, "use_cache": cache is not None}
+        found.append(model(input_ids=part, **use).logits[0].float().log_softmax(-1))
+        start += part.shape[1]
+    return torch.cat(found)
 
 
 def compare(reading: Reading, dense: Tensor, targets: Tensor) -> dict[str, Any]:

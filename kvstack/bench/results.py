@@ -71,8 +71,8 @@ def read(path: Path) -> list[Record]:
 
 
 def name(key: Mapping[str, Any]) -> str:
-    """One string for equal keys."""
-    return json.dumps(key, sort_keys=True)
+    """One string for equal keys; a setting that is None is one that was left alone."""
+    return json.dumps({what: value for what, value in key.items() if value is not None}, sort_keys=True)
 
 
 def strict(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,7 +58,7 @@ def environment(run: Run, model: str) -> dict[str, Any]:
         "dtype": run.dtype,
         "threads": run.threads,
         "seed": run.seed,
-        "texts": None if run.texts is None else run.texts.name,
+        "texts": None if run.texts is None else f"{run.texts.name} {_digest(run.texts.glob('*.txt'), run.texts)}",
         "hardware": hardware(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -79,10 +80,13 @@ def hardware() -> str:
 @cache
 def _code() -> str:
     """Digest of kvstack's sources, those of the benchmarks left out: a new picture makes no figure old."""
+    return _digest((path for path in PACKAGE.rglob("*.py") if PACKAGE / "bench" not in path.parents), PACKAGE)
+
+
+def _digest(files: Iterable[Path], folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if PACKAGE / "bench" not in path.parents:
-            digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
