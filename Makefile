@@ -23,7 +23,7 @@ help:
 	@echo "make demo    a small model answers a question from a compressed cache"
 	@echo "make test    all tests, those of plugins/ included"
 	@echo "make check   linter, formatter, types"
-	@echo "make bench   speed, memory and quality beside transformers' own caches"
+	@echo "make bench   quality, needles, memory, speed, beside transformers' own caches and other peers"
 	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
 	@echo "make docs    run the code in README and docs"
 	@echo "make clean   remove .venv, .venv-peers and everything built"

@@ -262,7 +262,7 @@ def new_stage(
     folder = write(name, kind.value, out)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         typer.echo(path)
-    typer.echo(f"Next: pip install -e {folder} && pytest {folder}")
+    typer.echo(f"Next: pip install -e '{folder}[test]' && pytest {folder}")
 
 
 def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[str]:

@@ -45,7 +45,7 @@ def test_what_is_written_is_installed_found_and_passes_its_tests(tmp_path):
         folder = tmp_path / f"my_{kind}"
         done = new_stage(f"my_{kind}", "--kind", kind, "--out", str(folder))
         assert done.exit_code == 0, done.output
-        assert done.stdout.endswith(f"Next: pip install -e {folder} && pytest {folder}\n")
+        assert done.stdout.endswith(f"Next: pip install -e '{folder}[test]' && pytest {folder}\n")
         install(folder, site)
         folders.append(str(folder))
     path = os.pathsep.join([str(ROOT), str(site), *folders])

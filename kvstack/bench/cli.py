@@ -57,7 +57,7 @@ def _options(
     model: Annotated[
         str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
     ] = None,
-    contexts: Annotated[str | None, typer.Option(callback=_lengths, help="Numbers of tokens, by commas.")] = None,
+    contexts: Annotated[str | None, typer.Option(callback=_lengths, help="Numbers of tokens, separated by commas.")] = None,
     stacks: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,7 +65,7 @@ def _options(
             "--stack",
             callback=_known,
             metavar="SPEC,...",
-            help="Caches to measure beside the dense one, by commas or repeated: stacks such as quant:2+evict:0.2, "
+            help="Caches to measure beside the dense one, separated by commas or the option repeated: stacks such as quant:2+evict:0.2, "
             "with settings quant:4@fused=False; empty; nothing (no context at all); peers such as hqq:4, "
             "quanto:2,group=32 or kvpress:snapkv,keep=0.2.",
         ),
@@ -174,10 +174,11 @@ def needles(
 ) -> None:
     """Whether facts hidden in a long text are still found."""
     from . import needles as bench
+    from .tasks import TASKS as RULER
 
     if tasks and longbench:
         raise typer.BadParameter("give --tasks or --longbench, not both.")
-    names = tuple(task or bench.TASKS)
+    names = tuple(RULER) if task == ["all"] else tuple(task or bench.TASKS)
     modes = tuple(bench.MODES[list(Mode).index(m)] for m in mode or (Mode.aware, Mode.agnostic))
     folder = tasks or longbench
     asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
@@ -232,7 +233,7 @@ def layers(
     run: Run,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
 ) -> None:
-    """How alike the layers of a group are, by what is compared."""
+    """How alike the layers of a group are: keys, values, hidden states and the paper's latents."""
     from . import layers as bench
 
     bench.run(run, layers)
