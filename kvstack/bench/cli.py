@@ -57,7 +57,9 @@ def _options(
     model: Annotated[
         str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
     ] = None,
-    contexts: Annotated[str | None, typer.Option(callback=_lengths, help="Numbers of tokens, separated by commas.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(callback=_lengths, help="Numbers of tokens, separated by commas.")
+    ] = None,
     stacks: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,9 +67,9 @@ def _options(
             "--stack",
             callback=_known,
             metavar="SPEC,...",
-            help="Caches to measure beside the dense one, separated by commas or the option repeated: stacks such as quant:2+evict:0.2, "
-            "with settings quant:4@fused=False; empty; nothing (no context at all); peers such as hqq:4, "
-            "quanto:2,group=32 or kvpress:snapkv,keep=0.2.",
+            help="Caches to measure beside the dense one, separated by commas or the option repeated: stacks such as "
+            "quant:2+evict:0.2, with settings quant:4@fused=False; empty; nothing (no context at all); peers such as "
+            "hqq:4, quanto:2,group=32 or kvpress:snapkv,keep=0.2.",
         ),
     ] = None,
     texts: Annotated[
