@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
+from kvstack import KVStack
 from kvstack.bench import matrix, quality, report, results, subject, summary, texts, variants
 from kvstack.bench.cli import bench_app
 from kvstack.bench.quality import Reading, compare
@@ -95,19 +95,13 @@ def test_a_context_that_is_compressed_is_not_the_one_that_is_scored():
 
 
 def test_tokens_can_be_fed_as_in_decoding():
-    """One by one they give what they give at once, and a stack compresses them when they leave its window."""
-    stack = variants.parse(["quant:4@window=16"])[1]
+    """One by one they give what they give at once; a stack compresses them when they leave its window, which shows."""
     with opened(Run((), (), tiny=True, threads=1)) as tiny:
-        ids, held = tiny.tokens(128), []
-        dense = [quality.read(tiny, variants.parse([])[0], ids, 64, feed).log_probs for feed in (None, 1, 7)]
-        torch.testing.assert_close(dense[1], dense[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(dense[2], dense[0], atol=1e-4, rtol=1e-4)
-        for feed in (None, 1):
-            made = []
-            keep = dataclasses.replace(stack, make=lambda model, made=made: made.append(stack.make(model)) or made[-1])
-            quality.read(tiny, keep, ids, 64, feed)
-            held.append(made[0].compression)
-    assert held[1] > held[0]
+        ids = tiny.tokens(128)
+        for spec, far in (("dense", False), ("quant:2@window=16", True)):
+            cache = variants.parse([spec])[-1]
+            once, *apart = (quality.read(tiny, cache, ids, 64, feed).log_probs for feed in (None, 1, 7))
+            assert [bool((x - once).abs().max() > 1e-3) for x in apart] == [far, far]
 
 
 def test_needles_are_asked_of_every_cache(bench):
@@ -235,9 +229,13 @@ def test_dense_bytes_of_a_sliding_layer_end_with_its_window():
     ids = tiny.tokens(1, 200)
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    model(ids[:, :1], past_key_values=cache)  # until now its layers hold views of the whole prompt
-    held = variants.held_bytes(cache) / model.dtype.itemsize * 2
-    assert variants.dense_bfloat16(cache, model) == pytest.approx(held, rel=0.01)  # it also holds a few counters
+    # 2 layers hold 15 of 200 tokens and 2 hold all, 2 heads of 16 for keys and for values, 2 bytes
+    assert variants.dense_bfloat16(cache, model) == (2 * 15 + 2 * 200) * 2 * 2 * 16 * 2
+    # behind a prompt sliding layers hold views of all of it; a few counters come on top
+    assert variants.share_of_bfloat16(cache, model) == pytest.approx(1, rel=0.01)
+    stack = KVStack([], model=model)
+    model(ids, past_key_values=stack)
+    assert variants.share_of_bfloat16(stack, model) == pytest.approx(1, rel=0.01)
 
 
 # ---- statistics
@@ -261,7 +259,7 @@ def test_the_interval_of_a_ratio_is_paired():
 def test_the_best_of_each_budget_by_hand():
     def record(cache, kind, share, kl):
         figures = {"share": share, "kl": [kl] * 64, "same": [1] * 64, "nll": [0.0] * 64, "simulated": False}
-        key = {"context": 100, "score": 64, "domain": "code", "window": 0, "cache": cache}
+        key = {"context": 100, "score": 64, "domain": "code", "window": 0, "text": "a", "cache": cache}
         return {**key, **figures, "kind": kind, "family": kind}
 
     records = [
@@ -305,6 +303,94 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     invoke(*options, "--stack", "quant:4", "--stack", "quant:2")
     assert asked == ["dense", "quant:2"] * 3  # the dense cache is what a new one is compared with
     assert (tmp_path / "quality.jsonl").read_text().startswith(lines)
+
+
+def test_other_windows_are_other_texts(tmp_path):
+    """With more windows the first one begins elsewhere: it is read anew, and not taken for what stands there."""
+    options = ("quality", "--out", tmp_path, "--score", "16", "--stack", "quant:4")
+    invoke(*options)
+    invoke(*options, "--windows", "2")
+    rows, _ = report.load(tmp_path, "quality")
+    assert len(rows) == 2 * 3 * (1 + 2)
+    assert len({(row["domain"], row["text"]) for row in rows}) == 3 * (1 + 2)
+
+
+def test_a_report_does_not_mix_settings(tmp_path):
+    for score in ("16", "32"):
+        invoke("quality", "--out", tmp_path, "--score", score, "--stack", "quant:4")
+    rows, _ = report.load(tmp_path, "quality")
+    assert {row["score"] for row in rows} == {32}
+    assert report.write(tmp_path).exists()
+
+
+def test_a_cache_that_fails_ends_no_run(tmp_path, monkeypatch):
+    read = quality.read
+
+    def failing(tiny, cache, *rest):
+        if cache.label == "quant:4":
+            raise KVStackError("out of tricks.")
+        return read(tiny, cache, *rest)
+
+    monkeypatch.setattr(quality, "read", failing)
+    out = invoke("quality", "--out", tmp_path, "--score", "16", "--stack", "quant:4", "--stack", "quant:2")
+    assert out.count("quant:4: skipped, out of tricks.") == 1
+    rows, _ = report.load(tmp_path, "quality")
+    assert set(by_cache(rows)) == {"dense", "quant:2"}
+
+
+@pytest.mark.parametrize("command", ["decode", "memory", "needles"])
+def test_no_context_is_no_cache(command, tmp_path):
+    own = {"decode": ("--steps", "4", "--rounds", "1"), "memory": ("--no-peak",), "needles": ("--samples", "1")}
+    out = invoke(command, "--out", tmp_path, *own[command], "--stack", "nothing,empty")
+    rows, _ = report.load(tmp_path, command)
+    assert set(by_cache(rows)) == {"dense", "empty"}
+    assert command == "needles" or "nothing: skipped, there is no cache in this process." in out
+
+
+def test_turns_are_not_asked_of_kvpress(capsys):
+    found = variants.without_presses(variants.parse(["kvpress:snapkv,keep=0.5", "empty"]), "it cannot.")
+    assert [cache.label for cache in found] == ["dense", "empty"]
+    assert capsys.readouterr().out == "kvpress:snapkv,keep=0.5: skipped, it cannot.\n"
+
+
+def test_files_of_tasks(tmp_path):
+    """RULER's files for a context, and LongBench's, whose texts lose their middle."""
+    (tmp_path / "512").mkdir()
+    line = {"input": "Hay. " * 20 + "\nWhat is it? It is", "outputs": ["7"]}
+    (tmp_path / "512" / "niah_single_1.jsonl").write_text(json.dumps(line))
+    task = ("--task", "niah_single_1", "--mode", "aware", "--stack", "empty", "--out", tmp_path)
+    invoke("needles", "--tasks", tmp_path, *task)
+    long = {"input": "What?", "context": "a" * 400 + "b" * 4000, "answers": ["b"], "all_classes": None}
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(long))
+    invoke("needles", "--longbench", tmp_path, "--task", "hotpotqa", *task[2:])
+    rows = [{**record["key"], **record["figures"]} for record in results.read(tmp_path / "needles.jsonl")]
+    assert [row["task"] for row in rows] == ["niah_single_1"] * 2 + ["hotpotqa"] * 2
+    done = CliRunner().invoke(bench_app, ["needles", "--tiny", "--longbench", str(tmp_path)])
+    assert "--longbench needs the names" in done.output
+
+
+def test_a_text_too_long_loses_its_middle():
+    from kvstack.bench import needles
+    from kvstack.bench.tasks import Question, Sample
+
+    sample = Sample("qa", "a" * 300 + "b" * 300, (Question("\nWhat?", ("a",), 34, "f1"),), None, 0, None)
+    with opened(Run((), (), tiny=True, threads=1)) as tiny:
+        short = needles._shortened(tiny, sample, 100)
+        assert short.text == "a" * 30 + "b" * 30
+        assert needles._shortened(tiny, sample, 1000) == sample
+        with pytest.raises(KVStackError, match="question and answer take 40 of 41 tokens"):
+            needles._shortened(tiny, sample, 41)
+
+
+def test_a_context_longer_than_the_model_is_refused():
+    done = CliRunner().invoke(bench_app, ["quality", "--tiny", "--contexts", "9000", "--stack", "empty"])
+    assert done.exit_code == 2
+    assert "reads 8,192 tokens, and 9,256 are needed" in " ".join(done.output.replace("│", " ").split())
+
+
+def test_all_tasks_and_unknown_ones():
+    done = CliRunner().invoke(bench_app, ["needles", "--tiny", "--task", "niah"])
+    assert "'niah' is no task. Use one of niah_single_1" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_a_line_that_was_cut_short_is_measured_again(tmp_path):

@@ -22,13 +22,16 @@ STACKS = (
     # a quarter
     "commonkv:0.9+quant:4",
     "quant:2",
-    # an eighth and less
-    "commonkv:0.87+quant:2",
+    # a tenth and less
     "quant:2+evict:0.5",
+    "commonkv:0.65+quant:2",
     "commonkv:0.45+quant:2@window=16",
-    "commonkv:0.34+quant:2@window=16",
+    "commonkv:0.35+quant:2@window=16",
+    "commonkv:0.35,layers=10+quant:2@window=16",
     "commonkv+quant:2+evict:0.5",
     "commonkv:0.12+quant:2@window=16",
+    "commonkv:0.12,layers=10+quant:2@window=16",
+    "commonkv+quant:2+evict:0.2@window=16",
     # peers, from a half down
     "hqq:4,group=16",
     "hqq:4",
@@ -38,9 +41,10 @@ STACKS = (
     "quanto:2",
     "turboquant:4",
     "turboquant:2",
-    *(f"kvpress:{press},keep={keep}" for keep in (0.5, 0.25, 0.125, 0.05, 0.02) for press in ("snapkv", "expected")),
+    *(f"kvpress:{press},keep={keep}" for keep in (0.5, 0.25, 0.1, 0.05, 0.02) for press in ("snapkv", "expected")),
     "kvpress:kvzip,keep=0.5",
-    "kvpress:kvzip,keep=0.125",
+    "kvpress:kvzip,keep=0.25",
+    "kvpress:kvzip,keep=0.1",
     "kvpress:keydiff,keep=0.25",
     "kvpress:tova,keep=0.25",
     "kvpress:streaming,keep=0.25",
@@ -51,8 +55,9 @@ def run(run: Run, windows: int, score: int) -> list[dict[str, Any]]:
     """Measure, print the tables, and give the rows of `summary.budgets`."""
     rows: list[dict[str, Any]] = []
     with opened(run) as subject:
+        subject.check(max(run.contexts) + score)
         caches = variants.available(variants.parse(run.stacks), subject.model)
-        results = Results("quality", run.out, environment(run, subject.name))
+        results = Results("quality", run.out, environment(run, subject.name, subject.identity))
         for context in run.contexts:
             found = quality.measure(subject, results, run, context, caches, windows, score)
             title = f"{context:,} tokens compressed, the next {score} scored: {subject.name}, {run.dtype}"

@@ -81,6 +81,7 @@ def _options(
             file_okay=False, help="Folder for the figures, JSON lines; what stands there is not measured again."
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the model's weights.")] = Dtype.float32,
     threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
     seed: Annotated[int, typer.Option(help="For all that is random.")] = 0,
@@ -90,7 +91,7 @@ def _options(
     from .run import Run
 
     lengths = tuple(map(int, contexts.split(","))) if contexts else ()
-    return Run(lengths, tuple(stacks or ()), model, dtype.value, threads, seed, tiny, texts, out)
+    return Run(lengths, tuple(stacks or ()), model, dtype.value, threads, seed, tiny, texts, device, out)
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -166,7 +167,7 @@ def needles(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts for each task.")] = 10,
     questions: Annotated[int, typer.Option(min=1, help="Questions about each text.")] = 1,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="New tokens for each expected answer, at most.")] = 30,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="New tokens for each expected answer, at most.")] = 48,
     tasks: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder of RULER's CONTEXT/TASK.jsonl files.")
     ] = None,
@@ -180,8 +181,10 @@ def needles(
 
     if tasks and longbench:
         raise typer.BadParameter("give --tasks or --longbench, not both.")
+    if longbench and not task:
+        raise typer.BadParameter("--longbench needs the names of its files, without .jsonl: --task qasper.")
     names = tuple(RULER) if task == ["all"] else tuple(task or bench.TASKS)
-    modes = tuple(bench.MODES[list(Mode).index(m)] for m in mode or (Mode.aware, Mode.agnostic))
+    modes = tuple(each for each in bench.MODES if each in (mode or (Mode.aware, Mode.agnostic)))
     folder = tasks or longbench
     asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
     bench.run(_with(run, bench.CONTEXTS, bench.STACKS), asking)

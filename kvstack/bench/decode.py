@@ -73,10 +73,11 @@ def run(run: Run, rounds: int, steps: int, burst: int) -> list[dict[str, Any]]:
     """Measure, print a table for each context, and give its rows."""
     rows: list[dict[str, Any]] = []
     with subject.opened(run) as opened:
-        caches = variants.available(variants.parse(run.stacks), opened.model, alone=False)
+        opened.check(max(run.contexts) + steps + burst)
+        caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
         # caches are measured beside each other, so they are found again only together
         settings = {"rounds": rounds, "steps": steps, "burst": burst, "beside": [cache.label for cache in caches]}
-        results = Results("decode", run.out, environment(run, opened.name))
+        results = Results("decode", run.out, environment(run, opened.name, opened.identity))
         for context in run.contexts:
             keys = [{"context": context, "cache": cache.label, **settings} for cache in caches]
             if any(results.get(**key) is None for key in keys):

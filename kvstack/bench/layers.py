@@ -9,7 +9,7 @@ last layer, as the paper does; `pairs` all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -45,10 +45,11 @@ def run(run: Run, layers: int | None) -> None:
         title = f"groups of {found[0].layers} layers: {subject.name}, {run.dtype}"
         rows = [[row.variant, f"{row.ends:.3f}", f"{row.pairs:.3f}"] for row in found]
         show.table(title, ("cosine of", "first and last", "all pairs"), rows)
-        results = Results("layers", run.out, environment(run, subject.name))
+        results = Results("layers", run.out, environment(run, subject.name, subject.identity))
         for row in found:
-            figures = asdict(row)
-            results.add(figures, variant=figures.pop("variant"), layers=figures.pop("layers"))
+            key = {"variant": row.variant, "layers": row.layers}
+            if results.get(**key) is None:
+                results.add({"ends": row.ends, "pairs": row.pairs}, **key)
 
 
 def measure(subject: Subject, layers: int | None) -> list[Likeness]:

@@ -46,9 +46,11 @@ def run(
     """Measure, print a table for each context, and give its rows. `grid` as `combinations` makes it."""
     rows = []
     with subject.opened(run) as opened:
+        opened.check(max(run.contexts) + max(score, steps + burst))
         caches = variants.available(variants.parse(list(grid)), opened.model)
-        results = Results("quality", run.out, environment(run, opened.name))
-        speeds = Results("matrix", run.out, environment(run, opened.name))
+        where = environment(run, opened.name, opened.identity)
+        results = Results("quality", run.out, where)
+        speeds = Results("matrix", run.out, where)
         for context in run.contexts:
             found = summary.quality(quality.measure(opened, results, run, context, caches, windows, score), run.seed)
             settings = {"context": context, "steps": steps, "burst": burst, "beside": [c.label for c in caches]}

@@ -47,7 +47,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
     """Measure, print a table for each context, and give its rows."""
-    caches = variants.available(variants.parse(run.stacks), alone=False)
+    caches = variants.available(variants.parse(run.stacks), caches_only=True)
     name = models.DEFAULT_MODEL if run.model is None else run.model
     results = Results("memory", run.out, environment(run, "tiny random llama" if run.tiny else name))
     rows: list[dict[str, Any]] = []
@@ -59,7 +59,9 @@ def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
                     try:
                         figures = _in_own_process(run, cache.label, context, decode, peak)
                     except KVStackError as error:
-                        show.console().print(f"{cache.label} at {context:,}: skipped, {error}", highlight=False)
+                        if cache is caches[0]:  # it is not the cache's fault
+                            raise
+                        variants.skipped(f"{cache.label} at {context:,}", error)
                     else:
                         results.add({"kind": cache.kind, "family": cache.family, **figures}, **key)
                     progress.step(f"{cache.label} at {context:,}")
@@ -73,6 +75,7 @@ def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
 
 def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: bool) -> dict[str, Any]:
     """Prefill `context` tokens, decode `decode` more; what was held after each, and what the process grew by."""
+    subject.check(context + decode)
     ids = subject.tokens(context)
     # the weights come into memory when they are first used, and so does what the math libraries reserve
     prefill(subject.model, ids[:, :WARM_UP], cache.cache(subject.model))
@@ -125,14 +128,20 @@ def _reset_peak() -> int | None:
 
 
 def _in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
-    job = {"run": asdict(run) | {"out": None, "texts": None}, "label": label, "context": context, "decode": decode}
+    job = {
+        "run": asdict(run) | {"out": None, "texts": None, "contexts": ()},
+        "label": label,
+        "context": context,
+        "decode": decode,
+    }
     if not peak:
         return _job(job, peak)
     done = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise KVStackError(f"measuring {label} failed:\n{done.stderr.strip()}")
+        last = done.stderr.strip().splitlines()[-1:]
+        raise KVStackError(f"measuring failed: {''.join(last)}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

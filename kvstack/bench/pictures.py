@@ -329,7 +329,7 @@ def growth(rows: Sequence[Row]) -> Figure:
     return _lines(
         "Bytes held per token of context: lower is better",
         "KiB per token",
-        [{**row, "value": row["nbytes"] / row["context"] / 1024} for row in rows],
+        [{**row, "value": row["nbytes_prefill"] / row["context"] / 1024} for row in rows],
         "KiB per token",
     )
 

@@ -16,13 +16,15 @@ the way a single query reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..errors import KVStackError
 from . import show, summary, texts, variants
 from .results import Results
 from .run import Run, environment
@@ -78,8 +80,11 @@ def run(run: Run, windows: int, score: int, feed: int | None = None) -> list[dic
     """Measure, print a table for each context, and give the rows of `summary.quality`."""
     rows: list[dict[str, Any]] = []
     with opened(run) as subject:
-        caches = variants.available(variants.parse(run.stacks), subject.model, alone=feed is None)
-        results = Results("quality", run.out, environment(run, subject.name))
+        subject.check(max(run.contexts) + score)
+        caches = variants.available(variants.parse(run.stacks), subject.model)
+        if feed:
+            caches = variants.without_presses(caches, "it reads all tokens at once.")
+        results = Results("quality", run.out, environment(run, subject.name, subject.identity))
         for context in run.contexts:
             found = measure(subject, results, run, context, caches, windows, score, feed)
             mine = summary.quality(found, run.seed)
@@ -100,19 +105,26 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Score what follows the first `context` tokens of every window; records of what was measured now or before."""
     data = windows_of(subject, run, context + score + 1, windows)
-    keys = []
+    keys, failed = [], set()
     with show.steps(f"quality at {context:,}", len(data) * len(caches)) as progress:
         for (domain, number), ids in data.items():
-            own = [_key(context, score, feed, domain, number, cache) for cache in caches]
-            keys += own
-            todo = [cache for cache, key in zip(caches, own, strict=True) if results.get(**key) is None]
+            place = {"context": context, "score": score, "feed": feed, "domain": domain, "window": number}
+            place["text"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:8]
+            keys += [{**place, "cache": cache.label} for cache in caches]
+            todo = [c for c in caches if c.label not in failed and results.get(**place, cache=c.label) is None]
             progress.skip(len(caches) - len(todo))
-            if not todo:
-                continue
-            for cache, reading, dense in _read_all(subject, ids, context, todo, caches[0], feed):
-                figures = compare(reading, dense, ids[0, context + 1 :])
-                labels = {"kind": cache.kind, "family": cache.family}
-                results.add(labels | figures, **_key(context, score, feed, domain, number, cache))
+            reference = read(subject, caches[0], ids, context, feed) if todo else None
+            for cache in todo:
+                assert reference is not None
+                try:
+                    reading = reference if cache is caches[0] else read(subject, cache, ids, context, feed)
+                except KVStackError as error:
+                    failed.add(cache.label)
+                    variants.skipped(cache.label, error)
+                else:
+                    labels = {"kind": cache.kind, "family": cache.family}
+                    figures = compare(reading, reference.log_probs, ids[0, context + 1 :])
+                    results.add(labels | figures, **place, cache=cache.label)
                 progress.step(f"{domain}, {cache.label}")
     return results.rows(keys)
 
@@ -126,30 +138,17 @@ def windows_of(subject: Subject, run: Run, length: int, count: int) -> dict[tupl
     }
 
 
-def _key(context: int, score: int, feed: int | None, domain: str, window: int, cache: Variant) -> dict[str, Any]:
-    return {"context": context, "score": score, "feed": feed, "domain": domain, "window": window, "cache": cache.label}
-
-
-def _read_all(
-    subject: Subject, ids: Tensor, context: int, todo: Sequence[Variant], dense: Variant, feed: int | None
-) -> Iterator[tuple[Variant, Reading, Tensor]]:
-    """What each cache made of one window, and what the dense one did."""
-    reference = read(subject, dense, ids, context, feed)
-    for cache in todo:
-        reading = reference if cache == dense else read(subject, cache, ids, context, feed)
-        yield cache, reading, reference.log_probs
-
-
 def read(subject: Subject, cache: Variant, ids: Tensor, context: int, feed: int | None = None) -> Reading:
     """Prefill the first `context` of `ids` (1, T) into an empty cache and score the rest from it, `feed` tokens at a
     time, or all at once."""
     if cache.label == variants.NOTHING:
-        return Reading(_log_probs(subject.model, ids[:, context:-1], None, 0, None), 0.0)
+        alone = torch.cat([subject.begin, ids[:, context:-1]], dim=1)
+        return Reading(_log_probs(subject.model, alone, None, 0, None)[subject.begin.shape[1] :], 0.0)
     if cache.press is not None:
         assert subject.kvpress is not None  # it is available, or the cache would have been skipped
         return Reading(*subject.kvpress.read(ids, context, cache.press))
     held = cache.cache(subject.model)
-    prefill(subject.model, ids[:, :context].to(subject.model.device), held)
+    prefill(subject.model, ids[:, :context], held)
     share = variants.share_of_bfloat16(held, subject.model)
     return Reading(_log_probs(subject.model, ids[:, context:-1], held, context, feed), share)
 

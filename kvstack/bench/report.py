@@ -13,22 +13,35 @@ from .page import Cell, Section, Table
 __all__ = ["load", "write"]
 
 BENCHES = ("quality", "needles", "memory", "decode", "matrix")
-SEEN = ("model", "dtype", "threads", "seed", "texts", "hardware", "torch", "transformers", "kvstack", "commit")
+MEASURED = ("cache", "context", "domain", "mode", "sample", "task", "text", "variant", "window")
+NOT_SHOWN = ("identity", "code")
 Rows = list[dict[str, Any]]
 
 
 def load(folder: Path, bench: str) -> tuple[Rows, Mapping[str, Any]]:
     """The figures of one benchmark, keys and figures together, and where they come from.
 
-    Those of the newest environment, of each key the newest: figures of other code or another model do not mix.
+    Those of the newest environment and settings, of each key the newest: figures of other code, another model, or of
+    more tokens scored do not mix.
     """
     records = results.read(folder / f"{bench}.jsonl")
     if not records:
         return [], {}
     environment = records[-1]["environment"]
     wanted = results.strict(environment)
-    newest = {results.name(r["key"]): r for r in records if results.strict(r["environment"]) == wanted}
+    mine = [record for record in records if results.strict(record["environment"]) == wanted]
+    told = _settings(mine[-1]["key"])
+    newest = {results.name(record["key"]): record for record in mine if _settings(record["key"]) == told}
     return [{**record["key"], **record["figures"]} for record in newest.values()], environment
+
+
+def _shown(value: Any) -> Any:
+    return [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
+
+
+def _settings(key: Mapping[str, Any]) -> str:
+    """What a key says of how something was measured, not of what."""
+    return results.name({name: value for name, value in key.items() if name not in MEASURED})
 
 
 def write(folder: Path) -> Path:
@@ -48,7 +61,7 @@ def write(folder: Path) -> Path:
     if not sections:
         raise KVStackError(f"{folder} holds no figures. Run a benchmark first: kvstack bench all --out {folder}")
     made = folder / "report.html"
-    seen = {name: where[name] for name in SEEN if where[name] is not None}
+    seen = {name: _shown(value) for name, value in where.items() if value is not None and name not in NOT_SHOWN}
     made.write_text(page.page(f"kvstack: {where['model']}", seen, sections), encoding="utf-8")
     return made
 
@@ -69,7 +82,7 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
                 row["cache"],
                 row["family"],
                 Cell(show.share(row["share"]) + (" (claimed)" if row["simulated"] else ""), row["share"]),
-                *(Cell(show.short(row["domains"].get(name, 0.0)), row["domains"].get(name, 0.0)) for name in domains),
+                *(_nats(row["domains"].get(name)) for name in domains),
                 Cell(show.short(row["kl"]), row["kl"]),
                 Cell(f"{show.short(row['kl_low'])} - {show.short(row['kl_high'])}", row["kl_low"]),
                 Cell(show.short(row["kl_q99"]), row["kl_q99"]),
@@ -80,7 +93,7 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
         ]
         columns = ["cache", "whose", "bytes", *(f"KL, {d}" for d in domains), "KL, all", "95 %", "q99", "top-1", "NLL"]
         tables.append(Table(f"{context:,} tokens compressed", columns, lines))
-        drawn[f"quality-{context}"] = pictures.quality([_nll_dense(row, mine) for row in mine])
+        drawn[f"quality-{context}"] = pictures.quality(mine)
     tables.append(_budgets(records, seed))
     text = (
         "How far the next tokens drift from the dense cache (KL in nats), against the bytes held as a share of a dense "
@@ -89,9 +102,8 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
     return "Quality", text, tables, drawn
 
 
-def _nll_dense(row: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
-    dense = next((other["nll"] for other in rows if other["kind"] == "dense"), None)
-    return {**row, "nll_dense": dense}
+def _nats(x: float | None) -> Cell:
+    return Cell("" if x is None else show.short(x), x)
 
 
 def _budgets(records: Rows, seed: int) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -21,6 +22,8 @@ from .. import __version__
 __all__ = ["Run", "environment", "hardware"]
 
 PACKAGE = Path(__file__).parents[1]
+PEERS = ("hqq", "optimum-quanto", "tiny-turboquant")
+SHOWING = ("cli", "drawing", "front", "page", "pictures", "report", "show", "summary")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Run:
         seed: for all that is random.
         tiny: a random model and no texts, to test the benchmark itself.
         texts: folder of .txt files, which take the place of the third kind of text.
+        device: where the model runs.
         out: folder for the figures; what stands there already is not measured again.
     """
 
@@ -47,19 +51,24 @@ class Run:
     seed: int = 0
     tiny: bool = False
     texts: Path | None = None
+    device: str = "cpu"
     out: Path | None = None
 
 
-def environment(run: Run, model: str) -> dict[str, Any]:
+def environment(run: Run, model: str, identity: str | None = None) -> dict[str, Any]:
     """All that a figure depends on beside its own settings. `commit` is for the reader: what makes two figures
-    comparable is `code`, the digest of the sources they were made with."""
+    comparable is `code`, the digest of the sources they were made with, and `identity`, that of the weights."""
     return {
         "model": model,
+        "identity": identity,
         "dtype": run.dtype,
+        "device": run.device,
         "threads": run.threads,
         "seed": run.seed,
         "texts": None if run.texts is None else f"{run.texts.name} {_digest(run.texts.glob('*.txt'), run.texts)}",
         "hardware": hardware(),
+        "python": platform.python_version(),  # the texts come with it
+        "peers": {name: version for name in PEERS if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "kvstack": __version__,
@@ -79,8 +88,16 @@ def hardware() -> str:
 
 @cache
 def _code() -> str:
-    """Digest of kvstack's sources, those of the benchmarks left out: a new picture makes no figure old."""
-    return _digest((path for path in PACKAGE.rglob("*.py") if PACKAGE / "bench" not in path.parents), PACKAGE)
+    """Digest of kvstack's sources, but for those that only show figures: a new picture makes no figure old."""
+    shown = {PACKAGE / "bench" / f"{name}.py" for name in SHOWING}
+    return _digest((path for path in PACKAGE.rglob("*.py") if path not in shown), PACKAGE)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _digest(files: Iterable[Path], folder: Path) -> str:

@@ -36,11 +36,9 @@ class Steps:
         self.name, self.total, self.done = name, total, 0
         self._bar, self._task = bar, bar.add_task(name, total=total) if bar else None
         self._started = self._said = time.monotonic()
-        self._skipped = 0
 
     def skip(self, count: int = 1) -> None:
         """Steps that an earlier run has done: they say nothing of the time that is left."""
-        self._skipped += count
         self.total -= count
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, total=self.total)

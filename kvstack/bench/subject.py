@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .. import models
+from ..calibration import identity
 from ..errors import KVStackError
 from . import show
 from .peers import KvPress, find
@@ -37,6 +38,8 @@ class Subject:
     """A tokenizer of transformers, or `Letters` of the tiny model."""
     kvpress: KvPress | None = None
     """The same model in a process with kvpress, which starts when it is asked."""
+    identity: str | None = None
+    """Fingerprint of the weights."""
 
     def tokens(self, length: int) -> Tensor:
         """The first (1, length) tokens of Python's documentation."""
@@ -50,10 +53,25 @@ class Subject:
             raise KVStackError(f"a text has {ids.shape[1]:,} tokens and {length:,} are needed. Use a longer one.")
         return ids[:, :length]
 
-    def ids(self, text: str) -> Tensor:
-        """All tokens of `text`, (1, T), without special ones."""
+    def ids(self, text: str, first: bool = False) -> Tensor:
+        """All tokens of `text`, (1, T), behind the token that begins a text where it comes `first` and there is one."""
         found: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return found
+        return torch.cat([self.begin, found], dim=1) if first else found
+
+    @property
+    def begin(self) -> Tensor:
+        """The token that the tokenizer puts before a text, (1, 1), or (1, 0) where there is none."""
+        token = getattr(self.tokenizer, "bos_token_id", None)
+        begins = token is not None and self.tokenizer("a")["input_ids"][:1] == [token]
+        return torch.tensor([[token]] if begins else [[]], dtype=torch.long)
+
+    def check(self, tokens: int) -> None:
+        """Raise where so many tokens are more than the model was made for."""
+        longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if longest and tokens > longest:
+            raise KVStackError(
+                f"{self.name} reads {longest:,} tokens and {tokens:,} are asked for. Use fewer: --contexts."
+            )
 
     def count(self, text: str) -> int:
         """Tokens of `text`."""
@@ -88,8 +106,10 @@ def opened(run: Run) -> Iterator[Subject]:
 def _loaded(run: Run, ends: ExitStack) -> Subject:
     with show.working("loading the model"):
         model, tokenizer = models.load(run.model, dtype=getattr(torch, run.dtype))
+        model.to(run.device)
     folder = run.model or str(models.default_model_dir())
-    return Subject(run.model or models.DEFAULT_MODEL, model, tokenizer, _outside(run, folder, ends))
+    name = run.model or models.DEFAULT_MODEL
+    return Subject(name, model, tokenizer, _outside(run, folder, ends), identity(model))
 
 
 def _outside(run: Run, folder: str, ends: ExitStack) -> KvPress | None:
@@ -123,7 +143,7 @@ def _tiny(run: Run, ends: ExitStack) -> Subject:
 def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Feed `ids` (1, T); the next token, (1, 1)."""
     # logits of all tokens would cost more memory than most caches
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1:].argmax(-1)
 
 

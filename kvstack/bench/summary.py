@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import KVStackError
+
 __all__ = ["BLOCK", "budgets", "heat", "interval", "needles", "quality", "ratio"]
 
 T = TypeVar("T")
@@ -19,7 +21,7 @@ Row = dict[str, Any]
 Array = NDArray[np.float64]
 BLOCK = 32
 RESAMPLES = 2000
-BUDGETS = (0.5, 0.25, 0.125, 0.1, 0.0625, 0.05, 0.02)
+BUDGETS = (0.5, 0.25, 0.1, 0.05, 0.02)
 """Shares of the dense bytes at which the best caches are compared."""
 
 
@@ -53,7 +55,8 @@ def _quality(context: int, cache: str, mine: Sequence[Mapping[str, Any]], seed: 
 
 
 def budgets(records: Sequence[Mapping[str, Any]], shares: Sequence[float] = BUDGETS, seed: int = 0) -> list[Row]:
-    """The best stack and the best peer that hold no more than each share of the dense bytes, for each context.
+    """The best stack and the best peer that hold no more than each share of the dense bytes (and a hundredth of it,
+    since tokens and blocks are whole), for each context.
 
     `ratio` is the stack's KL over the peer's, with its paired interval; None where there is no peer so small.
     Peers whose bytes are only claimed compete too: that is to their advantage.
@@ -77,14 +80,14 @@ def budgets(records: Sequence[Mapping[str, Any]], shares: Sequence[float] = BUDG
 
 
 def _best(found: Mapping[str, tuple[Row, Any]], kind: str, share: float) -> str | None:
-    fit = [row for row, _ in found.values() if row["kind"] == kind and row["share"] <= share]
+    fit = [row for row, _ in found.values() if row["kind"] == kind and row["share"] <= share * 1.01]
     return min(fit, key=lambda row: row["kl"])["cache"] if fit else None
 
 
 def _paired(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
     """The records of two caches that read the same windows, in one order."""
-    place = {(record["domain"], record["window"]): record for record in b}
-    both = [(record, place[key]) for record in a if (key := (record["domain"], record["window"])) in place]
+    place = {(record["domain"], record["text"]): record for record in b}
+    both = [(record, place[key]) for record in a if (key := (record["domain"], record["text"])) in place]
     return [mine for mine, _ in both], [theirs for _, theirs in both]
 
 
@@ -161,7 +164,12 @@ def ratio(a: Array, b: Array, seed: int) -> tuple[float, float]:
 def _bootstrap(
     samples: tuple[Array, ...], statistic: Callable[..., Any], value: float, seed: int
 ) -> tuple[float, float]:
-    from scipy.stats import bootstrap
+    try:
+        from scipy.stats import bootstrap
+    except ImportError:
+        raise KVStackError(
+            "intervals need scipy, which is not installed. Install it with: pip install 'kvstack[bench]'"
+        ) from None
 
     if len(samples[0]) < 2 or all(np.ptp(x) == 0 for x in samples):
         return value, value

@@ -24,6 +24,8 @@ def domains(folder: Path | None) -> dict[str, str]:
 
 def windows(text: str, count: int, characters: int, seed: int) -> list[str]:
     """`count` pieces that begin at random lines of equal parts of `text`; `characters` follow the last of them."""
+    if count > 1 and len(text) < count * characters / 2:
+        raise KVStackError(f"{count} windows overlap in a text of {len(text):,} characters. Use fewer: --windows.")
     draw = random.Random(seed)
     span = max(0, len(text) - characters) / count
     starts = [int((part + draw.random()) * span) for part in range(count)]

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import ast
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
@@ -38,7 +40,9 @@ __all__ = [
     "held_bytes",
     "parse",
     "share_of_bfloat16",
+    "skipped",
     "split",
+    "without_presses",
 ]
 
 DENSE, EMPTY, NOTHING = "dense", "empty", "nothing"
@@ -100,21 +104,37 @@ def split(text: str) -> list[str]:
     return [spec.strip(", ") for spec in found if spec.strip(", ")]
 
 
-def available(variants: Sequence[Variant], model: PreTrainedModel | None = None, alone: bool = True) -> list[Variant]:
+def available(
+    variants: Sequence[Variant], model: PreTrainedModel | None = None, caches_only: bool = False
+) -> list[Variant]:
     """The variants that can be measured here; why the others cannot is said.
 
-    `model`: those that cannot be bound to it are left out too. `alone`: peers that run in a process of their own count.
+    `model`: those that cannot be bound to it are left out too. `caches_only`: so are peers that run in a process of
+    their own, and `nothing`.
     """
     found = []
     for variant in variants:
         reason = variant.missing or _unfit(variant, model)
-        if reason is None and variant.press is not None and not alone:
-            reason = "it does not run in this process."
+        if reason is None and variant.make is None and caches_only:
+            reason = "there is no cache in this process."
         if reason is None:
             found.append(variant)
         else:
-            show.console().print(f"{variant.label}: skipped, {reason}", highlight=False)
+            skipped(variant.label, reason)
     return found
+
+
+def without_presses(variants: Sequence[Variant], reason: str) -> list[Variant]:
+    """The variants that kvpress does not run; why the others are left out is said."""
+    for variant in variants:
+        if variant.press is not None:
+            skipped(variant.label, reason)
+    return [variant for variant in variants if variant.press is None]
+
+
+def skipped(label: str, reason: object) -> None:
+    """Say that something is not measured, and why."""
+    show.console().print(f"{label}: skipped, {reason}", highlight=False)
 
 
 def _unfit(variant: Variant, model: PreTrainedModel | None) -> str | None:
@@ -166,39 +186,61 @@ def held_bytes(cache: Cache) -> int:
     return cache.nbytes if isinstance(cache, KVStack) else storage_bytes(list(peers.plain(_tensors_in(cache.layers))))
 
 
-PLAIN = ("recent queries", "uncompressed layers")
+PLAIN = ("recent queries", "uncompressed layers", "bases")
 
 
 def share_of_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
     """Bytes held, as a share of what a dense bfloat16 cache of the same tokens holds.
 
-    Numbers a cache holds as the model made them (raw tokens, unquantized latents, a dense cache's all) count two
-    bytes each, also where the model runs in float32; everything else counts what it is.
+    Numbers of the model's dtype count two bytes each, also where the model runs in float32: raw tokens, latents that no
+    encoder packs, bases, a dense cache's all, and, to the advantage of peers, scales that they hold in it. Codes,
+    positions and the scales of stacks count what they are. Not counted: what was fitted to the model and serves all
+    its caches.
     """
     if isinstance(cache, KVStack):
         parts = cache._parts()
-        raw = [x for payer, part, x in parts if payer == RAW[0] or part in PLAIN or part.endswith(": data")]
-        wide = [x for x in raw if x.dtype == model.dtype]
-        narrow = storage_bytes([x for *_, x in parts]) - storage_bytes(wide)
-        size = model.dtype.itemsize
-        return (narrow + storage_bytes(wide) * 2 / size) / dense_bfloat16(cache, model)
-    tensors = list(peers.plain(_tensors_in(cache.layers)))
-    wide = [x for x in tensors if x.dtype == model.dtype]
+        tensors = [x for *_, x in parts]
+        wide = [x for payer, part, x in parts if payer == RAW[0] or part in PLAIN or part.endswith(": data")]
+        wide = [x for x in wide if x.dtype == model.dtype]
+    else:
+        tensors = list(peers.plain(_tensors_in(cache.layers)))
+        wide = [x for x in tensors if x.dtype == model.dtype]
     held = storage_bytes(tensors) - storage_bytes(wide) + storage_bytes(wide) * 2 / model.dtype.itemsize
-    return held / dense_bfloat16(cache, model)
+    return (held - _views(cache, model)) / dense_bfloat16(cache, model)
 
 
 def dense_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
-    """Bytes of a dense cache of the same tokens: that of a DynamicCache, worked out from a layer's shape."""
-    if isinstance(cache, KVStack):
-        return cache.dense_nbytes * 2 / model.dtype.itemsize
-    config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    seen = cache.get_seq_length()
-    windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers)
-    tokens = sum(seen if window is None else min(seen, window - 1) for window in windows)
-    return float(tokens * heads * width * 2 * 2)
+    """Bytes of a dense bfloat16 cache of the same tokens; layers with a sliding window hold no more than that."""
+    rows, seen = max(1, cache.batch_size), cache.get_seq_length()
+    held = (numbers * (seen if window is None else min(seen, window - 1)) for numbers, window in _per_token(model))
+    return float(rows * sum(held) * 2)
+
+
+def _views(cache: Cache, model: PreTrainedModel) -> float:
+    """Bytes that layers with a sliding window seem to hold, in bfloat16: behind a prompt, and until the next token,
+    they are views of all of it."""
+    spare = 0
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False) and getattr(layer, "keys", None) is not None:
+            tensors = [layer.keys, layer.values]
+            spare += storage_bytes(tensors) - sum(x.numel() * x.element_size() for x in tensors)
+    return spare * 2 / model.dtype.itemsize
+
+
+_known: weakref.WeakKeyDictionary[Any, list[tuple[int, int | None]]] = weakref.WeakKeyDictionary()
+
+
+def _per_token(model: PreTrainedModel) -> list[tuple[int, int | None]]:
+    """Numbers that each layer of a dense cache holds for a token of a row, and its window where it slides."""
+    if model not in _known:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1]], device=model.device), past_key_values=cache, logits_to_keep=1)
+        layers: list[Any] = cache.layers
+        _known[model] = [
+            (layer.keys.numel() + layer.values.numel(), getattr(layer, "sliding_window", None)) for layer in layers
+        ]
+    return _known[model]
 
 
 def _tensors_in(thing: object) -> list[Tensor]:
