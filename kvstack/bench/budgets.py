@@ -18,14 +18,11 @@ STACKS = (
     "evict:0.2,score=random",
     # a half
     "commonkv:0.9+quant:8",
-    "commonkv:0.47",
     # a quarter
     "commonkv:0.9+quant:4",
-    "quant:2",
     # a tenth and less
     "quant:2+evict:0.5",
     "commonkv:0.65+quant:2",
-    "commonkv:0.45+quant:2@window=16",
     "commonkv:0.35+quant:2@window=16",
     "commonkv:0.35,layers=10+quant:2@window=16",
     "commonkv+quant:2+evict:0.5",

@@ -12,7 +12,7 @@ from .run import Run
 __all__ = ["run"]
 
 TINY = (512,)
-SAMPLES = 4
+SAMPLES = 3
 
 
 def run(run: Run) -> None:

@@ -15,8 +15,8 @@ __all__ = ["CONTEXTS", "ENCODES", "EVICTS", "TRANSFORMS", "combinations", "run"]
 
 CONTEXTS = (1024,)
 NONE = "none"
-TRANSFORMS = (NONE, "commonkv:0.5", "commonkv")
-ENCODES = (NONE, "quant:8", "quant:4", "quant:2")
+TRANSFORMS = (NONE, "commonkv")
+ENCODES = (NONE, "quant:4", "quant:2")
 EVICTS = (NONE, "evict:0.5", "evict:0.2")
 
 
