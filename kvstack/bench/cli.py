@@ -18,7 +18,6 @@ __all__ = ["bench_app"]
 bench_app = typer.Typer(
     help="What each stack costs and gives, beside transformers' own caches and other peers.", no_args_is_help=True
 )
-TINY_CONTEXTS = (512,)
 
 
 class Dtype(StrEnum):
@@ -122,14 +121,6 @@ def _names() -> dict[str, Any]:
     return {**globals(), "Run": Any}
 
 
-def _with(run: Run, contexts: tuple[int, ...], stacks: tuple[str, ...] = ()) -> Run:
-    """`run` with a benchmark's own contexts and stacks where it was told none."""
-    from dataclasses import replace
-
-    usual = TINY_CONTEXTS if run.tiny else contexts
-    return replace(run, contexts=run.contexts or usual, stacks=run.stacks or stacks)
-
-
 @_command
 def quality(
     run: Run,
@@ -142,7 +133,7 @@ def quality(
     """Drift of the next tokens from the dense cache, on three kinds of text."""
     from . import quality as bench
 
-    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), windows, score, feed)
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score, feed)
 
 
 @_command
@@ -154,7 +145,7 @@ def budgets(
     """At equal bytes: the best stack beside the best peer, from a half of the dense bytes down."""
     from . import budgets as bench
 
-    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), windows, score)
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score)
 
 
 @_command
@@ -187,7 +178,7 @@ def needles(
     modes = tuple(each for each in bench.MODES if each in (mode or (Mode.aware, Mode.agnostic)))
     folder = tasks or longbench
     asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
-    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), asking)
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), asking)
 
 
 @_command
@@ -199,7 +190,7 @@ def memory(
     """Bytes held, by stage, and the peaks of prefill and decoding."""
     from . import memory as bench
 
-    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), decode, peak)
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), decode, peak)
 
 
 @_command
@@ -212,7 +203,7 @@ def decode(
     """Time to the first token and per decoded token, the caches taking turns."""
     from . import decode as bench
 
-    bench.run(_with(run, bench.CONTEXTS, bench.STACKS), rounds, steps, burst)
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds, steps, burst)
 
 
 @_command
@@ -230,7 +221,7 @@ def matrix(
     from . import matrix as bench
 
     grid = bench.combinations(transform or bench.TRANSFORMS, encode or bench.ENCODES, evict or bench.EVICTS)
-    bench.run(_with(run, bench.CONTEXTS), grid, windows, score, steps, burst)
+    bench.run(run.usually(bench.CONTEXTS), grid, windows, score, steps, burst)
 
 
 @_command

@@ -110,7 +110,7 @@ def _shortened(subject: Subject, sample: Sample, length: int) -> Sample:
         return sample
     if room < 2:
         raise KVStackError(
-            f"{sample.task}: question and answer take {asked} tokens of {length}. Use longer --contexts."
+            f"{sample.task}: question and answer take {asked} of {length} tokens. Use longer --contexts."
         )
     ends = (ids[: room // 2], ids[-(room // 2) :])
     return replace(sample, text="".join(subject.tokenizer.decode(part, skip_special_tokens=True) for part in ends))

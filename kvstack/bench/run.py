@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .. import __version__
 
 __all__ = ["Run", "environment", "hardware"]
 
+TINY = (512,)
 PACKAGE = Path(__file__).parents[1]
 PEERS = ("hqq", "optimum-quanto", "tiny-turboquant")
 SHOWING = ("cli", "drawing", "front", "page", "pictures", "report", "show", "summary")
@@ -53,6 +54,10 @@ class Run:
     texts: Path | None = None
     device: str = "cpu"
     out: Path | None = None
+
+    def usually(self, contexts: tuple[int, ...], stacks: tuple[str, ...] = ()) -> Run:
+        """This run with a benchmark's own contexts and stacks where it was told none."""
+        return replace(self, contexts=self.contexts or (TINY if self.tiny else contexts), stacks=self.stacks or stacks)
 
 
 def environment(run: Run, model: str, identity: str | None = None) -> dict[str, Any]:

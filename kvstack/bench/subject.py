@@ -70,7 +70,7 @@ class Subject:
         longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if longest and tokens > longest:
             raise KVStackError(
-                f"{self.name} reads {longest:,} tokens and {tokens:,} are asked for. Use fewer: --contexts."
+                f"{self.name} reads {longest:,} tokens, and {tokens:,} are needed. Use shorter --contexts."
             )
 
     def count(self, text: str) -> int:
