@@ -56,7 +56,7 @@ def test_every_form_is_read():
         ("hqq:3", r"'hqq:3': the bits of hqq are one of 2, 4, 8, as in 'hqq:4,group=32'"),
         ("quanto", r"the bits of quanto are one of 2, 4, as"),
         ("quanto:4,axis=0", r"quanto has no setting axis\. It has group"),
-        ("hqq:4,group=x", r"'group=x' is no setting\. Write NAME=NUMBER"),
+        ("hqq:4,group=x", r"'group=x' is no setting\. Write NAME=VALUE"),
         ("hqq:4,group=0", r"group is a number of values that share a scale, got 0"),
         ("kvpress:h2o,keep=0.2", r"no press 'h2o'\. There are dense, snapkv, expected"),
         ("kvpress:snapkv", r"keep is a share of the tokens above 0 and up to 1, got nothing\. Write keep=0\.2"),

@@ -10,7 +10,6 @@ nothing                   no context at all: what the text is worth
 
 from __future__ import annotations
 
-import ast
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -158,24 +157,13 @@ def _variant(spec: str) -> Variant:
         return Variant(spec, "peer", peer.make, peer)
     stages_spec, _, settings_spec = spec.partition("@")
     stages, settings = registry.parse("" if stages_spec == EMPTY else stages_spec)
-    settings |= _settings(settings_spec, spec)
+    settings |= peers.settings_in(spec, filter(None, settings_spec.split(",")), "quant:4@fused=False")
     try:
         KVStack(stages, **settings)  # says now what cannot work, not after the first minutes
     except TypeError as error:
         raise SpecError(f"{spec!r}: {error}.") from None
     kind: Kind = "control" if "score=random" in spec else "kvstack"
     return Variant(spec, kind, lambda model: KVStack(stages, model=model, **settings))
-
-
-def _settings(text: str, spec: str) -> dict[str, Any]:
-    settings = {}
-    for pair in filter(None, text.split(",")):
-        name, _, value = pair.partition("=")
-        try:
-            settings[name.strip()] = ast.literal_eval(value.strip())
-        except (SyntaxError, ValueError):
-            raise SpecError(f"{spec!r}: {pair!r} is no setting. Write it as 'quant:4@fused=False'.") from None
-    return settings
 
 
 # ---- bytes

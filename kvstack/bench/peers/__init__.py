@@ -14,6 +14,6 @@ from __future__ import annotations
 
 from .caches import plain
 from .kvpress import KvPress, Press, find
-from .spec import NAMES, Peer, parse
+from .spec import NAMES, Peer, parse, settings_in
 
-__all__ = ["NAMES", "KvPress", "Peer", "Press", "find", "parse", "plain"]
+__all__ = ["NAMES", "KvPress", "Peer", "Press", "find", "parse", "plain", "settings_in"]

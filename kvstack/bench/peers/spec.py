@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from . import caches, kvpress
 from .caches import Make
 from .kvpress import Press
 
-__all__ = ["NAMES", "Peer", "parse"]
+__all__ = ["NAMES", "Peer", "parse", "settings_in"]
 
 # hqq's 3 bits cannot be read back from tensors with four axes
 BITS = {"hqq": (2, 4, 8), "quanto": (2, 4), "turboquant": (2, 3, 4, 8)}
@@ -66,7 +67,7 @@ def parse(spec: str) -> Peer:
         if rest:
             raise SpecError(f"{spec!r}: dense takes no settings. Write 'dense'.")
         return Peer(spec, "DynamicCache", caches.dense)
-    settings = _settings(spec, pairs)
+    settings = settings_in(spec, pairs, "hqq:2,group=32")
     return _press(spec, first, settings) if name == "kvpress" else _cache(spec, name, first, settings)
 
 
@@ -99,14 +100,15 @@ def _press(spec: str, name: str, settings: dict[str, Any]) -> Peer:
     return Peer(spec, "kvpress", press=Press(name, float(keep), settings))
 
 
-def _settings(spec: str, pairs: list[str]) -> dict[str, Any]:
+def settings_in(spec: str, pairs: Iterable[str], example: str) -> dict[str, Any]:
+    """Settings from `name=value` strings; SpecError, with an example of how to write them, where one is none."""
     settings = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
         try:
             settings[key.strip()] = ast.literal_eval(value.strip())
         except (SyntaxError, ValueError):
-            raise SpecError(f"{spec!r}: {pair!r} is no setting. Write NAME=NUMBER, as in 'hqq:2,group=32'.") from None
+            raise SpecError(f"{spec!r}: {pair!r} is no setting. Write NAME=VALUE, as in {example!r}.") from None
     return settings
 
 
