@@ -176,28 +176,31 @@ class _ModelHooks:
 
 
 _hooked: weakref.WeakKeyDictionary[nn.Module, _ModelHooks] = weakref.WeakKeyDictionary()
+_binding = threading.RLock()  # a stack may end, and release, while the same thread installs another
 
 
 def install(stack: KVStack, model: PreTrainedModel) -> weakref.finalize[Any, Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of the stack does so too."""
-    hooks = _hooked.get(model)
-    if hooks is None:
-        hooks = _hooked[model] = _ModelHooks(model)
-    hooks.users += 1
-    hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
-    return weakref.finalize(stack, _release, weakref.ref(model))
+    with _binding:
+        hooks = _hooked.get(model)
+        if hooks is None:
+            hooks = _hooked[model] = _ModelHooks(model)
+        hooks.users += 1
+        hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
+        return weakref.finalize(stack, _release, weakref.ref(model))
 
 
 def _release(reference: weakref.ref[PreTrainedModel]) -> None:
-    model = reference()
-    hooks = _hooked.get(model) if model is not None else None
-    if model is None or hooks is None:
-        return
-    hooks.users -= 1
-    if hooks.users == 0:
-        hooks.remove()
-        del _hooked[model]
+    with _binding:
+        model = reference()
+        hooks = _hooked.get(model) if model is not None else None
+        if model is None or hooks is None:
+            return
+        hooks.users -= 1
+        if hooks.users == 0:
+            hooks.remove()
+            del _hooked[model]
 
 
 def _entering(names: list[str]) -> Callable[..., None]:
@@ -249,7 +252,7 @@ def _rested(projection: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     if call is None or not call.asked:
         return None
     asked, call.asked = call.asked, ()
-    return output.new_zeros(()).expand(*asked, output.shape[-1])  # one number, seen as many
+    return output.new_zeros((*asked, output.shape[-1]))  # real memory: some models clamp it in place
 
 
 def _cache_in(given: dict[str, Any]) -> KVStack | None:

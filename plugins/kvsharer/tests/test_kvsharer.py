@@ -11,7 +11,15 @@ import pytest
 import torch
 from kvstack_kvsharer import KVSharer, Strategy, search
 from kvstack_kvsharer.strategy import _averages, _distances, kinds_of, resolved
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    OlmoConfig,
+    OlmoForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
@@ -192,6 +200,15 @@ def test_a_layer_that_reads_another_computes_no_keys_and_values():
     assert new == [[106] * 4, [106, 106, 106, 0], [106, 106, 106, 0]]
     model(tokens(1, 7), past_key_values=DynamicCache())  # another cache needs them all
     assert count("k_proj")[3] - after[1][3] == 7
+
+
+def test_models_that_clamp_keys_in_place():
+    """What a resting projection gives is written into."""
+    model = OlmoForCausalLM(OlmoConfig(**SHAPE, clip_qkv=0.5)).eval()
+    stack = stack_of({3: 1})
+    found = [model(chunk, past_key_values=stack).logits for chunk in tokens(2, 23).split([20, 1, 1, 1], dim=1)]
+    assert all(logits.isfinite().all() for logits in found)
+    assert torch.equal(stack.read(3).keys, stack.read(1).keys)
 
 
 def test_no_hook_is_left():
