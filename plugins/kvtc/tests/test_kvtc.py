@@ -349,6 +349,12 @@ def test_bad_settings():
             KVTC(layers=layers)
 
 
+def test_a_path_is_quoted_in_a_spec():
+    with pytest.raises(StageError, match=r"calibration is no path\. Quote it in a spec: calibration='out/axes'"):
+        KVStack.from_spec("kvtc:16,calibration=out/axes")
+    assert KVStack.from_spec("kvtc:16,calibration='out/axes'").stages == (KVTC(16, calibration="out/axes"),)
+
+
 def test_a_ratio_that_leaves_nothing(model):
     with pytest.raises(
         BindError, match=r"KVTC\(ratio=2000\): 2 bits a token are too few for 2 latents\. Use a smaller"
