@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .cache import KVStack
 
-__all__ = ["Call", "arm", "attention_modules", "gives_queries", "install", "running"]
+__all__ = ["Call", "arm", "attention_modules", "expands", "gives_queries", "install", "running"]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -85,6 +85,11 @@ def _interface(module: nn.Module) -> Any:
 def gives_queries(module: nn.Module) -> bool:
     """Whether this module calls its attention through transformers' interface."""
     return _interface(module) is not None
+
+
+def expands(module: nn.Module) -> bool:
+    """Whether this module caches latents and makes keys and values of them after reading (DeepSeek V2 and V3)."""
+    return hasattr(module, "expand_kv")
 
 
 def implementation(module: nn.Module) -> str:
