@@ -55,6 +55,11 @@ def windows_of(
         raise CalibrationError(
             f"the tokenizer of this {type(model).__name__} is not known, and texts were given. Pass tokenizer=."
         )
+    if model.get_output_embeddings() is None:
+        raise CalibrationError(
+            f"{type(model).__name__} predicts no tokens, so it cannot write a text, and its tokenizer is not known. "
+            "Pass the causal model it is part of: KVStack([...], model=...), or tokenizer= to kvstack.calibrate."
+        )
     with at_rest(model):
         return written_by(model, min(tokens, SAMPLED_TOKENS)), "the model itself"
 
@@ -153,7 +158,7 @@ def observe(model: PreTrainedModel, plan: Grouping, ids: Tensor | None = None) -
         handles = [plan.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in plan.full]
         cache = DynamicCache(config=model.config)
         try:
-            model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
