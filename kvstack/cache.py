@@ -31,6 +31,7 @@ from .budget import leading
 from .encode.plain import Plain
 from .errors import BindError, StageError, UseError
 from .packed import storage_bytes
+from .reading import held_by
 from .report import Part, Report
 from .rope import Rope, find_ropes
 from .stage import Encode, Select, Stage, Transform, is_stage
@@ -236,6 +237,7 @@ class KVStack(Cache):
             raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
         if self.stages:
             self._check_model(name, full, types, modules)
+            _check_sharing(self.stages, name, full, modules)
             # a transform may take a minute to fit: what is wrong elsewhere is said before
             stages = sorted(self.stages, key=lambda stage: stage.kind == "transform")
             # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
@@ -243,6 +245,7 @@ class KVStack(Cache):
                 bound = [stage.bind(model) for stage in stages]
                 self._plan = _allotted(self._make_plan(bound))
             _check_nesting(bound)
+            _check_sharing(bound, name, full, modules)
             self._ropes = find_ropes(model, {i: modules[i] for i in full}, types)
             transform = self._plan.transform
             if transform and transform.unrotated and (bare := [i for i in full if self._ropes[i] is None]):
@@ -250,7 +253,7 @@ class KVStack(Cache):
                     f"{transform!r} wants keys without rotary embedding, and {name} has none that kvstack knows "
                     f"in layers {bare}."
                 )
-            self._shares = _checked_shares(bound, name, full)
+            self._shares = _checked_shares(bound, model, full, modules)
         self._set_groups(full)
         self._layer_types, self._layer_arguments, self._modules = types, arguments, modules
         self.layers = self._new_layers()
@@ -280,11 +283,6 @@ class KVStack(Cache):
                 f"layers, which do not divide. Use layers= one of {divisors}."
             )
         silent = [i for i in full if not hook.gives_queries(modules[i])]
-        if silent and (sharing := _sharing(self.stages)):
-            raise BindError(
-                f"{sharing!r} lets layers read each other's keys and values, and the attention of {name} (layer "
-                f"{silent[0]}) does not go through transformers' interface. Leave {sharing!r} out for this model."
-            )
         if silent and select and (select.queries or select.tracks):
             raise BindError(
                 f"{select!r} needs the queries, and the attention of {name} (layer {silent[0]}) does not go through "
@@ -851,14 +849,41 @@ def _sharing(stages: Sequence[Stage]) -> Transform | None:
     return next((stage for stage in stages if isinstance(stage, Transform) and stage.shares is not None), None)
 
 
-def _checked_shares(stages: Sequence[Stage], name: str, full: Sequence[int]) -> dict[int, int]:
+def _check_sharing(stages: Sequence[Stage], name: str, full: Sequence[int], modules: Mapping[int, Any]) -> None:
+    """Layers can read each other where attention shows itself, and reads just what is cached."""
     sharing = _sharing(stages)
+    if sharing is None:
+        return
+    problem = None
+    if silent := [i for i in full if not hook.gives_queries(modules[i])]:
+        problem = f"the attention of {name} (layer {silent[0]}) does not go through transformers' interface"
+    elif any(hook.expands(modules[i]) for i in full):
+        problem = f"{name} expands what it caches with each layer's own weights"
+    if problem is not None:
+        raise BindError(
+            f"{sharing!r} lets layers read each other's keys and values, and {problem}. "
+            f"Leave {sharing!r} out for this model."
+        )
+
+
+def _checked_shares(
+    stages: Sequence[Stage], model: PreTrainedModel, full: Sequence[int], modules: Mapping[int, torch.nn.Module]
+) -> dict[int, int]:
+    name, sharing = type(model).__name__, _sharing(stages)
     shares = dict(sharing.shares or {}) if sharing else {}
     for layer, source in shares.items():
         if not (layer in full and source in full and source < layer and source not in shares):
             raise BindError(
                 f"{sharing!r} lets layer {layer} of {name} read layer {source}. A full-attention layer, of {full}, can "
                 "read an earlier one that reads no other."
+            )
+    held = held_by(model) if shares else {}
+    for layer, source in shares.items():
+        one, other = (f"{held[i]} on {next(modules[i].parameters()).device}" for i in (layer, source))
+        if one != other:
+            raise BindError(
+                f"{sharing!r} lets layer {layer} of {name} read layer {source}: they hold {one} and {other}. "
+                f"Leave {sharing!r} out, or pair layers alike."
             )
     return shares
 

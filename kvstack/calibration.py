@@ -203,18 +203,19 @@ class Calibration:
         ]
         return cls(tuple(groups), metadata)
 
-    def check(self, model: PreTrainedModel, metric: Metric = "fisher") -> None:
-        """Raise `CalibrationError` where this was made for another model or with another metric."""
+    def check(self, model: PreTrainedModel, metric: Metric = "fisher", layers: int | None = None) -> None:
+        """Raise `CalibrationError` where this was made for another model or with another metric; the message says how
+        to make one for groups of `layers`."""
+        wanted = f"kvstack.calibrate(model{'' if layers is None else f', layers={layers}'}, metric={metric!r})"
         if self.metric != metric:
             raise CalibrationError(
-                f"{self!r} was made with metric={self.metric!r}, and {metric!r} is needed. Make one with it: "
-                f"kvstack.calibrate(model, metric={metric!r})."
+                f"{self!r} was made with metric={self.metric!r}, and {metric!r} is needed. Make one with it: {wanted}."
             )
         mine, theirs = self.manifest.get("identity"), identity(model)
         if mine != theirs:
             raise CalibrationError(
                 f"{self!r} was made for another model than this {type(model).__name__} (identity {mine}, not "
-                f"{theirs}). Make one for it: kvstack calibrate MODEL, or kvstack.calibrate(model)."
+                f"{theirs}). Make one for it: {wanted}."
             )
 
 

@@ -80,7 +80,8 @@ def calibrate(
         texts: what to read, best of all kinds that will be read later; they take turns. Default: prose,
             documentation, code, numbers and chat that come with Python and with this package.
         tokens: how many to read (default 10,240).
-        layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
+        layers: adjacent full-attention layers in a group; default a divisor of their number near 5, or with `variance`
+            all of them.
         metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes
             for a group's keys and values together. `variance` weighs all the same, and finds axes for the keys and
             others for the values.
@@ -89,16 +90,18 @@ def calibrate(
         progress: called with (windows read, windows in all).
 
     Raises:
-        CalibrationError: `layers` does not divide the model's layers, or all texts are shorter than a window; those
-            that are get passed over.
+        CalibrationError: `layers` does not divide the model's layers, all texts are shorter than a window (those
+            that are get passed over), or with `variance` a group has more numbers than tokens are read.
     """
     if metric not in ("fisher", "variance"):
         raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
-    if model.get_output_embeddings() is None:
+    if metric == "fisher" and model.get_output_embeddings() is None:
         raise CalibrationError(
             f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
             "Pass the causal model it is part of: KVStack([...], model=...)."
         )
+    if layers is None and metric == "variance":
+        layers = len(Grouping(model, 1).full)
     plan = Grouping(model, layers)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
@@ -110,6 +113,7 @@ def calibrate(
         for number, (ids, prompt) in enumerate(windows):
             if metric == "variance":
                 cache = gradients = observe(model, plan, ids[:, :prompt])
+                _check_tokens(model, plan, cache, sum(prompt for _, prompt in windows))
             else:
                 cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
             for group in sums:
@@ -140,7 +144,7 @@ def fitting(
     if given is None:
         return calibrated(model, layers, metric, type(stage).__name__)
     found = given if isinstance(given, Calibration) else loaded(given)
-    found.check(model, metric)
+    found.check(model, metric, layers)
     if found.layers != layers:
         raise BindError(
             f"{stage!r}: the calibration is for groups of {found.layers} layers, not of {layers}. "
@@ -156,7 +160,7 @@ def calibrated(model: PreTrainedModel, layers: int, metric: Metric = "fisher", w
 
     def read(path: Path) -> Calibration:
         found = Calibration.load(path)
-        found.check(model, metric)
+        found.check(model, metric, layers)
         return found
 
     make = partial(calibrate, model, layers=layers, metric=metric)
@@ -249,6 +253,20 @@ def _read(
         found = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
     gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
+
+
+def _check_tokens(model: PreTrainedModel, plan: Grouping, cache: Mapping[int, KV], tokens: int) -> None:
+    """A covariance of N numbers has no more axes than tokens, and its N^2 sums and N^3 steps grow beyond bounds."""
+    each = max(x.shape[1] * x.shape[3] for kv in cache.values() for x in (kv.keys, kv.values))
+    if each * plan.size <= tokens:
+        return
+    count = len(plan.full)
+    fewer = [n for n in range(1, plan.size) if count % n == 0 and n * each <= tokens]
+    raise CalibrationError(
+        f"{plan.size} layers of {type(model).__name__} cache {each * plan.size} numbers a token of keys or of values, "
+        f"and {tokens} tokens tell of no more axes than that many. Use {f'layers= one of {fewer}, or ' * bool(fewer)}"
+        f"tokens={4 * each * plan.size} or more."
+    )
 
 
 class _Sums:

@@ -172,7 +172,7 @@ def calibrate(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read; 10,240 if not given.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
     metric: Annotated[
-        str, typer.Option(help='"fisher", for CommonKV; "variance": keys and values apart, for stages that ask for it.')
+        str, typer.Option(help='"fisher", for CommonKV; "variance": keys and values apart, of all layers unless said.')
     ] = "fisher",
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw the energy of every group's axes into this picture.")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .cache import KVStack
 
-__all__ = ["Call", "arm", "attention_modules", "gives_queries", "install", "running"]
+__all__ = ["Call", "arm", "attention_modules", "expands", "gives_queries", "install", "running"]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -85,6 +85,11 @@ def _interface(module: nn.Module) -> Any:
 def gives_queries(module: nn.Module) -> bool:
     """Whether this module calls its attention through transformers' interface."""
     return _interface(module) is not None
+
+
+def expands(module: nn.Module) -> bool:
+    """Whether this module caches latents and makes keys and values of them after reading (DeepSeek V2 and V3)."""
+    return hasattr(module, "expand_kv")
 
 
 def implementation(module: nn.Module) -> str:
@@ -176,28 +181,31 @@ class _ModelHooks:
 
 
 _hooked: weakref.WeakKeyDictionary[nn.Module, _ModelHooks] = weakref.WeakKeyDictionary()
+_binding = threading.RLock()  # a stack may end, and release, while the same thread installs another
 
 
 def install(stack: KVStack, model: PreTrainedModel) -> weakref.finalize[Any, Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of the stack does so too."""
-    hooks = _hooked.get(model)
-    if hooks is None:
-        hooks = _hooked[model] = _ModelHooks(model)
-    hooks.users += 1
-    hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
-    return weakref.finalize(stack, _release, weakref.ref(model))
+    with _binding:
+        hooks = _hooked.get(model)
+        if hooks is None:
+            hooks = _hooked[model] = _ModelHooks(model)
+        hooks.users += 1
+        hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
+        return weakref.finalize(stack, _release, weakref.ref(model))
 
 
 def _release(reference: weakref.ref[PreTrainedModel]) -> None:
-    model = reference()
-    hooks = _hooked.get(model) if model is not None else None
-    if model is None or hooks is None:
-        return
-    hooks.users -= 1
-    if hooks.users == 0:
-        hooks.remove()
-        del _hooked[model]
+    with _binding:
+        model = reference()
+        hooks = _hooked.get(model) if model is not None else None
+        if model is None or hooks is None:
+            return
+        hooks.users -= 1
+        if hooks.users == 0:
+            hooks.remove()
+            del _hooked[model]
 
 
 def _entering(names: list[str]) -> Callable[..., None]:
@@ -249,7 +257,7 @@ def _rested(projection: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     if call is None or not call.asked:
         return None
     asked, call.asked = call.asked, ()
-    return output.new_zeros(()).expand(*asked, output.shape[-1])  # one number, seen as many
+    return output.new_zeros((*asked, output.shape[-1]))  # real memory: some models clamp it in place
 
 
 def _cache_in(given: dict[str, Any]) -> KVStack | None:

@@ -61,7 +61,8 @@ def write(name: str, kind: Kind, out: Path | None = None) -> Path:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    reserved = keyword.iskeyword(name) or keyword.iskeyword(_class_of(name))  # none would make a class None
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or reserved:
         raise KVStackError(f"{name!r} is no name for a stage: it is written in specs. Use a word such as 'my_stage'.")
     for group, kind in (("stage", registry.stage_names()), ("score", registry.score_names())):
         if name in kind:

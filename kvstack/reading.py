@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from .types import KV
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "SAMPLED_TOKENS", "SINKS", "at_rest", "observe", "windows_of", "written_by"]
+__all__ = ["PROMPT", "SAMPLED_TOKENS", "SINKS", "at_rest", "held_by", "observe", "windows_of", "written_by"]
 
 PROMPT, SCORED = 1024, 128
 SAMPLED_TOKENS, SAMPLED_WINDOW = 2048, 160
@@ -53,6 +54,11 @@ def windows_of(
     if texts is not None:
         raise CalibrationError(
             f"the tokenizer of this {type(model).__name__} is not known, and texts were given. Pass tokenizer=."
+        )
+    if model.get_output_embeddings() is None:
+        raise CalibrationError(
+            f"{type(model).__name__} predicts no tokens, so it cannot write a text, and its tokenizer is not known. "
+            "Pass the causal model it is part of: KVStack([...], model=...), or tokenizer= to kvstack.calibrate."
         )
     with at_rest(model):
         return written_by(model, min(tokens, SAMPLED_TOKENS)), "the model itself"
@@ -152,7 +158,7 @@ def observe(model: PreTrainedModel, plan: Grouping, ids: Tensor | None = None) -
         handles = [plan.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in plan.full]
         cache = DynamicCache(config=model.config)
         try:
-            model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -164,3 +170,22 @@ def observe(model: PreTrainedModel, plan: Grouping, ids: Tensor | None = None) -
             keys = rope.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None, None])
         found[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
     return found
+
+
+_held: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def held_by(model: PreTrainedModel) -> dict[int, str]:
+    """Full-attention layer -> the shape of what it caches, in words; seen by running one token through the model."""
+    if model not in _held:
+        cache = DynamicCache(config=model.config)
+        with at_rest(model):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model.base_model(ids, past_key_values=cache, use_cache=True)
+        layers: Any = cache.layers
+        _held[model] = {i: _shape(layers[i].keys, layers[i].values) for i in Grouping(model, 1).full}
+    return _held[model]
+
+
+def _shape(keys: Tensor, values: Tensor) -> str:
+    return f"{keys.shape[1]} heads of {keys.shape[3]} + {values.shape[3]} numbers"

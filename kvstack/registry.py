@@ -203,7 +203,9 @@ def _value(node: ast.expr, group: Group, whole: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise SpecError(f"{whole!r} is no spec: {ast.unparse(node)!r} is neither a number nor a word.") from None
+        raise SpecError(
+            f"{whole!r} is no spec: {ast.unparse(node)!r} is neither a number nor a word. A path is quoted: 'out/file'."
+        ) from None
 
 
 def _split(text: str) -> list[str]:

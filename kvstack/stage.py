@@ -11,6 +11,7 @@ facts about itself and the stack settles the rest.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -26,7 +27,7 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Encode", "Score", "Select", "Settings", "Stage", "Transform", "check"]
+__all__ = ["Encode", "Score", "Select", "Settings", "Stage", "Transform", "check", "hold_path"]
 
 Kind = Literal["select", "transform", "encode"]
 Turn = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,18 @@ def check(condition: bool, stage: object, problem: str, fix: str) -> None:
     """Raise a `StageError` that names the stage, what is wrong and what to write instead."""
     if not condition:
         raise StageError(f"{stage!r}: {problem} {fix}")
+
+
+def hold_path(stage: object, name: str, thing: type) -> None:
+    """Hold the setting `name` of a frozen stage, a path, as the string it travels as; refuse what is neither None, nor
+    a path, nor a `thing`."""
+    value = getattr(stage, name)
+    if isinstance(value, os.PathLike):
+        object.__setattr__(stage, name, os.fspath(value))
+        return
+    quoted = "/".join(map(str, value)) if isinstance(value, tuple) else "FILE"  # a/b in a spec is a pair
+    fits = value is None or isinstance(value, str | thing)
+    check(fits, stage, f"{name} is no path.", f"Quote it in a spec: {name}={quoted!r}.")
 
 
 class Settings:

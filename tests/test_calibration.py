@@ -22,6 +22,7 @@ from kvstack import (
 )
 from kvstack.calibration import identity
 from kvstack.cli import _spectra, app
+from kvstack.testing import tiny_model
 
 from . import tiny
 
@@ -315,6 +316,43 @@ def test_a_metric_that_is_none():
 def test_layers_that_do_not_divide():
     with pytest.raises(CalibrationError, match=r"layers=3: LlamaForCausalLM has 4 .* Use one of \[1, 2, 4\]"):
         calibrate(tiny.model("llama"), layers=3)
+
+
+class Letters:
+    """A tokenizer with a token for each letter."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": torch.tensor([[ord(letter) % 90 + 3 for letter in text]])}
+
+
+def test_variance_needs_no_predictions():
+    """The model without its head has the same keys and values; it can only not write its own text."""
+    model = tiny.model("llama")
+    text = ["".join(map(chr, tiny.tokens(1, 1200)[0].tolist()))]
+    given = {"tokens": 1000, "metric": "variance", "tokenizer": Letters()}
+    found = [calibrate(which, text, **given) for which in (model, model.model)]
+    for one, other in zip(*(c.groups for c in found), strict=True):
+        assert torch.equal(one.energy, other.energy)
+    with pytest.raises(CalibrationError, match="predicts no tokens, and calibration asks how its predictions change"):
+        calibrate(model.model)
+    with pytest.raises(CalibrationError, match=r"no tokens, so it cannot write a text, and its tokenizer is not known"):
+        calibrate(model.model, metric="variance")
+
+
+def test_variance_is_of_all_layers_by_default():
+    """Where KVTC looks for it."""
+    found = calibrate(tiny_model(num_hidden_layers=8), tokens=400, metric="variance")
+    assert [group.layers for group in found.groups] == [tuple(range(8))] * 2
+
+
+def test_more_axes_than_tokens():
+    model = tiny_model(num_hidden_layers=8)
+    message = r"8 layers of LlamaForCausalLM cache 256 numbers .* and 142 tokens .* Use layers= one of \[1, 2, 4\], or"
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(model, tokens=100, metric="variance")
+    assert calibrate(model, tokens=100, layers=4, metric="variance").layers == 4
+    with pytest.raises(CalibrationError, match=r"cache 384 numbers .* Use tokens=1536 or more"):
+        calibrate(tiny_model(num_hidden_layers=1, head_dim=192), tokens=100, metric="variance")
 
 
 def test_texts_without_a_tokenizer():

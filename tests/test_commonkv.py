@@ -252,6 +252,7 @@ def test_bfloat16():
         ({"merge": "mean"}, 'Use merge="project", or basis="weights"'),
         ({"weights": (1.0,), "basis": "weights"}, 'Use merge="mean"'),
         ({"weights": (-1.0, 2.0), "basis": "weights", "merge": "mean"}, "weights are shares"),
+        ({"calibration": ("out", "axes")}, "calibration is no path. Quote it in a spec: calibration='out/axes'"),
         ({"basis": "weights", "calibration": "x"}, "weights need no calibration"),
         ({"weights": (), "basis": "weights", "merge": "mean"}, "weights is empty"),
         ({"rebuild": "int8"}, "'int8' is no type to compute in"),

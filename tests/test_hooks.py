@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvstack import BindError, Evict, KVStack, Quant, UseError
+from kvstack import BindError, Evict, KVStack, Quant, UseError, hook
 
 from . import tiny
 
@@ -129,6 +130,36 @@ def test_two_threads():
     assert all(torch.equal(x, expected) for x in found["stack"])
     assert all(torch.equal(x, plain) for x in found["dense"])
     assert not ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_threads_that_bind_at_once_share_the_hooks(monkeypatch):
+    model = fresh()
+    before = footprint(model)
+    ready = threading.Barrier(4)
+    make = hook._ModelHooks.__init__
+
+    def slow(self, model):
+        time.sleep(0.1)  # the others ask for hooks meanwhile
+        make(self, model)
+
+    monkeypatch.setattr(hook._ModelHooks, "__init__", slow)
+    stacks = []
+
+    def work():
+        stack = KVStack([Quant(4)])
+        ready.wait(timeout=60)
+        stacks.append(stack.bind(model))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stacks) == 4
+    assert footprint(model)[0] == [(1, 1) if hasattr(m, "layer_idx") else (0, 0) for m in model.modules()]
+    stacks.clear()
+    gc.collect()
+    assert footprint(model) == before
 
 
 def test_an_exception_in_attention_leaves_no_function_behind(monkeypatch):

@@ -81,6 +81,8 @@ REFUSED = [
     ("2bits", "is no name for a stage"),
     ("../up", "is no name for a stage"),
     ("lambda", "is no name for a stage"),
+    ("none", "is no name for a stage"),
+    ("true", "is no name for a stage"),
     ("quant", "there is a stage called 'quant' already. `kvstack stages` lists them; use another."),
     ("snapkv", "there is a score called 'snapkv' already."),
     ("encode", "'encode' would make a class Encode, a word of kvstack's own. Use another."),

@@ -1,11 +1,13 @@
 """Transforms that let a layer read what an earlier one holds. The package kvstack-kvsharer tests what comes of it."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvstack import BindError, Evict, KVStack, Quant, Transform, UseError
+from kvstack import BindError, Evict, KVStack, Quant, Transform, UseError, hook
 from kvstack.testing import check_stage, tiny_model
 
 from . import tiny
@@ -57,3 +59,46 @@ def test_a_layer_reads_an_earlier_one(layer, other):
 def test_a_stack_without_a_model_cannot_tell_who_reads_whom():
     with pytest.raises(UseError, match="does not know its model, which this stack needs"):
         KVStack([Third()]).update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+
+
+@dataclass(frozen=True, repr=False)
+class Settled(Transform):
+    """Says which layer reads which once it is bound, not before."""
+
+    bound: bool = False
+    name = "settled"
+    layers = 1
+
+    def bind(self, model):
+        return replace(self, bound=True)
+
+    @property
+    def shares(self):
+        return {3: 1} if self.bound else None
+
+
+def test_shares_may_be_settled_when_it_is_bound(monkeypatch):
+    model = tiny_model()
+    assert KVStack([Settled()], model=model)._shares == {3: 1}
+    monkeypatch.setattr(hook, "gives_queries", lambda module: False)
+    with pytest.raises(BindError, match=r"lets layers read each other's keys and values, and the attention of Llama"):
+        KVStack([Settled()], model=model)
+
+
+def test_layers_of_other_shapes():
+    model = tiny_model()
+    wide = copy.deepcopy(model.config)
+    wide.num_key_value_heads = 4
+    model.model.layers[3].self_attn = LlamaAttention(wide, 3).eval()
+    message = r"layer 3 of LlamaForCausalLM read layer 1: they hold 4 heads of 16 \+ 16 numbers on cpu and 2 heads"
+    with pytest.raises(BindError, match=message):
+        KVStack([Third()], model=model)
+    assert KVStack([Third(2, 1)], model=model)._shares == {2: 1}
+
+
+def test_layers_on_other_devices(monkeypatch):
+    model = tiny_model()
+    KVStack([Third()], model=model)
+    model.model.layers[3].self_attn.to("meta")
+    with pytest.raises(BindError, match=r"they hold .* on meta and .* on cpu\. Leave .* out, or pair layers alike"):
+        KVStack([Third()], model=model)

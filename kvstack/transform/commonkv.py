@@ -18,7 +18,7 @@ from ..calibrator import fitting
 from ..errors import BindError
 from ..grouping import Grouping
 from ..reading import observe
-from ..stage import Transform, check
+from ..stage import Transform, check, hold_path
 from ..types import KV, Channels, Latent, take_tokens
 from ..weights import WeightAxes, weight_axes
 
@@ -133,8 +133,7 @@ class CommonKV(Transform):
             check(
                 min(self.weights) >= 0 < sum(self.weights), self, "weights are shares, none below 0.", "Use 1.0 each."
             )
-        if isinstance(self.calibration, os.PathLike):  # settings travel as plain data
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        hold_path(self, "calibration", Calibration)
         known = self.rebuild in (None, "float32", "bfloat16")
         check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
 

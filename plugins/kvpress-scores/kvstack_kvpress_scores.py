@@ -54,7 +54,8 @@ class KVPressScore(Score):
     for them is refused when the score is built. Sinks and window stay whatever it says, and `compression_ratio` is
     `Evict`'s to say.
 
-    Random numbers that a press draws are the same every time: two looks at the same tokens give the same ranking.
+    Random numbers that a press draws are the same every time: two looks at the same tokens give the same ranking. That
+    holds in one thread: torch has one generator for all, and threads that draw meanwhile disturb each other.
 
     Raises:
         StageError: kvpress is not installed, has no such press, or the press needs what a cache does not hold.
@@ -161,7 +162,8 @@ class _Module:
 
 @contextmanager
 def _drawn_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers start from `seed`, and go on afterwards as if none had been drawn."""
+    """Random numbers start from `seed`, and go on afterwards as if none had been drawn. Not across threads: what others
+    draw meanwhile is drawn from `seed` too, and again afterwards."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.default_generator.manual_seed(seed)

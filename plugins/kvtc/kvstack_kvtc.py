@@ -18,7 +18,7 @@ from kvstack.calibrator import fitting
 from kvstack.encode.allot import DISTORTION
 from kvstack.encode.waterfill import GAIN_BITS
 from kvstack.grouping import Grouping
-from kvstack.stage import check
+from kvstack.stage import check, hold_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +86,7 @@ class KVTC(Transform):
         layers = self.layers
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more, or leave it out for all.")
-        if isinstance(self.calibration, os.PathLike):  # settings travel as plain data
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        hold_path(self, "calibration", Calibration)
 
     # ---- fitted to a model
 

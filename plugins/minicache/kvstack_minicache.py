@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform
 from kvstack.grouping import Grouping
+from kvstack.reading import held_by
 from kvstack.stage import check
 from kvstack.types import take_tokens
 
@@ -97,12 +98,19 @@ class MiniCache(Transform):
     # ---- fitted to a model
 
     def bind(self, model: PreTrainedModel) -> Self:
-        full = Grouping(model, 1).full
+        full, name = Grouping(model, 1).full, type(model).__name__
         if len(full) % 2:
             raise BindError(
-                f"{self!r} merges pairs of layers, and {type(model).__name__} has {len(full)} full-attention layers. "
+                f"{self!r} merges pairs of layers, and {name} has {len(full)} full-attention layers. "
                 "Leave it out: it needs an even number."
             )
+        held = held_by(model)
+        for one, other in zip(full[::2], full[1::2], strict=True):
+            if held[one] != held[other]:
+                raise BindError(
+                    f"{self!r} pairs layers {one} and {other} of {name}, and they hold {held[one]} and {held[other]}. "
+                    "Leave it out for this model."
+                )
         alone = 2 * math.ceil(self.start * len(full) / 2 - 1e-9)
         return self._with(layers=2, _first=full[alone] if alone < len(full) else full[-1] + 1)
 

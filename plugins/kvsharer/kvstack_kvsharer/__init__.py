@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from kvstack import calibrator
 from kvstack.calibration import identity
 from kvstack.errors import BindError, StageError
-from kvstack.stage import Transform, check
+from kvstack.stage import Transform, check, hold_path
 
 from .strategy import Strategy, kinds_of, search, what_is_wrong
 
@@ -39,7 +40,8 @@ class KVSharer(Transform):
         seed: of the random order (default 0).
 
     Source: KVSharer, arXiv 2410.18517, section 3. Differs from the paper: the texts searched with by default
-    are not Wikipedia; layers that hold different shapes, and layers without full attention, are never paired.
+    are not Wikipedia; layers that hold different shapes, and layers without full attention, are never paired. Models
+    that cache latents (DeepSeek V2 and V3) are refused: a layer would expand another's with its own weights.
 
     Example:
         >>> from kvstack import KVStack, Quant
@@ -64,8 +66,7 @@ class KVSharer(Transform):
     def __post_init__(self) -> None:
         if problem := what_is_wrong(self.share, self.rank, self.threshold):
             raise StageError(f"{self!r}: {problem}")
-        if isinstance(self.strategy, os.PathLike):  # settings travel as plain data
-            object.__setattr__(self, "strategy", os.fspath(self.strategy))
+        hold_path(self, "strategy", Strategy)
         alone = not self.settings().keys() - {"strategy"}
         says = "a strategy says which layers share."
         check(self.strategy is None or alone, self, says, "Leave the other settings out, or search with them.")
@@ -81,7 +82,7 @@ class KVSharer(Transform):
                 f"{self!r} needs two full-attention layers that one can read the other, and {name} has {len(kinds)}. "
                 "Leave it out for this model."
             )
-        found = self._strategy_for(model)
+        found = self._strategy_for(model, kinds)
         for layer, read in found.shares.items():
             if layer not in kinds or read not in kinds:
                 raise BindError(
@@ -97,7 +98,7 @@ class KVSharer(Transform):
         object.__setattr__(fitted, "_shares", found.shares)
         return fitted
 
-    def _strategy_for(self, model: PreTrainedModel) -> Strategy:
+    def _strategy_for(self, model: PreTrainedModel, kinds: Mapping[int, str]) -> Strategy:
         def read(path: str | os.PathLike[str]) -> Strategy:
             found = Strategy.load(path)
             found.check(model)
@@ -109,7 +110,9 @@ class KVSharer(Transform):
         if self.strategy is not None:
             return read(self.strategy)
         share, rank, threshold, seed = self.share, self.rank, self.threshold, self.seed
-        words = f"{share}-{rank}-{threshold}-{seed}"
+        # a pair of layers may lie on two devices where the model is spread in another way
+        alike = [list(kinds.values()).index(kind) for kind in kinds.values()]
+        words = f"{share}-{rank}-{threshold}-{seed}-{hashlib.sha256(bytes(str(alike), 'ascii')).hexdigest()[:8]}"
         path = calibrator.folder() / f"{model.config.model_type}-{identity(model)}-kvsharer-{words}.json"
         notice = f"KVSharer searches which layers of this {type(model).__name__} can share, once."
         make = partial(search, model, share=share, rank=rank, threshold=threshold, seed=seed)

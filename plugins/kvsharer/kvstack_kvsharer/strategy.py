@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import random
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -29,7 +28,7 @@ from kvstack.calibration import identity
 from kvstack.errors import CalibrationError
 from kvstack.files import write_bytes
 from kvstack.grouping import Grouping
-from kvstack.reading import at_rest, tokenizer_of, windows_of
+from kvstack.reading import at_rest, held_by, tokenizer_of, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -308,18 +307,9 @@ def _cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 Kind = str
 """What a layer holds, in words: layers share only where it is the same."""
-_shapes: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
 
 
 def kinds_of(model: PreTrainedModel) -> dict[int, Kind]:
-    """Full-attention layer -> what it holds, seen by running one token through the model."""
-    plan = Grouping(model, 1)
-    if model not in _shapes:
-        with at_rest(model):
-            held = _held(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), plan.full)
-        _shapes[model] = {i: _shape(kv) for i, kv in held.items()}
-    return {i: f"{shape} on {plan.devices[i]}" for i, shape in _shapes[model].items()}
-
-
-def _shape(kv: KV) -> str:
-    return f"{kv.keys.shape[1]} heads of {kv.keys.shape[3]} + {kv.values.shape[3]} numbers"
+    """Full-attention layer -> what it holds, and where."""
+    devices = Grouping(model, 1).devices
+    return {i: f"{shape} on {devices[i]}" for i, shape in held_by(model).items()}

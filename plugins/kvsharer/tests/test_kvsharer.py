@@ -11,7 +11,17 @@ import pytest
 import torch
 from kvstack_kvsharer import KVSharer, Strategy, search
 from kvstack_kvsharer.strategy import _averages, _distances, kinds_of, resolved
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    OlmoConfig,
+    OlmoForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
@@ -192,6 +202,15 @@ def test_a_layer_that_reads_another_computes_no_keys_and_values():
     assert new == [[106] * 4, [106, 106, 106, 0], [106, 106, 106, 0]]
     model(tokens(1, 7), past_key_values=DynamicCache())  # another cache needs them all
     assert count("k_proj")[3] - after[1][3] == 7
+
+
+def test_models_that_clamp_keys_in_place():
+    """What a resting projection gives is written into."""
+    model = OlmoForCausalLM(OlmoConfig(**SHAPE, clip_qkv=0.5)).eval()
+    stack = stack_of({3: 1})
+    found = [model(chunk, past_key_values=stack).logits for chunk in tokens(2, 23).split([20, 1, 1, 1], dim=1)]
+    assert all(logits.isfinite().all() for logits in found)
+    assert torch.equal(stack.read(3).keys, stack.read(1).keys)
 
 
 def test_no_hook_is_left():
@@ -450,6 +469,20 @@ def test_a_strategy_is_searched_once_and_kept(monkeypatch, tmp_path, caplog):
         assert KVStack([KVSharer(threshold=-1.0)], model=known)._shares == first._shares
 
 
+def test_a_strategy_is_kept_for_the_layers_that_are_alike(monkeypatch):
+    """On another device map a kept pair may lie on two devices: another is searched, and the first is not forgotten."""
+    model = tiny_model()
+    first = KVStack([KVSharer(threshold=-1.0)], model=model)._shares
+    (layer,) = first
+    kinds = kinds_of(model)
+    with monkeypatch.context() as patch:
+        for module in ("kvstack_kvsharer", "kvstack_kvsharer.strategy"):
+            patch.setattr(f"{module}.kinds_of", lambda _: kinds | {layer: "something else"})
+        assert layer not in KVStack([KVSharer(threshold=-1.0)], model=model)._shares
+    monkeypatch.setattr("kvstack_kvsharer.search", lambda *given, **settings: pytest.fail("searched again"))
+    assert KVStack([KVSharer(threshold=-1.0)], model=model)._shares == first
+
+
 def test_it_binds_itself_in_a_forward():
     model, stack = tiny_model(), KVStack([KVSharer(threshold=-1.0), Quant(4)])
     model.generate(tokens(1, 100), past_key_values=stack, max_new_tokens=5, do_sample=False)
@@ -512,6 +545,12 @@ def test_settings_that_make_no_sense(settings, message):
         search(tiny_model(), **settings)
 
 
+def test_a_path_is_quoted_in_a_spec(installed):
+    with pytest.raises(StageError, match=r"strategy is no path\. Quote it in a spec: strategy='out/strategy'"):
+        KVStack.from_spec("kvsharer:strategy=out/strategy")
+    assert KVStack.from_spec("kvsharer:strategy='out/strategy'").stages == (KVSharer(strategy="out/strategy"),)
+
+
 def test_a_strategy_says_it_all():
     with pytest.raises(StageError, match=r"a strategy says which layers share\. Leave the other settings out"):
         KVSharer(0.5, strategy="strategy.json")
@@ -543,6 +582,17 @@ def test_attention_that_does_not_show_itself(monkeypatch):
     monkeypatch.setattr(hook, "gives_queries", lambda module: False)
     with pytest.raises(BindError, match="lets layers read each other's keys and values, and the attention of Llama"):
         KVStack([sharer({3: 1})], model=tiny_model())
+
+
+@pytest.mark.parametrize("stage", [sharer({3: 1}), KVSharer()], ids=repr)
+def test_models_that_cache_latents(stage):
+    """A layer would expand the other's latents with its own weights."""
+    sizes = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": None}
+    shape = SHAPE | sizes | {"num_key_value_heads": 4, "first_k_dense_replace": 4}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape)).eval()
+    message = r"DeepseekV3ForCausalLM expands what it caches with each layer's own weights\. Leave KVSharer\(.*\) out"
+    with pytest.raises(BindError, match=message):
+        KVStack([stage], model=model)
 
 
 def test_two_transforms_have_one_place():

@@ -349,11 +349,23 @@ def test_bad_settings():
             KVTC(layers=layers)
 
 
+def test_a_path_is_quoted_in_a_spec():
+    with pytest.raises(StageError, match=r"calibration is no path\. Quote it in a spec: calibration='out/axes'"):
+        KVStack.from_spec("kvtc:16,calibration=out/axes")
+    assert KVStack.from_spec("kvtc:16,calibration='out/axes'").stages == (KVTC(16, calibration="out/axes"),)
+
+
 def test_a_ratio_that_leaves_nothing(model):
     with pytest.raises(
         BindError, match=r"KVTC\(ratio=2000\): 2 bits a token are too few for 2 latents\. Use a smaller"
     ):
         KVStack([KVTC(2000)], model=model)
+
+
+def test_a_model_too_large_for_its_calibration(monkeypatch):
+    monkeypatch.setattr("kvstack.reading.SAMPLED_TOKENS", 100)
+    with pytest.raises(CalibrationError, match=r"cache 256 numbers .* Use layers= one of \[1, 2, 4\]"):
+        KVStack([KVTC()], model=tiny_model(num_hidden_layers=8))
 
 
 def test_layers_that_do_not_divide(model):
@@ -363,8 +375,8 @@ def test_layers_that_do_not_divide(model):
 
 def test_calibrations_of_the_other_kind(model, tmp_path):
     fisher = calibrate(model, tokens=400, layers=4)
-    with pytest.raises(CalibrationError, match=r"was made with metric='fisher', and 'variance' is needed"):
-        KVStack([KVTC(calibration=fisher)], model=model)
+    with pytest.raises(CalibrationError, match=r"metric='fisher', and 'variance' is needed\. .* layers=2, metric="):
+        KVStack([KVTC(layers=2, calibration=fisher)], model=model)
     variance = calibrate(model, tokens=400, layers=4, metric="variance")
     with pytest.raises(CalibrationError, match=r"was made with metric='variance', and 'fisher' is needed"):
         KVStack([CommonKV(layers=4, calibration=variance)], model=model)

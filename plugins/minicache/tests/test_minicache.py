@@ -1,11 +1,13 @@
 """MiniCache: directions of two layers in one, lengths of both, divergent tokens apart."""
 
+import copy
 import math
 
 import pytest
 import torch
 from kvstack_minicache import MiniCache, parted, slerp
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvstack import KV, BindError, Evict, KVStack, Quant, StageError
 from kvstack.packed import storage_bytes
@@ -328,3 +330,13 @@ def test_settings_that_are_no_share(name, value):
 def test_an_odd_number_of_layers():
     with pytest.raises(BindError, match=r"merges pairs of layers, and LlamaForCausalLM has 5 full-attention layers\."):
         KVStack([MiniCache()], model=tiny_model(num_hidden_layers=5))
+
+
+def test_layers_that_hold_other_shapes():
+    model = tiny_model()
+    wide = copy.deepcopy(model.config)
+    wide.num_key_value_heads = 4
+    model.model.layers[3].self_attn = LlamaAttention(wide, 3).eval()
+    message = r"pairs layers 2 and 3 of LlamaForCausalLM, and they hold 2 heads of 16 \+ 16 numbers and 4 heads of"
+    with pytest.raises(BindError, match=message):
+        KVStack([MiniCache()], model=model)
