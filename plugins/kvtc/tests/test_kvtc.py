@@ -16,21 +16,6 @@ from kvstack.testing import check_registered, check_stage, tiny_model
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory):
-    from kvstack import calibrator
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrator, "folder", lambda: tmp_path_factory.getbasetemp() / "calibrations")
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-
-
 def ids(rows=1, length=300, seed=0):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 

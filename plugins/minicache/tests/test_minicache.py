@@ -16,12 +16,6 @@ from kvstack.testing import check_registered, check_stage, tiny_model
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-
-
 def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
