@@ -173,7 +173,8 @@ class Transform(Stage):
 
     def strays(self, group: Sequence[KV]) -> bool:
         """Whether what was fitted serves these new tokens so badly that it should be fitted anew: to the decoded tokens
-        and these. The decoded ones are then encoded a second time."""
+        and these. The decoded ones are then encoded a second time. Not for a transform with `hidden`: no hidden states
+        of theirs are held."""
         return False
 
     @property

@@ -25,7 +25,7 @@ from .encode.plain import Plain
 from .errors import UseError
 from .packed import Packed, storage_bytes
 from .rope import Rope, arange
-from .stage import Encode, Select, Transform
+from .stage import Encode, Select, Transform, check
 from .types import KV, Context, Latent, take_tokens
 from .workspace import Workspace
 
@@ -54,6 +54,15 @@ class Plan:
     sinks: int
     window: int
     block: int
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and self.transform.hidden:
+            check(
+                type(self.transform).strays is Transform.strays,
+                self.transform,
+                "it wants hidden states and may be fitted anew, and those of compressed tokens are gone.",
+                "Leave out hidden or strays.",
+            )
 
     @property
     def seals(self) -> bool:
@@ -262,7 +271,7 @@ class Store:
                     name: held.take(cut.granules, self._share(held, granule)) for name, held in self.sealed.items()
                 }
                 self.sealed_tokens = packed.shape[-1]
-                self._forget_fit()
+                self._forget_sealed()
         block: list[KV] = []
         for buffers in self.raw:
             kept = []
@@ -283,11 +292,13 @@ class Store:
         plan = self.plan
         assert plan.encode is not None
         for name, latent in self._latents_of(block, positions):
-            encode = PLAIN if latent.exact else plan.encode
+            encode, channels = (PLAIN, None) if latent.exact else (plan.encode, latent.channels)
             try:
-                packed = replace(encode.encode(latent.data, name[1], latent.channels), exact=latent.exact)
+                packed = replace(encode.encode(latent.data, name[1], channels), exact=latent.exact)
             except UseError as error:
-                raise UseError(f"{plan.encode!r} on layer {self.layers[name[0]]}: {error}") from None
+                # without an encoder of the user's, what the transform made is stored
+                named = plan.transform if isinstance(encode, Plain) else encode
+                raise UseError(f"{named!r} on layer {self.layers[name[0]]}: {error}") from None
             self.sealed[name] = self.sealed[name].append(packed) if name in self.sealed else packed
         self.sealed_tokens += positions.shape[-1]
 
@@ -327,9 +338,11 @@ class Store:
         self.transforms[start] = transform.fit(chunk)
         return self.transforms[start], chunk
 
-    def _forget_fit(self) -> None:
-        """What was fitted to tokens goes when the last of them has gone."""
+    def _forget_sealed(self) -> None:
+        """Codes of no tokens, and what was fitted to tokens, go with the last of them: the next fit may be of another
+        width."""
         if not self.sealed_tokens:
+            self.sealed = {}
             self.transforms = {start: stage.hold({}) for start, stage in self.transforms.items()}
 
     def _rope(self, slot: int) -> Rope:
@@ -536,10 +549,9 @@ class Store:
         if self.kept is not None:
             self.kept = self.kept[..., : min(self.kept.shape[-1], stay)].clone()
         if whole < self.sealed_tokens:
-            parts = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items() if whole}
-            self.sealed = parts
+            self.sealed = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items()}
             self.sealed_tokens = whole
-            self._forget_fit()
+            self._forget_sealed()
         self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
         self.end_forward()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from kvstack import KV, Evict, KVStack, Latent, Quant, Transform, registry
+from kvstack import KV, Evict, KVStack, Latent, Quant, StageError, Transform, registry
 from kvstack.testing import check_stage, tiny_model
 from kvstack.workspace import Workspace
 
@@ -181,6 +181,46 @@ def test_crop_and_reset_forget_it_with_the_last_sealed_token():
     torch.testing.assert_close(bases(stack)[0], bases(fresh)[0])
     stack.reset()
     assert bases(stack) == []
+
+
+@dataclass(frozen=True, repr=False)
+class Narrow(Centred):
+    """Its latents have as many channels as it was fitted to tokens."""
+
+    def forward(self, group):
+        means = {name: x for name, x in self.fitted.items() if name != "width"}
+        width = int(self.fitted["width"][0])
+        return Centred.forward(self.hold(means), group) | {
+            "width": Latent(torch.zeros(len(group[0].keys), 1, group[0].tokens, width))
+        }
+
+    def fit(self, group):
+        width = torch.full((len(group[0].keys), 1), float(group[0].tokens))
+        return self.hold({**super().fit(group).fitted, "width": width})
+
+    def strays(self, group):
+        return False
+
+
+def test_codes_of_dropped_tokens_are_forgotten_with_the_fit():
+    """The second turn drops all that is sealed: what is fitted next has another width."""
+    model = tiny_model()
+    stack = filled([Narrow(), Evict(0.3, "streaming")], model, rows=1, length=60)
+    store = stack._cohorts[0].stores[0]
+    first = store.sealed_tokens
+    assert store.sealed[0, "width"].width == first > 0
+    model(tokens(1, 120, seed=1), past_key_values=stack)
+    assert store.sealed[0, "width"].width == store.sealed_tokens > first
+
+
+def test_hidden_states_of_compressed_tokens_are_gone():
+    class Asks(Centred):
+        hidden = True
+
+    with pytest.raises(
+        StageError, match=r"Asks\(\): it wants hidden states and may be fitted anew, .* Leave out hidden"
+    ):
+        KVStack([Asks()])
 
 
 @dataclass(frozen=True, repr=False)
