@@ -219,16 +219,27 @@ class Store:
             dropped = how_many(self.sealed_tokens + self.middle, raw, budget, granule, plan.block)
         block = max(plan.block, granule)
         seals = plan.seals and not (plan.once and self.sealed_tokens)
-        ready = self.middle >= block and seals
+        ready = seals and self.middle >= max(block, self._first(self.sealed_tokens, granule))
         if dropped or ready:
             cut = self._cut(seen, granule, dropped, scalings, work) if dropped else None
-            middle = self.middle if cut is None else cut.raw.shape[-1]
-            seal = middle // granule * granule if seals and (dropped or middle >= block) else 0
+            middle, sealed = self.middle, self.sealed_tokens
+            if cut is not None:
+                middle, sealed = cut.raw.shape[-1], cut.granules.shape[-1]
+            enough = middle >= self._first(sealed, granule) and (dropped or middle >= block)
+            seal = middle // granule * granule if seals and enough else 0
             self._rebuild(seen, cut, seal, granule)
             if dropped:
                 self.recent = [None] * len(self.layers)
         self.fresh = [None] * len(self.layers)
         self.end_forward()
+
+    def _first(self, sealed: int, granule: int) -> int:
+        """Raw tokens that must be there before any are sealed, whole granules, where none are `sealed`."""
+        if sealed or not self.transforms:
+            return 0
+        raw = [KV(*(buffer.view for buffer in buffers)) for buffers in self.raw]
+        needed = (stage.first(raw[i : i + (stage.layers or 1)]) for i, stage in self.transforms.items())
+        return -(-max(needed) // granule) * granule
 
     def _cut(self, seen: int, granule: int, drop: int, scalings: Sequence[float], work: Workspace) -> Cut:
         """Score all held tokens of all layers and decide which of the middle ones stay."""
@@ -327,16 +338,19 @@ class Store:
         """The transform of a group, fitted to its text, and what it shall seal: the new tokens or, where it is fitted
         anew, the decoded ones before them too."""
         transform = self.transforms[start]
-        if self.sealed_tokens:
-            if not transform.strays(chunk):
-                return transform, chunk
+        if not self.sealed_tokens:
+            fitted = transform.fit(chunk)
+        elif transform.strays(chunk):
             self._latents.clear()  # decoded before tokens were evicted
             latents = self._decoded(start)
             old = [transform.inverse(latents, i) for i in range(len(chunk))]
             chunk = [_joined(was, new) for was, new in zip(old, chunk, strict=True)]
             self.sealed = {name: packed for name, packed in self.sealed.items() if name[0] != start}
-        self.transforms[start] = transform.fit(chunk)
-        return self.transforms[start], chunk
+            fitted = transform.fit(chunk, self.sealed_tokens)
+        else:
+            return transform, chunk
+        self.transforms[start] = fitted
+        return fitted, chunk
 
     def _forget_sealed(self) -> None:
         """Codes of no tokens, and what was fitted to tokens, go with the last of them: the next fit may be of another
