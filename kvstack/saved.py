@@ -185,9 +185,10 @@ def read(stack: KVStack, described: Mapping[str, Any], tensors: Mapping[str, Ten
         cohort.seen = entry["seen"]
         for store, held in zip(cohort.stores, entry["stores"], strict=True):
             if held["fitted"] != _fitted(store):
+                transform = store.plan.transform
                 raise UseError(
-                    f"{name!r} was saved with another calibration than {store.plan.transform!r} has here. "
-                    "Keep the calibration with the cache: CommonKV(calibration=PATH)."
+                    f"{name!r} was saved with another calibration than {transform!r} has here. "
+                    f"Keep the calibration with the cache: {type(transform).__name__}(calibration=PATH)."
                 )
             _fill(store, held, [stack._device_of(layer) for layer in store.layers], get)
         cohorts.append(cohort)
@@ -214,7 +215,8 @@ def _fill(store: Store, held: Mapping[str, Any], devices: list[torch.device], ge
             channels=known and Channels(*(get(key, device) for key in known)),
         )
     store.sealed_tokens = held["sealed_tokens"]
-    for (start, stage), bases in zip(list(store.transforms.items()), held["bases"], strict=True):
+    fitted = held.get("bases") or [{}] * len(store.transforms)
+    for (start, stage), bases in zip(list(store.transforms.items()), fitted, strict=True):
         if bases:
             store.transforms[start] = stage.hold({name: get(key, devices[start]) for name, key in bases.items()})
     store.kept = get(held["kept"], devices[0])

@@ -180,13 +180,20 @@ class Transform(Stage):
 
     # ---- optional: fitted to the text
 
-    def fit(self, group: Sequence[KV]) -> Self:
-        """A copy fitted to these tokens: the first that are sealed or, where `strays` asked for it, all that are."""
+    def first(self, group: Sequence[KV]) -> int:
+        """How many tokens the first block of a text needs; fewer stay raw. `group` holds what is raw: its shapes tell
+        how much there is to fit."""
+        return 0
+
+    def fit(self, group: Sequence[KV], decoded: int = 0) -> Self:
+        """A copy fitted to these tokens: the first that are sealed or, where `strays` asked for it, all that are. Of
+        those the first `decoded` ones were sealed before."""
         return self
 
     def strays(self, group: Sequence[KV]) -> bool:
         """Whether what was fitted serves these new tokens so badly that it should be fitted anew: to the decoded tokens
-        and these. The decoded ones are then encoded a second time."""
+        and these. The decoded ones are then encoded a second time. Not for a transform with `hidden`: no hidden states
+        of theirs are held."""
         return False
 
     @property

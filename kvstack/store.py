@@ -25,7 +25,7 @@ from .encode.plain import Plain
 from .errors import UseError
 from .packed import Packed, storage_bytes
 from .rope import Rope, arange
-from .stage import Encode, Select, Transform
+from .stage import Encode, Select, Transform, check
 from .types import KV, Context, Latent, take_tokens
 from .workspace import Workspace
 
@@ -54,6 +54,15 @@ class Plan:
     sinks: int
     window: int
     block: int
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and self.transform.hidden:
+            check(
+                type(self.transform).strays is Transform.strays,
+                self.transform,
+                "it wants hidden states and may be fitted anew, and those of compressed tokens are gone.",
+                "Leave out hidden or strays.",
+            )
 
     @property
     def seals(self) -> bool:
@@ -210,16 +219,27 @@ class Store:
             dropped = how_many(self.sealed_tokens + self.middle, raw, budget, granule, plan.block)
         block = max(plan.block, granule)
         seals = plan.seals and not (plan.once and self.sealed_tokens)
-        ready = self.middle >= block and seals
+        ready = seals and self.middle >= max(block, self._first(self.sealed_tokens, granule))
         if dropped or ready:
             cut = self._cut(seen, granule, dropped, scalings, work) if dropped else None
-            middle = self.middle if cut is None else cut.raw.shape[-1]
-            seal = middle // granule * granule if seals and (dropped or middle >= block) else 0
+            middle, sealed = self.middle, self.sealed_tokens
+            if cut is not None:
+                middle, sealed = cut.raw.shape[-1], cut.granules.shape[-1]
+            enough = middle >= self._first(sealed, granule) and (dropped or middle >= block)
+            seal = middle // granule * granule if seals and enough else 0
             self._rebuild(seen, cut, seal, granule)
             if dropped:
                 self.recent = [None] * len(self.layers)
         self.fresh = [None] * len(self.layers)
         self.end_forward()
+
+    def _first(self, sealed: int, granule: int) -> int:
+        """Raw tokens that must be there before any are sealed, whole granules, where none are `sealed`."""
+        if sealed or not self.transforms:
+            return 0
+        raw = [KV(*(buffer.view for buffer in buffers)) for buffers in self.raw]
+        needed = (stage.first(raw[i : i + (stage.layers or 1)]) for i, stage in self.transforms.items())
+        return -(-max(needed) // granule) * granule
 
     def _cut(self, seen: int, granule: int, drop: int, scalings: Sequence[float], work: Workspace) -> Cut:
         """Score all held tokens of all layers and decide which of the middle ones stay."""
@@ -262,7 +282,7 @@ class Store:
                     name: held.take(cut.granules, self._share(held, granule)) for name, held in self.sealed.items()
                 }
                 self.sealed_tokens = packed.shape[-1]
-                self._forget_fit()
+                self._forget_sealed()
         block: list[KV] = []
         for buffers in self.raw:
             kept = []
@@ -283,11 +303,13 @@ class Store:
         plan = self.plan
         assert plan.encode is not None
         for name, latent in self._latents_of(block, positions):
-            encode = PLAIN if latent.exact else plan.encode
+            encode, channels = (PLAIN, None) if latent.exact else (plan.encode, latent.channels)
             try:
-                packed = replace(encode.encode(latent.data, name[1], latent.channels), exact=latent.exact)
+                packed = replace(encode.encode(latent.data, name[1], channels), exact=latent.exact)
             except UseError as error:
-                raise UseError(f"{plan.encode!r} on layer {self.layers[name[0]]}: {error}") from None
+                # without an encoder of the user's, what the transform made is stored
+                named = plan.transform if isinstance(encode, Plain) else encode
+                raise UseError(f"{named!r} on layer {self.layers[name[0]]}: {error}") from None
             self.sealed[name] = self.sealed[name].append(packed) if name in self.sealed else packed
         self.sealed_tokens += positions.shape[-1]
 
@@ -316,20 +338,25 @@ class Store:
         """The transform of a group, fitted to its text, and what it shall seal: the new tokens or, where it is fitted
         anew, the decoded ones before them too."""
         transform = self.transforms[start]
-        if self.sealed_tokens:
-            if not transform.strays(chunk):
-                return transform, chunk
+        if not self.sealed_tokens:
+            fitted = transform.fit(chunk)
+        elif transform.strays(chunk):
             self._latents.clear()  # decoded before tokens were evicted
             latents = self._decoded(start)
             old = [transform.inverse(latents, i) for i in range(len(chunk))]
             chunk = [_joined(was, new) for was, new in zip(old, chunk, strict=True)]
             self.sealed = {name: packed for name, packed in self.sealed.items() if name[0] != start}
-        self.transforms[start] = transform.fit(chunk)
-        return self.transforms[start], chunk
+            fitted = transform.fit(chunk, self.sealed_tokens)
+        else:
+            return transform, chunk
+        self.transforms[start] = fitted
+        return fitted, chunk
 
-    def _forget_fit(self) -> None:
-        """What was fitted to tokens goes when the last of them has gone."""
+    def _forget_sealed(self) -> None:
+        """Codes of no tokens, and what was fitted to tokens, go with the last of them: the next fit may be of another
+        width."""
         if not self.sealed_tokens:
+            self.sealed = {}
             self.transforms = {start: stage.hold({}) for start, stage in self.transforms.items()}
 
     def _rope(self, slot: int) -> Rope:
@@ -536,10 +563,9 @@ class Store:
         if self.kept is not None:
             self.kept = self.kept[..., : min(self.kept.shape[-1], stay)].clone()
         if whole < self.sealed_tokens:
-            parts = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items() if whole}
-            self.sealed = parts
+            self.sealed = {name: packed.first(self._share(packed, whole)) for name, packed in self.sealed.items()}
             self.sealed_tokens = whole
-            self._forget_fit()
+            self._forget_sealed()
         self.recent = [None if x is None or x.shape[2] <= remove else x[:, :, :-remove].clone() for x in self.recent]
         self.end_forward()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from kvstack import KV, Evict, KVStack, Latent, Quant, Transform, registry
+from kvstack import KV, Evict, KVStack, Latent, Quant, StageError, Transform, registry
 from kvstack.testing import check_stage, tiny_model
 from kvstack.workspace import Workspace
 
@@ -26,7 +26,7 @@ class Centred(Transform):
     _fitted: Mapping = field(init=False, repr=False, compare=False, default_factory=dict)
     name = "centred"
 
-    def fit(self, group):
+    def fit(self, group, decoded=0):
         return self.hold({f"mean {i}": x.mean(2, keepdim=True) for i, x in enumerate(both(group))})
 
     def strays(self, group):
@@ -110,6 +110,64 @@ def test_it_is_fitted_anew_to_all_tokens():
     torch.testing.assert_close(bases(stack)[0][..., 16:], values.mean(2, keepdim=True))
 
 
+class Patient(Centred):
+    """Says how many tokens it wants to see before it is fitted, and how many of those it is fitted to were decoded."""
+
+    def first(self, group):
+        assert [kv.keys.shape[1:2] + kv.keys.shape[3:] for kv in group] == [(2, 16)] * 2
+        return 30
+
+    def fit(self, group, decoded=0):
+        fitted = super().fit(group)
+        return self.hold({**fitted.fitted, "decoded": torch.full((2, 1), float(decoded))})
+
+    def forward(self, group):
+        return Centred.forward(self.means, group)
+
+    def inverse(self, latents, layer):
+        return Centred.inverse(self.means, latents, layer)
+
+    def strays(self, group):
+        return Centred.strays(self.means, group)
+
+    @property
+    def means(self):
+        return self.hold({name: x for name, x in self.fitted.items() if name != "decoded"})
+
+
+@pytest.mark.parametrize(("encode", "first"), [([], 30), ([Quant(8, group=8)], 32)])
+def test_a_first_block_that_is_too_short_stays_raw(encode, first):
+    model = tiny_model()
+    stack = filled([Patient(), *encode], model, length=SETTINGS["sinks"] + SETTINGS["window"] + first - 1)
+    store = stack._cohorts[0].stores[0]
+    assert store.sealed_tokens == 0
+    model(tokens(2, 1), past_key_values=stack)
+    assert store.sealed_tokens == first
+    model(tokens(2, 8), past_key_values=stack)
+    assert store.sealed_tokens == first + 8, "later blocks may be as short as ever"
+    stack.crop(-8 - SETTINGS["window"] - first)
+    model(tokens(2, 20), past_key_values=stack)
+    assert store.sealed_tokens == 0, "a text cut back to nothing that is sealed begins again"
+
+
+def test_a_cut_does_not_seal_less_than_the_first_block():
+    model = tiny_model()
+    stack = filled([Patient(), Evict(29)], model, length=200)
+    assert stack._cohorts[0].stores[0].sealed_tokens == 0
+    assert stack.held <= 29 + 10
+    other = filled([Patient(), Evict(40)], model, length=200)
+    assert other._cohorts[0].stores[0].sealed_tokens >= 30
+
+
+def test_a_new_fit_is_told_how_many_tokens_are_decoded():
+    model = tiny_model()
+    stack = filled([Patient(far=0.0)], model, length=90)
+    held = stack._cohorts[0].stores[0].transforms
+    assert float(held[0].fitted["decoded"][0]) == 0
+    model(tokens(2, 40, seed=1), past_key_values=stack)
+    assert float(held[0].fitted["decoded"][0]) == 80
+
+
 def test_once_leaves_later_tokens_raw():
     model = tiny_model()
     stack = filled([Centred(once=True), Quant(2, group=8)], model)
@@ -181,6 +239,46 @@ def test_crop_and_reset_forget_it_with_the_last_sealed_token():
     torch.testing.assert_close(bases(stack)[0], bases(fresh)[0])
     stack.reset()
     assert bases(stack) == []
+
+
+@dataclass(frozen=True, repr=False)
+class Narrow(Centred):
+    """Its latents have as many channels as it was fitted to tokens."""
+
+    def forward(self, group):
+        means = {name: x for name, x in self.fitted.items() if name != "width"}
+        width = int(self.fitted["width"][0])
+        return Centred.forward(self.hold(means), group) | {
+            "width": Latent(torch.zeros(len(group[0].keys), 1, group[0].tokens, width))
+        }
+
+    def fit(self, group, decoded=0):
+        width = torch.full((len(group[0].keys), 1), float(group[0].tokens))
+        return self.hold({**super().fit(group).fitted, "width": width})
+
+    def strays(self, group):
+        return False
+
+
+def test_codes_of_dropped_tokens_are_forgotten_with_the_fit():
+    """The second turn drops all that is sealed: what is fitted next has another width."""
+    model = tiny_model()
+    stack = filled([Narrow(), Evict(0.3, "streaming")], model, rows=1, length=60)
+    store = stack._cohorts[0].stores[0]
+    first = store.sealed_tokens
+    assert store.sealed[0, "width"].width == first > 0
+    model(tokens(1, 120, seed=1), past_key_values=stack)
+    assert store.sealed[0, "width"].width == store.sealed_tokens > first
+
+
+def test_hidden_states_of_compressed_tokens_are_gone():
+    class Asks(Centred):
+        hidden = True
+
+    with pytest.raises(
+        StageError, match=r"Asks\(\): it wants hidden states and may be fitted anew, .* Leave out hidden"
+    ):
+        KVStack([Asks()])
 
 
 @dataclass(frozen=True, repr=False)

@@ -79,19 +79,21 @@ def test_a_text_that_repeats_itself_is_deflated(tmp_path):
 
 
 def test_files_of_before_are_read(tmp_path):
-    """A description that knows nothing of deflated tensors."""
+    """A description that knows nothing of deflated tensors, nor of transforms that are fitted to a text."""
     import json
 
     from kvstack import saved
     from kvstack.files import read_tensors, write_tensors
 
     model, path = tiny.model("llama"), tmp_path / "cache"
-    stack = KVStack([Quant(4)], model=model)
+    stack = KVStack([CommonKV(0.5, layers=2), Quant(4)], model=model)
     model(tiny.tokens(1, 200), past_key_values=stack)
     stack.save(path)
     metadata, tensors = read_tensors(path, UseError, "cache", "")
     described = json.loads(metadata["cache"])
     assert described.pop("deflated") == {}
+    for store in described["cohorts"][0]["stores"]:
+        assert store.pop("bases") == [{}]
     write_tensors(path, tensors, {"format": saved.FORMAT, "cache": json.dumps(described)})
     assert torch.equal(KVStack.load(path, model=model).read(0).keys, stack.read(0).keys)
 
@@ -128,17 +130,27 @@ def test_a_calibration_in_memory_has_no_path_to_be_saved_with(tmp_path):
         stack.save(tmp_path / "cache.safetensors")
 
 
-def test_latents_of_another_calibration_are_refused(tmp_path):
-    from kvstack import calibrate
+class Renamed(CommonKV):
+    """A transform of another name, such as a plugin's."""
+
+    name = "renamed"
+
+
+@pytest.mark.parametrize("kind", [CommonKV, Renamed])
+def test_latents_of_another_calibration_are_refused(kind, tmp_path, monkeypatch):
+    from kvstack import calibrate, registry
 
     model, path, axes = tiny.model("llama"), tmp_path / "cache.safetensors", tmp_path / "axes.safetensors"
     calibrate(model, layers=2, tokens=400).save(axes)
-    stack = KVStack([CommonKV(0.5, layers=2, calibration=str(axes))], model=model)
+    monkeypatch.setitem(registry.BUILT_IN["stages"], "renamed", f"{__name__}:Renamed")
+    stack = KVStack([kind(0.5, layers=2, calibration=str(axes))], model=model)
     model(tiny.tokens(1, 100), past_key_values=stack)
     stack.save(path)
     assert torch.equal(KVStack.load(path, model=model).read(0).keys, stack.read(0).keys)
     calibrate(model, layers=2, tokens=900).save(axes)
-    with pytest.raises(UseError, match="saved with another calibration"):
+    with pytest.raises(
+        UseError, match=rf"with another calibration .* with the cache: {kind.__name__}\(calibration=PATH\)\."
+    ):
         KVStack.load(path, model=model)
 
 

@@ -11,7 +11,7 @@ from kvstack import KV, Channels, KVStack, Latent, Quant, StageError, Transform,
 from kvstack.encode import waterfill
 from kvstack.encode.allot import STEPS
 from kvstack.encode.plain import Plain
-from kvstack.testing import check_stage
+from kvstack.testing import check_stage, tiny_model
 
 from . import tiny
 
@@ -145,6 +145,30 @@ def test_a_transform_that_gives_its_channels_bits():
     tiny.model("llama")(tiny.tokens(1, 2 + 8 + 80), past_key_values=stack)
     found = {part.part: part.nbytes for part in stack.report().parts if part.payer == "FiveBits()"}
     assert found == {"both: codes": 4 * 80 * 64 * 5 // 8, "both: gains": 4 * 80 * 2 // 8}
+
+
+@dataclass(frozen=True, repr=False)
+class Kept(FiveBits):
+    """The same numbers, said to be exact."""
+
+    def forward(self, group):
+        return {name: Latent(x.data, x.channels, exact=True) for name, x in super().forward(group).items()}
+
+
+def test_what_is_exact_is_not_packed_whatever_bits_its_channels_have():
+    model, ids = tiny_model(), tiny.tokens(1, 90)
+    stack, dense = (KVStack(stages, model=model, sinks=2, window=8) for stages in ([Kept()], []))
+    for cache in (stack, dense):
+        model(ids, past_key_values=cache)
+    assert torch.equal(stack.read(1).values, dense.read(1).values)
+    assert stack._cohorts[0].stores[1].sealed_tokens == 80
+
+
+def test_keys_that_are_no_numbers_name_the_transform():
+    model = tiny_model()
+    model.model.embed_tokens.weight.data[5] = torch.nan
+    with pytest.raises(UseError, match=r"^FiveBits\(\) on layer 0: latents hold NaN or infinity"):
+        model(torch.full((1, 90), 5), past_key_values=KVStack([FiveBits()], sinks=2, window=8))
 
 
 def test_an_encoder_beside_it_has_nothing_to_do():

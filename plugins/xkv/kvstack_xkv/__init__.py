@@ -37,7 +37,8 @@ VALUES_SHARE = 0.6
 """Of a token's numbers, where `keep` decides: K:V = 1:1.5, the paper's ratio."""
 WEAKEST = 1e-3
 """Of the strongest channel: a later token's factors are divided by the strength, and must fit into half precision."""
-LEFT = "left out"
+MOST = "left out at most"
+"""The energy that bases may leave out of a token, on the mean over a block; (B, 2), of keys and of values."""
 CHUNK = 8
 """Tokens that are picked together; the paper's."""
 
@@ -49,16 +50,17 @@ class XKV(Transform):
 
     Args:
         rank: numbers a token keeps for the keys of a group and for its values, a pair (`xkv:512/768` in a spec). A text
-            has no more rank than tokens that are sealed together for the first time, nor than a group has channels:
-            what is above is cut for that text. Default: from `keep`.
+            stays raw until twice as many tokens as the larger rank can be sealed. What is above the channels of a group
+            is cut. Default: from `keep`.
         layers: adjacent full-attention layers in a group (default 4).
         keep: share of a token's numbers that is KEPT, in (0, 1], two fifths for keys and three for values (default
             0.25). The bases are extra: a short text needs more numbers for them than for its tokens.
         decode: what becomes of later tokens. `fold` (default): they are projected on the bases, block by block. `dense`
-            (the paper's): only the first block that is sealed is decomposed, and all that comes later stays raw.
-        refit: with `fold`: a block of which the bases leave out this much more (a share of its energy, of keys or of
-            values) than they left of the tokens they were fitted to makes the stack fit them anew, to the decoded old
-            tokens and the new ones (default 0.1). None: never.
+            (the paper's): only the first block that is sealed is decomposed, the prompt or, where that is short, the
+            prompt and a part of the answer. All that comes later stays raw.
+        refit: with `fold`: a block of which the bases leave out this much more than they left of the tokens they were
+            fitted to makes the stack fit them anew, to the decoded old tokens and the new ones: a share of the variance
+            of those tokens, of keys or of values (default 0.1). None: never.
         svd: `randomized` (default) or `full`. They differ by less than 1 % of the error.
         select: how many tokens are rebuilt to answer a single query, beside those that are raw: the chunks of 8 whose
             mean keys it looks at most, for each kv head (default None: all). The mean keys are extra: an eighth of the
@@ -134,15 +136,21 @@ class XKV(Transform):
             )
         return self._with(_caches_latents=latents, unrotated=plan.rotates and not latents)
 
-    def fit(self, group: Sequence[KV]) -> Self:
+    def first(self, group: Sequence[KV]) -> int:
+        # bases of fewer tokens fit these too well to serve others, and the two of them take more than the raw tokens
+        return 2 * max(self._ranks(_widths(self._roles(group))))
+
+    def fit(self, group: Sequence[KV], decoded: int = 0) -> Self:
         roles = self._roles(group)
-        ranks = self._ranks([sum(x.shape[1] * x.shape[3] for x in layers) for layers in roles.values()])
+        ranks = self._ranks(_widths(roles))
         found: dict[str, Tensor] = {}
+        spread = []
         for (role, layers), rank in zip(roles.items(), ranks, strict=True):
             x = _flat(layers)
             if not bool(torch.isfinite(x).all()):
                 why = "Check the model's dtype (float16 overflows) and its input."
                 raise UseError(f"{self!r}: {role}s hold NaN or infinity. {why}")
+            spread.append(x.var(dim=1, correction=0).sum(dim=-1))  # (B,)
             axes = leading(x, min(rank, *x.shape[1:]), self.svd == "full")  # (B, r, N)
             strength = (x @ axes.mT).square().mean(dim=1).sqrt()  # (B, r)
             strength = strength.clamp_min(WEAKEST * strength.amax(dim=1, keepdim=True))
@@ -152,15 +160,16 @@ class XKV(Transform):
                 found[f"{role} {i}"] = base.unflatten(-1, (like.shape[1], like.shape[3]))
         fitted = self.hold(found)
         if self.refit is not None:
-            left = fitted._left_out(roles)
-            # decoded tokens lie within the bases that stored them: what those left out must not look like gained
-            found[LEFT] = torch.maximum(left, self._fitted[LEFT]) if LEFT in self._fitted else left
+            # decoded tokens lie within the bases that stored them, so only the exact ones tell what bases leave out
+            exact = [KV(kv.keys[:, :, decoded:], kv.values[:, :, decoded:]) for kv in group]
+            most = fitted._left_out(exact) + self.refit * torch.stack(spread, dim=-1)
+            found[MOST] = torch.maximum(most, self._fitted[MOST]) if decoded else most
         return fitted
 
     def strays(self, group: Sequence[KV]) -> bool:
         if self.refit is None:
             return False
-        return bool((self._left_out(self._roles(group)) > self._fitted[LEFT] + self.refit).any())
+        return bool((self._left_out(group) > self._fitted[MOST]).any())
 
     @property
     def fitted(self) -> Mapping[str, Tensor]:
@@ -178,7 +187,7 @@ class XKV(Transform):
     def _ranks(self, numbers: Sequence[int]) -> list[int]:
         """Ranks of keys and of values, of which a token has `numbers` in the group."""
         if self.rank is not None:
-            return list(self.rank[: len(numbers)])
+            return [min(rank, n) for rank, n in zip(self.rank, numbers, strict=False)]  # latents have no values
         total = max(2, round((self.keep or KEEP) * sum(numbers)))
         if len(numbers) == 1:
             return [total]
@@ -201,16 +210,14 @@ class XKV(Transform):
         square = bases.square().sum(-1)  # (B, r)
         return x @ bases.mT / square.clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(1)
 
-    def _left_out(self, roles: Mapping[str, list[Tensor]]) -> Tensor:
-        """(B, roles): the share of the energy of these tokens that the bases leave out."""
-        shares = []
-        for role, layers in roles.items():
+    def _left_out(self, group: Sequence[KV]) -> Tensor:
+        """(B, roles): the energy of a token that the bases leave out, on the mean over these tokens."""
+        found = []
+        for role, layers in self._roles(group).items():
             x = _flat(layers)
-            strength = self._bases(role).to(x.dtype).square().sum(-1)  # (B, r)
-            kept = (self._project(x, role).square().sum(1) * strength).sum(-1)  # bases are orthogonal
-            whole = x.square().sum((1, 2))
-            shares.append((whole - kept) / whole.clamp_min(torch.finfo(x.dtype).tiny))
-        return torch.stack(shares, dim=-1)
+            rest = x.sub_(self._project(x, role) @ self._bases(role).to(x.dtype))
+            found.append(rest.square_().sum(dim=-1).mean(dim=-1))
+        return torch.stack(found, dim=-1)
 
     # ---- there and back
 
@@ -247,7 +254,7 @@ class XKV(Transform):
         if self.select is None or self.select >= held:
             return None
         middles = torch.arange(CHUNK // 2, held, CHUNK, device=query.device)[None, None]
-        means = turn(latents[f"mean key {layer}"], middles).to(query.dtype)
+        means = turn(latents[f"mean key {layer}"], middles).to(query)
         looked_at = (query @ means.mT).softmax(dim=-1).amax(dim=2)  # (B, H, chunks): by any query of the kv head
         chunks = looked_at.topk(self.select // CHUNK, dim=-1).indices.sort(dim=-1).values
         places = (chunks.unsqueeze(-1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(-2)
@@ -265,6 +272,11 @@ class XKV(Transform):
 
 def _counts(number: object, least: int = 1) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+
+def _widths(roles: Mapping[str, list[Tensor]]) -> list[int]:
+    """Numbers of a token in all layers."""
+    return [sum(x.shape[1] * x.shape[3] for x in layers) for layers in roles.values()]
 
 
 def _flat(layers: Sequence[Tensor]) -> Tensor:
