@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform, UseError
 from kvstack.grouping import Grouping
+from kvstack.hook import expands
 from kvstack.stage import Turn, check
 from kvstack.types import take_tokens
 
@@ -128,7 +129,7 @@ class XKV(Transform):
     def bind(self, model: PreTrainedModel) -> Self:
         plan = Grouping(model, self.layers)
         # multi-head latent attention caches (latent, rotary key) and expands them after reading
-        latents = all(hasattr(plan.modules[i], "expand_kv") for i in plan.full)
+        latents = all(expands(plan.modules[i]) for i in plan.full)
         if latents and self.select:
             raise BindError(
                 f"{self!r}: {type(model).__name__} expands what it caches itself, so it always reads all of it. "
