@@ -217,7 +217,7 @@ def test_no_peaks_no_panel():
 def test_growth_is_bytes_per_token():
     row = bench_rows.memory((1024,))[0]
     (axes,) = pictures.growth([row]).axes
-    assert axes.lines[0].get_xydata().tolist() == [[1024, row["nbytes"] / 1024 / 1024]]
+    assert axes.lines[0].get_xydata().tolist() == [[1024, row["nbytes_prefill"] / 1024 / 1024]]
 
 
 def test_needles_not_measured_are_no_zeros():
