@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
-from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
+from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,12 +29,22 @@ def dense(model: PreTrainedModel) -> Cache:
 def hqq(bits: int, group: int) -> Make:
     def make(model: PreTrainedModel) -> Cache:
         # axis 0 takes its groups across the whole text, so its error grows with every flush
-        settings = {"axis_key": 1, "axis_value": 1, "q_group_size": group, "residual_length": RESIDUAL}
-        cache = QuantizedCache("hqq", model.config, bits, **settings)
-        cache.layers = [WholeBytes(bits, **settings) for _ in cache.layers]
-        return cache
+        return _quantized("hqq", WholeBytes, model, bits, axis_key=1, axis_value=1, q_group_size=group)
 
     return make
+
+
+def _quantized(backend: str, layer: type[QuantizedLayer], model: PreTrainedModel, bits: int, **settings: int) -> Cache:
+    """transformers' quantized cache, made of layers that take texts of any length."""
+    settings["residual_length"] = RESIDUAL
+    cache = QuantizedCache(backend, model.config, bits, **settings)
+    cache.layers = [layer(bits, **settings) for _ in cache.layers]
+    return cache
+
+
+def _filled(tensor: Tensor, spare: int) -> Tensor:
+    """`tensor` (B, H, T, D) and `spare` copies of its last token."""
+    return torch.cat([tensor, tensor[..., -1:, :].expand(-1, -1, spare, -1)], dim=-2) if spare else tensor
 
 
 class WholeBytes(HQQQuantizedLayer):
@@ -44,9 +54,7 @@ class WholeBytes(HQQQuantizedLayer):
         tokens, numbers = tensor.shape[-2], tensor[..., :1, :].numel()
         whole = self.q_group_size * 8 // self.nbits
         spare = next((n for n in range(whole) if numbers * (tokens + n) % whole == 0), 0)
-        if spare:
-            tensor = torch.cat([tensor, tensor[..., -1:, :].expand(-1, -1, spare, -1)], dim=-2)
-        return super()._quantize(tensor, axis), tokens
+        return super()._quantize(_filled(tensor, spare), axis), tokens
 
     def _dequantize(self, qtensor: tuple[Any, int]) -> Tensor:
         packed, tokens = qtensor
@@ -59,10 +67,7 @@ def quanto(bits: int, group: int) -> Make:
         _unpack_with_torch()
         # one channel's neighbouring tokens share a scale in keys, one token's channels in values, as KIVI has it;
         # transformers' default, channels for both, does much worse at 2 bits
-        settings = {"axis_key": -1, "axis_value": 0, "q_group_size": group, "residual_length": RESIDUAL}
-        cache = QuantizedCache("quanto", model.config, bits, **settings)
-        cache.layers = [WholeGroups(bits, **settings) for _ in cache.layers]
-        return cache
+        return _quantized("quanto", WholeGroups, model, bits, axis_key=-1, axis_value=0, q_group_size=group)
 
     return make
 
@@ -72,9 +77,8 @@ class WholeGroups(QuantoQuantizedLayer):
 
     def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, int]:
         tokens = tensor.shape[-2]
-        if axis == -1 and (spare := -tokens % self.q_group_size):
-            tensor = torch.cat([tensor, tensor[..., -1:, :].expand(-1, -1, spare, -1)], dim=-2)
-        return super()._quantize(tensor, axis), tokens
+        spare = -tokens % self.q_group_size if axis == -1 else 0
+        return super()._quantize(_filled(tensor, spare), axis), tokens
 
     def _dequantize(self, q_tensor: tuple[Tensor, int]) -> Tensor:
         tensor, tokens = q_tensor
