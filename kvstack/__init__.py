@@ -5,14 +5,14 @@ out = model.generate(**inputs, past_key_values=KVStack([Quant(2), Evict(0.2)]))
 """
 
 from .cache import KVStack
-from .calibration import Calibration
-from .calibrator import calibrate
+from .calibration.calibrate import calibrate
+from .calibration.calibration import Calibration
+from .calibration.sensitivity import sensitivity
 from .encode import Quant
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .packed import Packed
 from .report import Report
 from .select import H2O, TOVA, Evict, ExpectedAttention, KeyDiff, KNorm, Random, SnapKV, Streaming
-from .sensitivities import sensitivity
 from .stage import Encode, Score, Select, Stage, Transform
 from .transform import CommonKV
 from .types import KV, Channels, Context, Latent

@@ -26,16 +26,18 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from . import hook, registry, saved
-from .budget import leading
-from .encode.plain import Plain
+from . import disk as saved
+from . import registry
+from .calibration.windows import held_by
+from .encode.exact import Plain
 from .errors import BindError, StageError, UseError
+from .model import hooks as hook
+from .model.rope import Rope, find_ropes
 from .packed import storage_bytes
-from .reading import held_by
 from .report import Part, Report
-from .rope import Rope, find_ropes
 from .stage import Encode, Select, Stage, Transform, is_stage
-from .store import RAW, Plan, Store
+from .store.budget import leading
+from .store.store import RAW, Plan, Store
 from .types import KV
 from .workspace import Workspace
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .rope import Rope
+    from .model.rope import Rope
 
 __all__ = ["KV", "Channels", "Context", "Latent"]
 

@@ -83,7 +83,7 @@ def decode(contexts=(1024, 4096, 16384)):
 
 
 def matrix(contexts=(4096,)):
-    from kvstack.bench.front import pareto
+    from kvstack.bench.show.front import pareto
 
     chance, rows = random.Random(2), []
     for context in contexts:

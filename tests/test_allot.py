@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 
 from kvstack import Channels, Quant
-from kvstack.encode.allot import DISTORTION, STEPS, spread
-from kvstack.encode.waterfill import gain_bits
+from kvstack.encode.channel_codes import gain_bits
+from kvstack.encode.waterfilling import DISTORTION, STEPS, spread
 
 spectra = st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40), min_size=1, max_size=4)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from kvstack.basis import Basis, flat
-from kvstack.calibration import Group, orthonormal
-from kvstack.rope import find_ropes
+from kvstack.calibration.axes import Basis, flat
+from kvstack.calibration.calibration import Group, orthonormal
+from kvstack.model.rope import find_ropes
 from kvstack.types import KV
 
 from . import tiny
@@ -92,7 +92,7 @@ def test_axes_stored_as_halves_are_orthonormal_again():
 )
 def test_unrotating_and_rotating_is_the_identity(positions, name):
     model = tiny.model(name)
-    from kvstack import hook
+    from kvstack.model import hooks as hook
 
     rope = find_ropes(model, hook.attention_modules(model), ["full_attention"] * 4)[0]
     where = torch.tensor(sorted(positions), dtype=torch.int32)[None, None]
@@ -109,7 +109,7 @@ def test_a_gradient_is_pulled_back_by_the_transpose(name, changes):
     """Also where attention is scaled, or a part of each head is not rotated."""
     config_type, model_type, own = tiny.MODELS[name]
     model = model_type(config_type(**(tiny.SHAPE | own | changes))).eval()
-    from kvstack import hook
+    from kvstack.model import hooks as hook
 
     rope = find_ropes(model, hook.attention_modules(model), ["full_attention"] * 4)[0]
     where = torch.arange(5, 11)[None, None]

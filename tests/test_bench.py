@@ -12,12 +12,13 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from kvstack import KVStack
-from kvstack.bench import matrix, quality, report, results, subject, summary, texts, variants
-from kvstack.bench.cli import bench_app
-from kvstack.bench.quality import Reading, compare
-from kvstack.bench.results import Results
-from kvstack.bench.run import Run, environment
-from kvstack.bench.subject import opened, rotated
+from kvstack.bench.measure import matrix, quality, results, subject, summary, texts, variants
+from kvstack.bench.measure.quality import Reading, compare
+from kvstack.bench.measure.results import Results
+from kvstack.bench.measure.run import Run, environment
+from kvstack.bench.measure.subject import opened, rotated
+from kvstack.bench.show import report
+from kvstack.cli.bench import bench_app
 from kvstack.errors import KVStackError, SpecError
 
 
@@ -123,7 +124,7 @@ def test_several_questions_of_one_compressed_text(bench, mode):
 
 def test_a_question_is_asked_of_a_copy_and_in_turns_of_the_cache_itself():
     """In turns the second question comes behind the first one and its answer; otherwise right behind the text."""
-    from kvstack.bench import needles
+    from kvstack.bench.measure import needles
     from kvstack.bench.tasks import Question, Sample
 
     questions = tuple(Question(f"\nWhat is {name}?", ("7",), 4, "share") for name in "abc")
@@ -370,7 +371,7 @@ def test_files_of_tasks(tmp_path):
 
 
 def test_a_text_too_long_loses_its_middle():
-    from kvstack.bench import needles
+    from kvstack.bench.measure import needles
     from kvstack.bench.tasks import Question, Sample
 
     sample = Sample("qa", "a" * 300 + "b" * 300, (Question("\nWhat?", ("a",), 34, "f1"),), None, 0, None)

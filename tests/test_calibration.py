@@ -7,21 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvstack import (
-    BindError,
-    Calibration,
-    CalibrationError,
-    CommonKV,
-    KVStack,
-    Quant,
-    calibrate,
-    calibrator,
-    grouping,
-    reading,
-    sensitivity,
-)
-from kvstack.calibration import identity
-from kvstack.cli import _spectra, app
+from kvstack import BindError, Calibration, CalibrationError, CommonKV, KVStack, Quant, calibrate, sensitivity
+from kvstack.calibration import calibrate as calibrator
+from kvstack.calibration import windows as reading
+from kvstack.calibration.calibration import identity
+from kvstack.cli.app import _spectra, app
+from kvstack.model import layers as grouping
 from kvstack.testing import tiny_model
 
 from . import tiny

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import kvstack
-from kvstack import demo
 from kvstack import models as kvmodels
-from kvstack.cli import app
+from kvstack.cli import demo
+from kvstack.cli.app import app
 
 from . import tiny
 

@@ -191,7 +191,7 @@ def test_cropping_into_merged_hidden_states_is_refused():
 def test_weights_of_a_quantized_model(linear):
     """Projections whose weights are no plain matrix are asked what they do to unit vectors."""
     bnb = pytest.importorskip("bitsandbytes")
-    from kvstack.weights import matrix
+    from kvstack.calibration.weight_axes import matrix
 
     plain = tiny.model("llama").model.layers[0].self_attn.k_proj
     if linear == "int8":
@@ -389,7 +389,7 @@ def test_unmerged_tokens_with_an_encoder_of_larger_groups(encode):
 
 def test_channels_of_equal_energy_share_the_budget_exactly():
     from kvstack import Channels
-    from kvstack.budget import leading
+    from kvstack.store.budget import leading
 
     equal = [Channels(torch.full((100,), 1e-8)) for _ in range(2)]
     assert [len(channels.energy) for channels in leading(equal, 30)] == [30, 1]

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvstack import BindError, Evict, KVStack, Quant, UseError, hook
+from kvstack import BindError, Evict, KVStack, Quant, UseError
+from kvstack.model import hooks as hook
 
 from . import tiny
 

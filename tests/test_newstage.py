@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvstack import newstage
-from kvstack.cli import app
+from kvstack.cli import new_stage as newstage
+from kvstack.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["transform", "encode", "score"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from kvstack.bench.measure.variants import _tensors_in
 from kvstack.bench.peers import KvPress, Press, caches, kvpress, parse, plain
-from kvstack.bench.variants import _tensors_in
 from kvstack.errors import KVStackError, SpecError
 from kvstack.packed import storage_bytes
 

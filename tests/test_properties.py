@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstack import Evict, KVStack, Quant, SnapKV
-from kvstack.budget import allowance, choose, how_many
 from kvstack.encode.bits import PLANES, multiple, pack, unpack
 from kvstack.encode.kivi import Kivi
+from kvstack.store.budget import allowance, choose, how_many
 
 from . import tiny
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstack.bench import pictures
-from kvstack.bench.front import pareto
-from kvstack.bench.page import Cell, Section, Table, page
+from kvstack.bench.show import pictures
+from kvstack.bench.show.front import pareto
+from kvstack.bench.show.page import Cell, Section, Table, page
 from kvstack.errors import KVStackError
 
 from . import bench_rows

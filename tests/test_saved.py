@@ -82,7 +82,7 @@ def test_files_of_before_are_read(tmp_path):
     """A description that knows nothing of deflated tensors, nor of transforms that are fitted to a text."""
     import json
 
-    from kvstack import saved
+    from kvstack import disk as saved
     from kvstack.files import read_tensors, write_tensors
 
     model, path = tiny.model("llama"), tmp_path / "cache"
@@ -158,7 +158,7 @@ def test_all_a_layer_of_transformers_holds_is_saved():
     """Dicts of tensors too, as linear-attention layers have them; what cannot be written is said."""
     from types import SimpleNamespace
 
-    from kvstack.saved import _describe_layer, _restored, _Writer
+    from kvstack.disk import _describe_layer, _restored, _Writer
 
     writer, state = _Writer(), {0: torch.ones(2), 1: [torch.zeros(3), True]}
     described = _describe_layer(SimpleNamespace(states=state, seen=3, dtype=torch.float32), writer)

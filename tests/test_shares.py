@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvstack import BindError, Evict, KVStack, Quant, Transform, UseError, hook
+from kvstack import BindError, Evict, KVStack, Quant, Transform, UseError
+from kvstack.model import hooks as hook
 from kvstack.testing import check_stage, tiny_model
 
 from . import tiny

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 
 from kvstack import KV, Channels, KVStack, Latent, Quant, StageError, Transform, UseError
-from kvstack.encode import waterfill
-from kvstack.encode.allot import STEPS
-from kvstack.encode.plain import Plain
+from kvstack.encode import channel_codes as waterfill
+from kvstack.encode.exact import Plain
+from kvstack.encode.waterfilling import STEPS
 from kvstack.testing import check_stage, tiny_model
 
 from . import tiny

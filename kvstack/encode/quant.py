@@ -14,10 +14,10 @@ from ..packed import Packed
 from ..stage import Encode, check
 from ..types import Channels
 from ..workspace import Workspace
-from . import waterfill
-from .allot import spread
+from . import channel_codes as waterfill
 from .blockwise import Blockwise
 from .kivi import Kivi
+from .waterfilling import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

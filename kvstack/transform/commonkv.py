@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ..basis import Basis, flat
-from ..budget import leading
-from ..calibration import Calibration
-from ..calibrator import fitting
+from ..calibration.axes import Basis, flat
+from ..calibration.calibrate import fitting
+from ..calibration.calibration import Calibration
+from ..calibration.weight_axes import WeightAxes, weight_axes
+from ..calibration.windows import observe
 from ..errors import BindError
-from ..grouping import Grouping
-from ..reading import observe
+from ..model.layers import Grouping
 from ..stage import Transform, check, hold_path
+from ..store.budget import leading
 from ..types import KV, Channels, Latent, take_tokens
-from ..weights import WeightAxes, weight_axes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

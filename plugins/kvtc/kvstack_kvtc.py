@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Calibration, Channels, Latent, Transform
-from kvstack.basis import Basis, flat
-from kvstack.calibrator import fitting
-from kvstack.encode.allot import DISTORTION
-from kvstack.encode.waterfill import GAIN_BITS
-from kvstack.grouping import Grouping
+from kvstack.calibration.axes import Basis, flat
+from kvstack.calibration.calibrate import fitting
+from kvstack.encode.channel_codes import GAIN_BITS
+from kvstack.encode.waterfilling import DISTORTION
+from kvstack.model.layers import Grouping
 from kvstack.stage import check, hold_path
 
 if TYPE_CHECKING:

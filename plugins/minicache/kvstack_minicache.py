@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform
-from kvstack.grouping import Grouping
-from kvstack.reading import held_by
+from kvstack.calibration.windows import held_by
+from kvstack.model.layers import Grouping
 from kvstack.stage import check
 from kvstack.types import take_tokens
 

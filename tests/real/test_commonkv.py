@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Evict, KVStack, Quant
-from kvstack.bench.variants import share_of_bfloat16
+from kvstack.bench.measure.variants import share_of_bfloat16
 
 from .test_smollm2 import check_quality, divergence, smollm2, text
 
@@ -80,7 +80,7 @@ def test_a_saved_cache_is_as_large_as_the_cache(smollm2, tmp_path):
 def test_weights_of_a_quantized_layer(smollm2, linear):
     """The basis of a layer whose projections bitsandbytes holds in 8 or 4 bits is near that of the exact ones."""
     bnb = pytest.importorskip("bitsandbytes")
-    from kvstack.weights import matrix
+    from kvstack.calibration.weight_axes import matrix
 
     model, _ = smollm2
     plain = model.model.layers[3].self_attn.v_proj

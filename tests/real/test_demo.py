@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from kvstack import demo
-from kvstack.cli import app
+from kvstack.cli import demo
+from kvstack.cli.app import app
 
 pytestmark = pytest.mark.real
 

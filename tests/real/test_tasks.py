@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from transformers import AutoTokenizer
 
+from kvstack.bench.measure.texts import documentation
 from kvstack.bench.tasks import TASKS, make
-from kvstack.bench.texts import documentation
 from kvstack.models import default_model_dir
 
 pytestmark = pytest.mark.real

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Self
 
-from kvstack import calibrator
-from kvstack.calibration import identity
+from kvstack.calibration import calibrate as calibrator
+from kvstack.calibration.calibration import identity
 from kvstack.errors import BindError, StageError
 from kvstack.stage import Transform, check, hold_path
 

@@ -24,11 +24,11 @@ from torch.nn.functional import cosine_similarity, pad
 from transformers import DynamicCache
 
 from kvstack import KV, KVStack, Transform
-from kvstack.calibration import identity
+from kvstack.calibration.calibration import identity
+from kvstack.calibration.windows import at_rest, held_by, tokenizer_of, windows_of
 from kvstack.errors import CalibrationError
 from kvstack.files import write_bytes
-from kvstack.grouping import Grouping
-from kvstack.reading import at_rest, held_by, tokenizer_of, windows_of
+from kvstack.model.layers import Grouping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

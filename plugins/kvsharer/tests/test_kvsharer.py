@@ -25,19 +25,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
-from kvstack import (
-    BindError,
-    CalibrationError,
-    CommonKV,
-    Evict,
-    KVStack,
-    Quant,
-    Score,
-    StageError,
-    UseError,
-    calibrator,
-    hook,
-)
+from kvstack import BindError, CalibrationError, CommonKV, Evict, KVStack, Quant, Score, StageError, UseError
+from kvstack.calibration import calibrate as calibrator
+from kvstack.model import hooks as hook
 from kvstack.testing import check_registered, check_stage, tiny_model
 
 SHAPE = {
@@ -655,7 +645,7 @@ def test_it_is_found_by_its_name(installed):
 
 
 def test_it_is_in_the_catalogue(installed):
-    from kvstack.cli import app
+    from kvstack.cli.app import app
 
     assert "kvsharer" in CliRunner().invoke(app, ["stages"]).output
 

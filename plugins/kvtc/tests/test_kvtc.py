@@ -8,8 +8,8 @@ from kvstack_kvtc import KVTC, widths
 from transformers import DynamicCache
 
 from kvstack import KV, BindError, CalibrationError, CommonKV, Evict, KVStack, Quant, StageError, UseError, calibrate
-from kvstack.encode import waterfill
-from kvstack.encode.allot import DISTORTION, STEPS, spread
+from kvstack.encode import channel_codes as waterfill
+from kvstack.encode.waterfilling import DISTORTION, STEPS, spread
 from kvstack.packed import storage_bytes
 from kvstack.testing import check_registered, check_stage, tiny_model
 
@@ -159,8 +159,8 @@ def test_numbers_on_the_grid_survive(model):
 def test_axes_are_of_the_variance_of_keys_and_of_values(model):
     """The same eigenvalues as a covariance made at once, up to the common factor."""
     found = calibrate(model, tokens=400, layers=4, metric="variance")
-    from kvstack.grouping import Grouping
-    from kvstack.reading import observe, windows_of
+    from kvstack.calibration.windows import observe, windows_of
+    from kvstack.model.layers import Grouping
 
     assert (found.metric, found.parts, len(found.groups)) == ("variance", 2, 2)
     plan, (windows, _) = Grouping(model, 4), windows_of(model, None, 400, None)
@@ -310,7 +310,7 @@ def test_it_is_found_by_its_name():
 def test_it_is_in_the_catalogue():
     from typer.testing import CliRunner
 
-    from kvstack.cli import app
+    from kvstack.cli.app import app
 
     done = CliRunner().invoke(app, ["stages"])
     (row,) = (line for line in done.stdout.splitlines() if "│ kvtc" in line)
@@ -348,7 +348,7 @@ def test_a_ratio_that_leaves_nothing(model):
 
 
 def test_a_model_too_large_for_its_calibration(monkeypatch):
-    monkeypatch.setattr("kvstack.reading.SAMPLED_TOKENS", 100)
+    monkeypatch.setattr("kvstack.calibration.windows.SAMPLED_TOKENS", 100)
     with pytest.raises(CalibrationError, match=r"cache 256 numbers .* Use layers= one of \[1, 2, 4\]"):
         KVStack([KVTC()], model=tiny_model(num_hidden_layers=8))
 

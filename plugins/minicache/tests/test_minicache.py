@@ -306,7 +306,7 @@ def test_it_is_found_by_its_name():
 def test_it_is_in_the_catalogue():
     from typer.testing import CliRunner
 
-    from kvstack.cli import app
+    from kvstack.cli.app import app
 
     done = CliRunner().invoke(app, ["stages"])
     (row,) = (line for line in done.stdout.splitlines() if "│ minicache" in line)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform, UseError
-from kvstack.grouping import Grouping
-from kvstack.hook import expands
+from kvstack.model.hooks import expands
+from kvstack.model.layers import Grouping
 from kvstack.stage import Turn, check
 from kvstack.types import take_tokens
 

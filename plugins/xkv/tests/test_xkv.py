@@ -18,7 +18,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from kvstack import KV, BindError, Evict, KVStack, Quant, StageError, UseError, registry
-from kvstack.cli import app
+from kvstack.cli.app import app
 from kvstack.testing import check_registered, check_stage, tiny_model
 from kvstack.workspace import Workspace
 

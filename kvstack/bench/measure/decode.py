@@ -1,0 +1,170 @@
+"""Time to the first token, and milliseconds per decoded token.
+
+The caches take turns, prefill by prefill and then a few tokens each, so that whatever else the machine does hits them
+alike; each is compared with the dense one of its round. A cache does some of its work only now and then (a stack seals
+a block of tokens, a QuantizedCache quantizes its residual anew), so two figures are given for decoding: the typical
+burst, and the mean of all steps, with that work in it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import Cache
+
+from ..show import tables as show
+from . import subject, variants
+from .results import Results
+from .run import Run, environment
+from .variants import DENSE, Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CONTEXTS", "STACKS", "measure", "run"]
+
+CONTEXTS = (1024, 4096, 7936)  # the steps after the last one still fit into a window of 8,192
+STACKS = (
+    "empty",
+    "evict:0.2",
+    "quant:4",
+    "quant:2",
+    "quant:2+evict:0.2",
+    "commonkv+quant:2",
+    "commonkv+quant:2+evict:0.2",
+    "hqq:4",
+    "hqq:2",
+)
+WARM_UP = 256
+
+
+@dataclass
+class Lane:
+    """One cache while it is measured."""
+
+    variant: Variant
+    first: list[float] = field(default_factory=list)
+    """Seconds of each prefill, the compressing included."""
+    bursts: list[float] = field(default_factory=list)
+    """Seconds per token of each burst."""
+    cache: Cache | None = None
+    token: Tensor | None = None
+
+    def prefill(self, model: PreTrainedModel, ids: Tensor) -> float:
+        self.cache = None  # never two at once
+        start = time.perf_counter()
+        self.cache = self.variant.cache(model)
+        self.token = subject.prefill(model, ids, self.cache)
+        return time.perf_counter() - start
+
+    def burst(self, model: PreTrainedModel, steps: int) -> float:
+        assert self.cache is not None and self.token is not None  # noqa: PT018
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.token = subject.step(model, self.token, self.cache)
+        return (time.perf_counter() - start) / steps
+
+
+def run(run: Run, rounds: int, steps: int, burst: int) -> list[dict[str, Any]]:
+    """Measure, print a table for each context, and give its rows."""
+    rows: list[dict[str, Any]] = []
+    with subject.opened(run) as opened:
+        opened.check(max(run.contexts) + steps + burst)
+        caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
+        # caches are measured beside each other, so they are found again only together
+        settings = {"rounds": rounds, "steps": steps, "burst": burst, "beside": [cache.label for cache in caches]}
+        results = Results("decode", run.out, environment(run, opened.name, opened.identity))
+        for context in run.contexts:
+            keys = [{"context": context, "cache": cache.label, **settings} for cache in caches]
+            if any(results.get(**key) is None for key in keys):
+                found = measure(opened.model, opened.tokens(context), caches, rounds, steps, burst)
+                for key, figures in zip(keys, found, strict=True):
+                    results.add(figures, **key)
+            mine = results.rows(keys)
+            show_table(f"{context:,} tokens: {opened.name}, {run.dtype}, {run.threads} threads", mine)
+            rows += mine
+    return rows
+
+
+def measure(
+    model: PreTrainedModel, ids: Tensor, caches: Sequence[Variant], rounds: int, steps: int, burst: int
+) -> list[dict[str, Any]]:
+    """Prefill `ids` (1, T) `rounds` times and decode `steps` tokens after it, `burst` at a time, with each cache; the
+    first must be dense."""
+    assert caches[0].label == DENSE
+    ids = ids.to(model.device)
+    lanes = [Lane(cache) for cache in caches]
+    turns = -(-steps // burst)
+    with show.steps(f"decode at {ids.shape[1]:,}", (rounds + 1) * len(lanes) + turns) as progress:
+        for lane in lanes:  # what a stage or a library makes once is not counted, nor is the allocator's growth
+            lane.prefill(model, ids[:, :WARM_UP] if lane is not lanes[0] else ids)
+            progress.step(f"warming up {lane.variant.label}")
+        for number in range(rounds):
+            for lane in subject.rotated(lanes, number):
+                lane.first.append(lane.prefill(model, ids))
+                progress.step(f"prefill, {lane.variant.label}")
+        for lane in lanes:
+            lane.burst(model, burst)  # the first one warms up and is not counted
+        for number in range(turns):
+            for lane in subject.rotated(lanes, number):
+                lane.bursts.append(lane.burst(model, burst))
+            progress.step("decoding")
+    return [_figures(model, lane, lanes[0], burst) for lane in lanes]
+
+
+def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dict[str, Any]:
+    """Speeds are dense time / own time (above 1 is faster than dense), costs own time / dense time - 1."""
+    assert lane.cache is not None
+    speeds = [theirs / own for theirs, own in zip(dense.bursts, lane.bursts, strict=True)]
+    costs = [own / theirs - 1 for theirs, own in zip(dense.first, lane.first, strict=True)]
+    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
+    return {
+        "kind": lane.variant.kind,
+        "family": lane.variant.family,
+        "tokens": burst * len(lane.bursts),
+        "ttft_ms": statistics.median(lane.first) * 1e3,
+        "ttft_cost": statistics.median(costs),
+        "ttft_cost_low": min(costs),
+        "ttft_cost_high": max(costs),
+        "ms_typical": statistics.median(lane.bursts) * 1e3,
+        "ms_mean": statistics.mean(lane.bursts) * 1e3,
+        "speed_typical": middle,
+        "speed_low": low,
+        "speed_high": high,
+        "speed_mean": statistics.mean(dense.bursts) / statistics.mean(lane.bursts),
+        "nbytes": variants.held_bytes(lane.cache),
+        "share": variants.share_of_bfloat16(lane.cache, model),
+        "prefills_ms": [seconds * 1e3 for seconds in lane.first],
+        "bursts_ms": [seconds * 1e3 for seconds in lane.bursts],
+    }
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    dense = rows[0]["nbytes"]
+    lines = [
+        [
+            row["cache"],
+            f"{row['ttft_ms']:,.0f}",
+            "" if row["cache"] == DENSE else f"{row['ttft_cost']:+.1%}",
+            f"{row['ttft_cost_low']:+.1%} .. {row['ttft_cost_high']:+.1%}",
+            f"{row['ms_typical']:.1f}",
+            f"{row['ms_mean']:.1f}",
+            f"{row['speed_typical']:.2f}x",
+            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
+            f"{row['speed_mean']:.2f}x",
+            show.mib(row["nbytes"]),
+            f"{row['nbytes'] / dense:.1%}",
+        ]
+        for row in rows
+    ]
+    columns = ("cache", "first, ms", "cost", "range", "ms, typical", "ms, mean", "speed", "quartiles", "speed, mean")
+    caption = (
+        f"first: time to the first token, median of {len(rows[0]['prefills_ms'])}; {rows[0]['tokens']} tokens decoded "
+        "with each cache; the mean has the steps in it that seal or quantize anew"
+    )
+    show.table(title, (*columns, "MiB", "of dense"), lines, caption)

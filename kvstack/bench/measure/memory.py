@@ -1,0 +1,197 @@
+"""Bytes a cache holds, by stage, and the peaks of its prefill and of decoding.
+
+A peak is that of the process: what its resident memory grew to meanwhile, less what it was before the prefill. It is
+measured in a process of its own for each cache, and on Linux, whose kernel can reset the high-water mark; it cannot
+be measured from inside Python, whose tracers do not see torch's memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import Cache
+
+from ... import KVStack, Report, models
+from ...errors import KVStackError
+from ...report import Part
+from ..show import tables as show
+from . import variants
+from .results import Results
+from .run import Run, environment
+from .subject import Subject, opened, prefill, step
+from .variants import Variant
+
+__all__ = ["CONTEXTS", "STACKS", "measure", "run"]
+
+CONTEXTS = (1024, 4096, 7680)
+STACKS = (
+    "empty",
+    "evict:0.2",
+    "quant:4",
+    "quant:2",
+    "quant:2+evict:0.2",
+    "commonkv+quant:2+evict:0.2",
+    "hqq:4",
+    "hqq:2",
+)
+WARM_UP = 64
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
+    """Measure, print a table for each context, and give its rows."""
+    caches = variants.available(variants.parse(run.stacks), caches_only=True)
+    name = models.DEFAULT_MODEL if run.model is None else run.model
+    results = Results("memory", run.out, environment(run, "tiny random llama" if run.tiny else name))
+    rows: list[dict[str, Any]] = []
+    with show.steps("memory", len(run.contexts) * len(caches)) as progress:
+        for context in run.contexts:
+            keys = [{"context": context, "cache": cache.label, "decode": decode, "peak": peak} for cache in caches]
+            for cache, key in zip(caches, keys, strict=True):
+                if results.get(**key) is None:
+                    try:
+                        figures = _in_own_process(run, cache.label, context, decode, peak)
+                    except KVStackError as error:
+                        if cache is caches[0]:  # it is not the cache's fault
+                            raise
+                        variants.skipped(f"{cache.label} at {context:,}", error)
+                    else:
+                        results.add({"kind": cache.kind, "family": cache.family, **figures}, **key)
+                    progress.step(f"{cache.label} at {context:,}")
+                else:
+                    progress.skip()
+            mine = results.rows(keys)
+            show_table(f"memory at {context:,} tokens: {results.environment['model']}, {run.dtype}", mine)
+            rows += mine
+    return rows
+
+
+def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: bool) -> dict[str, Any]:
+    """Prefill `context` tokens, decode `decode` more; what was held after each, and what the process grew by."""
+    subject.check(context + decode)
+    ids = subject.tokens(context)
+    # the weights come into memory when they are first used, and so does what the math libraries reserve
+    prefill(subject.model, ids[:, :WARM_UP], cache.cache(subject.model))
+    gc.collect()
+    before = _reset_peak() if peak else None
+    held = cache.cache(subject.model)
+    token = prefill(subject.model, ids, held)
+    grown = None if before is None else _resident("VmHWM") - before
+    prefilled = variants.held_bytes(held)
+    dense = _dense_bytes(subject, held)
+    if before is not None:
+        gc.collect()
+        _reset_peak()
+    for _ in range(decode):
+        token = step(subject.model, token, held)
+    return {
+        "nbytes_prefill": prefilled,
+        "dense_nbytes_prefill": dense,
+        "nbytes": variants.held_bytes(held),
+        "dense_nbytes": _dense_bytes(subject, held),
+        "peak_prefill": grown,
+        "peak_decode": None if before is None else _resident("VmHWM") - before,
+        "parts": held.report().to_dict()["parts"] if isinstance(held, KVStack) else [],
+        "report": held.report().to_dict() if isinstance(held, KVStack) else None,
+    }
+
+
+def _dense_bytes(subject: Subject, held: Cache) -> int:
+    """What a dense cache of the same tokens holds, in the model's dtype."""
+    return int(variants.dense_bfloat16(held, subject.model) * subject.model.dtype.itemsize / 2)
+
+
+# ---- the peak
+
+
+def _resident(name: str) -> int:
+    """Bytes behind a field of the process' status: VmRSS is resident memory now, VmHWM its high-water mark."""
+    found = re.search(rf"^{name}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _reset_peak() -> int | None:
+    """Bring the high-water mark down to what is resident now, which is returned; None where there is no way to."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
+    job = {
+        "run": asdict(run) | {"out": None, "texts": None, "contexts": ()},
+        "label": label,
+        "context": context,
+        "decode": decode,
+    }
+    if not peak:
+        return _job(job, peak)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise KVStackError(f"measuring failed: {''.join(last)}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _job(job: Mapping[str, Any], peak: bool) -> dict[str, Any]:
+    cache = next(v for v in variants.parse([job["label"]]) if v.label == job["label"])
+    with opened(Run(**job["run"])) as subject:
+        return measure(subject, cache, job["context"], job["decode"], peak)
+
+
+# ---- the table
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        [
+            row["cache"],
+            show.mib(row["nbytes_prefill"]),
+            f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}",
+            f"{row['nbytes_prefill'] / row['context']:,.0f}",
+            show.mib(row["nbytes"]),
+            f"{row['nbytes'] / row['dense_nbytes']:.1%}",
+            *("-" if row[name] is None else show.mib(row[name]) for name in ("peak_prefill", "peak_decode")),
+        ]
+        for row in rows
+    ]
+    later = f"{rows[0]['decode']} later"
+    columns = (
+        "cache",
+        "MiB",
+        "of dense",
+        "bytes a token",
+        f"MiB, {later}",
+        "of dense",
+        "peak of prefill",
+        "of decoding",
+    )
+    caption = (
+        "peaks in MiB: what the process grew by at most, activations and what the allocator keeps included; later: "
+        "tokens decoded"
+    )
+    show.table(title, columns, lines, caption)
+    for row in rows:
+        if row["report"] is not None:
+            parts = [Part(**part) for part in row["report"]["parts"]]
+            kept = {name: row["report"][name] for name in ("stack", "seen", "held", "nbytes", "dense_nbytes")}
+            show.console().print(Report(parts=parts, **kept))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    print(json.dumps(_job(given, peak=True)))

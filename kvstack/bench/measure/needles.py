@@ -1,0 +1,240 @@
+"""Whether what stands in a long text is still found: RULER's tasks, RULER's and LongBench's own files.
+
+aware      text and question are one prompt, and the cache compresses both: it may look at the question
+agnostic   the text is compressed before any question is seen; each question is then asked of a copy of the cache
+turns      as agnostic, but the questions follow each other in one cache, its own answers between them
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ...errors import KVStackError
+from .. import tasks
+from ..show import tables as show
+from ..tasks import Question, Sample
+from . import summary, texts, variants
+from .results import Results
+from .run import Run, environment
+from .subject import Subject, opened, prefill
+from .variants import Variant
+
+__all__ = ["CONTEXTS", "MODES", "STACKS", "TASKS", "Asking", "run"]
+
+Mode = Literal["aware", "agnostic", "turns"]
+MODES: tuple[Mode, ...] = ("aware", "agnostic", "turns")
+CONTEXTS = (1024,)
+NO_TURNS = "it does not ask several questions in one cache."
+TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue")
+STACKS = (
+    "evict:0.2",
+    "evict:0.2,score=random",
+    "quant:2",
+    "commonkv+quant:2",
+    "commonkv+quant:2+evict:0.2",
+    "hqq:2",
+    "kvpress:snapkv,keep=0.2",
+    "kvpress:kvzip,keep=0.2",
+)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked, and how.
+
+    Attributes:
+        tasks: names of tasks, or of files in `folder`.
+        modes: see above.
+        samples: texts for each task.
+        questions: for each text; more than one only in tasks that have several.
+        answer_tokens: where answers are looked for in what is generated, at most this many new tokens for each of them,
+            and no more than the task allows; other metrics get all that the task allows.
+        folder: RULER's CONTEXT/TASK.jsonl files, or LongBench's TASK.jsonl files, in place of our own texts.
+        longbench: whether `folder` holds LongBench's.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    modes: tuple[Mode, ...] = ("aware", "agnostic")
+    samples: int = 10
+    questions: int = 1
+    answer_tokens: int = 48
+    folder: Path | None = None
+    longbench: bool = False
+
+
+def run(run: Run, asking: Asking) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Ask, print a table for each task, and give the rows of `summary.needles` and `summary.heat`."""
+    unknown = [name for name in asking.tasks if asking.folder is None and name not in tasks.TASKS]
+    if unknown:
+        raise KVStackError(f"{unknown[0]!r} is no task. Use one of {', '.join(tasks.TASKS)}.")
+    records: list[dict[str, Any]] = []
+    with opened(run) as subject:
+        subject.check(max(run.contexts))
+        caches = [c for c in variants.parse(run.stacks) if c.label != variants.NOTHING]
+        caches = variants.available(caches, subject.model)
+        results = Results("needles", run.out, environment(run, subject.name, subject.identity))
+        for context in run.contexts:
+            for task in asking.tasks:
+                samples = _samples(subject, run, asking, context, task)
+                for mode in asking.modes:
+                    able = variants.without_presses(caches, NO_TURNS) if mode == "turns" else caches
+                    found = measure(subject, results, asking, context, samples, mode, able)
+                    title = f"{task}, {mode}, {context:,} tokens: {subject.name}, {run.dtype}"
+                    show_table(title, summary.needles(found, run.seed))
+                    records += found
+    return summary.needles(records, run.seed), summary.heat(records)
+
+
+def _samples(subject: Subject, run: Run, asking: Asking, context: int, task: str) -> list[Sample]:
+    if asking.folder is None:
+        prose = texts.prose(run.texts)
+        return tasks.make(task, context, asking.samples, run.seed, subject.count, prose, asking.questions)
+    if asking.longbench:
+        found = tasks.longbench_files(asking.folder, task, asking.samples)
+        return [_shortened(subject, sample, context) for sample in found]
+    return tasks.ruler_files(asking.folder, context, task, asking.samples)
+
+
+def _shortened(subject: Subject, sample: Sample, length: int) -> Sample:
+    """The sample with the middle of its text left out, so that text, question and answer fit into `length` tokens."""
+    asked = max(subject.count(question.text) + question.new_tokens for question in sample.questions)
+    room, ids = length - asked, subject.ids(sample.text)[0]
+    if len(ids) <= room:
+        return sample
+    if room < 2:
+        raise KVStackError(
+            f"{sample.task}: question and answer take {asked} of {length} tokens. Use longer --contexts."
+        )
+    ends = (ids[: room // 2], ids[-(room // 2) :])
+    return replace(sample, text="".join(subject.tokenizer.decode(part, skip_special_tokens=True) for part in ends))
+
+
+def measure(
+    subject: Subject,
+    results: Results,
+    asking: Asking,
+    context: int,
+    samples: Sequence[Sample],
+    mode: Mode,
+    caches: Sequence[Variant],
+) -> list[dict[str, Any]]:
+    """Ask every sample of every cache; records of what was asked now or before."""
+    keys, failed = [], set()
+    with show.steps(f"{samples[0].task}, {mode}", len(samples) * len(caches)) as progress:
+        for cache in caches:
+            for sample in samples:
+                key = {"context": context, "task": sample.task, "mode": mode, "sample": sample.index}
+                key |= {"text": _digest(sample), "answer_tokens": asking.answer_tokens, "cache": cache.label}
+                keys.append(key)
+                if cache.label in failed or results.get(**key) is not None:
+                    progress.skip()
+                    continue
+                try:
+                    results.add(_ask(subject, cache, sample, mode, asking.answer_tokens), **key)
+                except KVStackError as error:
+                    failed.add(cache.label)
+                    variants.skipped(cache.label, error)
+                progress.step(cache.label)
+    return results.rows(keys)
+
+
+def _digest(sample: Sample) -> str:
+    whole = [sample.text, *(question.text for question in sample.questions)]
+    return hashlib.sha256("\0".join(whole).encode()).hexdigest()[:8]
+
+
+def _ask(subject: Subject, cache: Variant, sample: Sample, mode: Mode, answer_tokens: int) -> dict[str, Any]:
+    text = subject.ids(sample.text, first=True)
+    answers, shares = [], []
+    for answer, share in _answers(subject, cache, text, sample, mode, answer_tokens):
+        answers.append(answer)
+        shares.append(share)
+    scores = [tasks.score(q.metric, answer, q) for q, answer in zip(sample.questions, answers, strict=True)]
+    return {
+        "kind": cache.kind,
+        "family": cache.family,
+        "depth": sample.depth,
+        "score": sum(scores) / len(scores),
+        "scores": scores,
+        "answers": answers,
+        "share": sum(shares) / len(shares),
+    }
+
+
+def _answers(
+    subject: Subject, cache: Variant, text: Tensor, sample: Sample, mode: Mode, answer_tokens: int
+) -> Iterator[tuple[str, float]]:
+    """Each answer, and the bytes held when it was given."""
+    if cache.press is not None:
+        yield from _answers_of_peer(subject, cache, text, sample, mode, answer_tokens)
+        return
+    model = subject.model
+    held = cache.cache(model)
+    if mode != "aware":
+        prefill(model, text, held)
+    so_far = text
+    for number, question in enumerate(sample.questions):
+        if number and mode == "aware":
+            held = cache.cache(model)
+        last = number == len(sample.questions) - 1
+        used = copy.deepcopy(held) if mode == "agnostic" and not last else held
+        ids = torch.cat([so_far if mode == "turns" else text, subject.ids(question.text)], dim=1)
+        out = _generate(subject, ids, used, question, answer_tokens)
+        yield _words(subject, out[0, ids.shape[1] :]), variants.share_of_bfloat16(used, model)
+        so_far = out.cpu()
+
+
+def _generate(subject: Subject, ids: Tensor, held: Cache, question: Question, answer_tokens: int) -> Tensor:
+    ids = ids.to(subject.model.device)
+    limit = _limit(question, answer_tokens)
+    found: Tensor = subject.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=held,
+        max_new_tokens=limit,
+        do_sample=False,
+        # what a model's own settings may ask for, and a peer in another process does not know
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )
+    return found
+
+
+def _words(subject: Subject, ids: Any) -> str:
+    return str(subject.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _limit(question: Question, answer_tokens: int) -> int:
+    if question.metric != "share":
+        return question.new_tokens
+    return min(question.new_tokens, answer_tokens * len(question.answers))
+
+
+def _answers_of_peer(
+    subject: Subject, cache: Variant, text: Tensor, sample: Sample, mode: Mode, answer_tokens: int
+) -> Iterator[tuple[str, float]]:
+    assert subject.kvpress is not None and cache.press is not None  # noqa: PT018
+    for question in sample.questions:
+        asked, limit = subject.ids(question.text), _limit(question, answer_tokens)
+        found = subject.kvpress.answer(text, asked, limit, cache.press, blind=mode == "agnostic")
+        yield _words(subject, found.ids), found.share
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
+    lines = [
+        [row["cache"], f"{row['score']:.2f}", f"{row['low']:.2f} - {row['high']:.2f}", show.share(row["share"])]
+        for row in rows
+    ]
+    caption = f"share of the answers found in {rows[0]['samples']} texts, bootstrap interval"
+    show.table(title, ("cache", "found", "95 %", "bytes of a bf16 cache"), lines, caption)

@@ -1,0 +1,158 @@
+"""The model that is measured, and what is done with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ... import models
+from ...calibration.calibration import identity
+from ...errors import KVStackError
+from ..peers import KvPress, find
+from ..show import tables as show
+from .run import Run
+from .texts import documentation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Letters", "Subject", "opened", "prefill", "rotated", "step"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    """A tokenizer of transformers, or `Letters` of the tiny model."""
+    kvpress: KvPress | None = None
+    """The same model in a process with kvpress, which starts when it is asked."""
+    identity: str | None = None
+    """Fingerprint of the weights."""
+
+    def tokens(self, length: int) -> Tensor:
+        """The first (1, length) tokens of Python's documentation."""
+        return self.encode(documentation(), length)
+
+    def encode(self, text: str, length: int) -> Tensor:
+        """The first `length` tokens of `text`, (1, length)."""
+        # no tokenizer makes more than some 12 characters of ordinary text into one token
+        ids: Tensor = self.tokenizer(text[: 12 * length], return_tensors="pt")["input_ids"]
+        if ids.shape[1] < length:
+            raise KVStackError(f"a text has {ids.shape[1]:,} tokens and {length:,} are needed. Use a longer one.")
+        return ids[:, :length]
+
+    def ids(self, text: str, first: bool = False) -> Tensor:
+        """All tokens of `text`, (1, T), behind the token that begins a text where it comes `first` and there is one."""
+        found: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.cat([self.begin, found], dim=1) if first else found
+
+    @property
+    def begin(self) -> Tensor:
+        """The token that the tokenizer puts before a text, (1, 1), or (1, 0) where there is none."""
+        token = getattr(self.tokenizer, "bos_token_id", None)
+        begins = token is not None and self.tokenizer("a")["input_ids"][:1] == [token]
+        return torch.tensor([[token]] if begins else [[]], dtype=torch.long)
+
+    def check(self, tokens: int) -> None:
+        """Raise where so many tokens are more than the model was made for."""
+        longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if longest and tokens > longest:
+            raise KVStackError(
+                f"{self.name} reads {longest:,} tokens, and {tokens:,} are needed. Use shorter --contexts."
+            )
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Letters:
+    """A token for every character: the tokenizer of a random model, so that it goes the way of a real one."""
+
+    vocab_size = 128
+
+    def __call__(self, text: str, return_tensors: str | None = None, **unused: Any) -> dict[str, Any]:
+        ids = list(text.encode("ascii", errors="replace"))
+        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+    def decode(self, ids: Sequence[int] | Tensor, **unused: Any) -> str:
+        return bytes(torch.as_tensor(ids).tolist()).decode("ascii", errors="replace")
+
+
+@contextmanager
+def opened(run: Run) -> Iterator[Subject]:
+    """The run's model, with the run's number of threads and without gradients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.threads)
+    try:
+        with torch.no_grad(), ExitStack() as ends:
+            yield _tiny(run, ends) if run.tiny else _loaded(run, ends)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _loaded(run: Run, ends: ExitStack) -> Subject:
+    with show.working("loading the model"):
+        model, tokenizer = models.load(run.model, dtype=getattr(torch, run.dtype))
+        model.to(run.device)
+    folder = run.model or str(models.default_model_dir())
+    name = run.model or models.DEFAULT_MODEL
+    return Subject(name, model, tokenizer, _outside(run, folder, ends), identity(model))
+
+
+def _outside(run: Run, folder: str, ends: ExitStack) -> KvPress | None:
+    python = find()
+    return ends.enter_context(KvPress(python, folder, run.dtype, run.threads)) if python else None
+
+
+def _tiny(run: Run, ends: ExitStack) -> Subject:
+    """A random llama of a few thousand weights, so that a benchmark itself can be tested."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=Letters.vocab_size,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        initializer_range=0.2,  # with the default 0.02 a random model is nearly indifferent to its cache
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        model = LlamaForCausalLM(config).eval().to(getattr(torch, run.dtype))
+    folder = ends.enter_context(tempfile.TemporaryDirectory())
+    if find():
+        model.save_pretrained(folder)
+    return Subject("tiny random llama", model, Letters(), _outside(run, folder, ends))
+
+
+def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Feed `ids` (1, T); the next token, (1, 1)."""
+    # logits of all tokens would cost more memory than most caches
+    logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1:].argmax(-1)
+
+
+def step(model: PreTrainedModel, token: Tensor, cache: Cache) -> Tensor:
+    """Decode greedily: the token after `token` (1, 1)."""
+    return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+
+def rotated(items: Sequence[T], by: int) -> list[T]:
+    """`items` from number `by` on, then the others: in each round another one goes first."""
+    start = by % len(items)
+    return [*items[start:], *items[:start]]

@@ -1,0 +1,230 @@
+"""From a folder of figures to one HTML page and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import KVStackError
+from ..measure import results, summary
+from . import front, page, pictures
+from . import tables as show
+from .page import Cell, Section, Table
+
+__all__ = ["load", "write"]
+
+BENCHES = ("quality", "needles", "memory", "decode", "matrix")
+MEASURED = ("cache", "context", "domain", "mode", "sample", "task", "text", "variant", "window")
+NOT_SHOWN = ("identity", "code")
+Rows = list[dict[str, Any]]
+
+
+def load(folder: Path, bench: str) -> tuple[Rows, Mapping[str, Any]]:
+    """The figures of one benchmark, keys and figures together, and where they come from.
+
+    Those of the newest environment and settings, of each key the newest: figures of other code, another model, or of
+    more tokens scored do not mix.
+    """
+    records = results.read(folder / f"{bench}.jsonl")
+    if not records:
+        return [], {}
+    environment = records[-1]["environment"]
+    wanted = results.strict(environment)
+    mine = [record for record in records if results.strict(record["environment"]) == wanted]
+    told = _settings(mine[-1]["key"])
+    newest = {results.name(record["key"]): record for record in mine if _settings(record["key"]) == told}
+    return [{**record["key"], **record["figures"]} for record in newest.values()], environment
+
+
+def _shown(value: Any) -> Any:
+    return [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
+
+
+def _settings(key: Mapping[str, Any]) -> str:
+    """What a key says of how something was measured, not of what."""
+    return results.name({name: value for name, value in key.items() if name not in MEASURED})
+
+
+def write(folder: Path) -> Path:
+    """Write `report.html` and one SVG file for each picture into `folder`; the path of the page."""
+    sections: list[Section] = []
+    where: Mapping[str, Any] = {}
+    for bench in BENCHES:
+        rows, environment = load(folder, bench)
+        if rows:
+            where = where or environment
+            heading, text, tables, drawn = SECTIONS[bench](rows, int(environment["seed"]), folder)
+            drawings = {name: pictures.svg(figure) for name, figure in drawn.items()}
+            for name, drawing in drawings.items():
+                (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
+            said = f"{text} Measured with {environment['dtype']} weights at {environment['commit'] or 'no commit'}."
+            sections.append(Section(heading, said, tables, list(drawings.values())))
+    if not sections:
+        raise KVStackError(f"{folder} holds no figures. Run a benchmark first: kvstack bench all --out {folder}")
+    made = folder / "report.html"
+    seen = {name: _shown(value) for name, value in where.items() if value is not None and name not in NOT_SHOWN}
+    made.write_text(page.page(f"kvstack: {where['model']}", seen, sections), encoding="utf-8")
+    return made
+
+
+# ---- one section each: heading, text, tables, pictures by name
+
+Drawn = tuple[str, str, list[Table], dict[str, Any]]
+
+
+def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
+    rows = summary.quality(records, seed)
+    tables, drawn = [], {}
+    for context in dict.fromkeys(row["context"] for row in rows):
+        mine = [row for row in rows if row["context"] == context]
+        domains = list(mine[0]["domains"])
+        lines = [
+            [
+                row["cache"],
+                row["family"],
+                Cell(show.share(row["share"]) + (" (claimed)" if row["simulated"] else ""), row["share"]),
+                *(_nats(row["domains"].get(name)) for name in domains),
+                Cell(show.short(row["kl"]), row["kl"]),
+                Cell(f"{show.short(row['kl_low'])} - {show.short(row['kl_high'])}", row["kl_low"]),
+                Cell(show.short(row["kl_q99"]), row["kl_q99"]),
+                Cell(f"{row['top1']:.1%}", row["top1"]),
+                Cell(f"{row['nll']:.3f}", row["nll"]),
+            ]
+            for row in mine
+        ]
+        columns = ["cache", "whose", "bytes", *(f"KL, {d}" for d in domains), "KL, all", "95 %", "q99", "top-1", "NLL"]
+        tables.append(Table(f"{context:,} tokens compressed", columns, lines))
+        drawn[f"quality-{context}"] = pictures.quality(mine)
+    tables.append(_budgets(records, seed))
+    text = (
+        "How far the next tokens drift from the dense cache (KL in nats), against the bytes held as a share of a dense "
+        "bfloat16 cache's."
+    )
+    return "Quality", text, tables, drawn
+
+
+def _nats(x: float | None) -> Cell:
+    return Cell("" if x is None else show.short(x), x)
+
+
+def _budgets(records: Rows, seed: int) -> Table:
+    lines = []
+    for row in summary.budgets(records, seed=seed):
+        cells: list[Any] = [f"{row['context']:,}", Cell(f"{row['budget']:.4g}", row["budget"])]
+        for best in (row["stack"], row["peer"]):
+            known = best is not None
+            cells += [
+                best["cache"] if known else "-",
+                Cell(show.share(best["share"]) if known else "", best["share"] if known else 2.0),
+                Cell(show.short(best["kl"]) if known else "", best["kl"] if known else 1e9),
+            ]
+        ratio = row["ratio"]
+        said = "" if ratio is None else f"{ratio:.2g} ({row['ratio_low']:.2g} - {row['ratio_high']:.2g})"
+        lines.append([*cells, Cell(said, 1e9 if ratio is None else ratio)])
+    columns = ["context", "budget", "best stack", "bytes", "KL", "best peer", "bytes", "KL", "KL stack / peer"]
+    return Table("At equal bytes: no cache of a row holds more than the budget", columns, lines)
+
+
+def _needles(records: Rows, seed: int, folder: Path) -> Drawn:
+    rows = summary.needles(records, seed)
+    lines = [
+        [
+            f"{row['context']:,}",
+            row["task"],
+            row["mode"],
+            row["cache"],
+            Cell(f"{row['score']:.2f}", row["score"]),
+            f"{row['low']:.2f} - {row['high']:.2f}",
+            row["samples"],
+            Cell(show.share(row["share"]), row["share"]),
+        ]
+        for row in rows
+    ]
+    columns = ["context", "task", "question", "cache", "found", "95 %", "texts", "bytes"]
+    cells, drawn = summary.heat(records), {}
+    for task, mode in dict.fromkeys((cell["task"], cell["mode"]) for cell in cells):
+        mine = [cell for cell in cells if (cell["task"], cell["mode"]) == (task, mode)]
+        drawn[f"needles-{task}-{mode}"] = pictures.needles(mine)
+    text = "Share of the answers found; aware: the cache sees the question before it compresses, agnostic: it does not."
+    return "Needles", text, [Table("Answers found", columns, lines)], drawn
+
+
+def _memory(rows: Rows, seed: int, folder: Path) -> Drawn:
+    lines = [
+        [
+            Cell(f"{row['context']:,}", row["context"]),
+            row["cache"],
+            Cell(show.mib(row["nbytes_prefill"]), row["nbytes_prefill"]),
+            Cell(f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}", row["nbytes_prefill"]),
+            Cell(f"{row['nbytes_prefill'] / row['context']:,.0f}", row["nbytes_prefill"] / row["context"]),
+            *(
+                Cell("-" if row[name] is None else show.mib(row[name]), row[name] or 0)
+                for name in ("peak_prefill", "peak_decode")
+            ),
+        ]
+        for row in rows
+    ]
+    columns = ["context", "cache", "MiB", "of dense", "bytes a token", "peak of prefill, MiB", "peak of decoding, MiB"]
+    drawn = {"memory": pictures.memory(rows), "memory-growth": pictures.growth(rows)}
+    text = "Bytes of the tensors held after the prompt, by stage, and what the process grew by at most."
+    return "Memory", text, [Table("Bytes held", columns, lines)], drawn
+
+
+def _decode(rows: Rows, seed: int, folder: Path) -> Drawn:
+    lines = [
+        [
+            Cell(f"{row['context']:,}", row["context"]),
+            row["cache"],
+            Cell(f"{row['ttft_ms']:,.0f}", row["ttft_ms"]),
+            Cell(f"{row['ttft_cost']:+.1%}", row["ttft_cost"]),
+            Cell(f"{row['ms_typical']:.1f}", row["ms_typical"]),
+            Cell(f"{row['ms_mean']:.1f}", row["ms_mean"]),
+            Cell(f"{row['speed_typical']:.2f}x", row["speed_typical"]),
+            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
+            Cell(f"{row['speed_mean']:.2f}x", row["speed_mean"]),
+            Cell(show.share(row["share"]), row["share"]),
+        ]
+        for row in rows
+    ]
+    columns = ["context", "cache", "first token, ms", "cost", "ms a token, typical", "ms, mean", "speed", "quartiles"]
+    text = "The caches take turns; speeds are the dense cache's time over the own, above 1 is faster than dense."
+    tables = [Table("Speed", [*columns, "speed, mean", "bytes"], lines)]
+    return "Speed", text, tables, {"decode": pictures.decode(rows)}
+
+
+def _matrix(speeds: Rows, seed: int, folder: Path) -> Drawn:
+    """The quality of a combination stands among the figures of quality."""
+    from ..measure.matrix import NONE
+
+    found, _ = load(folder, "quality")
+    place = {(row["context"], row["cache"]): row for row in speeds}
+    rows = []
+    for row in summary.quality(found, seed):
+        speed = place.get((row["context"], row["cache"]))
+        if speed is not None and speed["stages"]:
+            stages = {kind: speed["stages"].get(kind, NONE) for kind in ("transform", "encode", "evict")}
+            rows.append({**stages, **row, "speed": speed["speed_typical"]})
+    for context in {row["context"] for row in rows}:
+        mine = [row for row in rows if row["context"] == context]
+        for row, best in zip(mine, front.pareto([(r["share"], r["kl"]) for r in mine]), strict=True):
+            row["pareto"] = best
+    lines = [
+        [
+            row["transform"],
+            row["encode"],
+            row["evict"],
+            Cell(show.share(row["share"]), row["share"]),
+            Cell(show.short(row["kl"]), row["kl"]),
+            Cell(f"{row['top1']:.1%}", row["top1"]),
+            Cell("" if row["speed"] is None else f"{row['speed']:.2f}x", row["speed"] or 0.0),
+            "yes" if row["pareto"] else "",
+        ]
+        for row in rows
+    ]
+    columns = ["transform", "encode", "evict", "bytes", "KL", "top-1", "speed", "front"]
+    text = "Every combination of a grid; on the front, no other holds fewer bytes and drifts less."
+    return "Mix and match", text, [Table("All combinations", columns, lines)], {"matrix": pictures.matrix(rows)}
+
+
+SECTIONS = {"quality": _quality, "needles": _needles, "memory": _memory, "decode": _decode, "matrix": _matrix}

@@ -1,0 +1,354 @@
+"""Calibration: which axes a model's keys and values vary along, and how much each of their numbers matters.
+
+A window of text is parted in two. The first part is read as a prompt; its un-rotated keys and values give the
+covariance of every group of layers. The second part is then read from that cache, and the gradient of the log
+likelihood of tokens *drawn from the model itself* is taken with regard to every cached number. The mean square of
+that gradient is the diagonal of the Fisher information: half of it times the mean squared error of a number is, to
+second order, the KL divergence that error causes. So errors in keys and values, in early and in late layers, are
+weighed in one unit, nats, and one budget can be spent over all of them.
+
+    covariance C (N, N), weight w (N,)   ->   eigenvectors of  sqrt(w) C sqrt(w)  are the axes, eigenvalues their energy
+
+Windows are added up as they come, so memory does not grow with the number of tokens.
+
+With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same
+layers, first those of the keys, then those of the values. No gradients are taken.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..errors import BindError, CalibrationError
+from ..model.layers import Grouping
+from ..model.rope import Rope
+from ..types import KV
+from .axes import flat
+from .calibration import Calibration, Group, Metric, identity, loaded
+from .windows import SINKS, at_rest, observe, windows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..stage import Stage
+
+__all__ = ["TOKENS", "calibrate", "calibrated", "fitting", "kept", "usual_path"]
+
+log = logging.getLogger("kvstack")
+
+TOKENS = 10_240
+"""Tokens read by default, scored ones not counted."""
+RIDGE = 1e-3
+"""Least weight of a number, as a share of the mean weight of its layer's keys or values."""
+
+SCALE = 256.0
+
+NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: %s"
+
+Progress = Callable[[int, int], None]
+
+
+# ---- the public functions
+
+
+def calibrate(
+    model: PreTrainedModel,
+    texts: Iterable[str] | Mapping[str, str] | None = None,
+    tokens: int = TOKENS,
+    *,
+    layers: int | None = None,
+    metric: Metric = "fisher",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Find the axes that a model's cache is stored along, by `CommonKV` for one.
+
+    Args:
+        model: any decoder-only model of transformers. Its weights are not changed.
+        texts: what to read, best of all kinds that will be read later; they take turns. Default: prose,
+            documentation, code, numbers and chat that come with Python and with this package.
+        tokens: how many to read (default 10,240).
+        layers: adjacent full-attention layers in a group; default a divisor of their number near 5, or with `variance`
+            all of them.
+        metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes
+            for a group's keys and values together. `variance` weighs all the same, and finds axes for the keys and
+            others for the values.
+        tokenizer: the model's; default the one in the folder the model was loaded from. With no tokenizer at all the
+            model is calibrated on text that it writes itself.
+        progress: called with (windows read, windows in all).
+
+    Raises:
+        CalibrationError: `layers` does not divide the model's layers, all texts are shorter than a window (those
+            that are get passed over), or with `variance` a group has more numbers than tokens are read.
+    """
+    if metric not in ("fisher", "variance"):
+        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
+    if metric == "fisher" and model.get_output_embeddings() is None:
+        raise CalibrationError(
+            f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
+            "Pass the causal model it is part of: KVStack([...], model=...)."
+        )
+    if layers is None and metric == "variance":
+        layers = len(Grouping(model, 1).full)
+    plan = Grouping(model, layers)
+    windows, source = windows_of(model, texts, tokens, tokenizer)
+    with at_rest(model):
+        sums: list[_Sums]
+        if metric == "variance":
+            sums = [_OneKind(group, kind) for group in plan.groups for kind in ("keys", "values")]
+        else:
+            sums = [_Sums(group, plan.ropes) for group in plan.groups]
+        for number, (ids, prompt) in enumerate(windows):
+            if metric == "variance":
+                cache = gradients = observe(model, plan, ids[:, :prompt])
+                _check_tokens(model, plan, cache, sum(prompt for _, prompt in windows))
+            else:
+                cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
+            for group in sums:
+                group.add(cache, gradients)
+            if progress is not None:
+                progress(number + 1, len(windows))
+        groups = _finish(sums)
+    manifest = {
+        "model": getattr(model, "name_or_path", "") or type(model).__name__,
+        "identity": identity(model),
+        "metric": metric,
+        "texts": source,
+        "tokens": str(sum(prompt for _, prompt in windows)),
+        "kvstack": importlib.metadata.version("kvstack"),
+        "torch": torch.__version__,
+    }
+    return Calibration(tuple(groups), manifest)
+
+
+def fitting(
+    stage: Stage,
+    given: str | os.PathLike[str] | Calibration | None,
+    model: PreTrainedModel,
+    layers: int,
+    metric: Metric,
+) -> Calibration:
+    """The calibration of `model` for groups of `layers` that was `given` to `stage`, or the usual one."""
+    if given is None:
+        return calibrated(model, layers, metric, type(stage).__name__)
+    found = given if isinstance(given, Calibration) else loaded(given)
+    found.check(model, metric, layers)
+    if found.layers != layers:
+        raise BindError(
+            f"{stage!r}: the calibration is for groups of {found.layers} layers, not of {layers}. "
+            f"Use layers={found.layers}, or calibrate with layers={layers}."
+        )
+    return found
+
+
+def calibrated(model: PreTrainedModel, layers: int, metric: Metric = "fisher", who: str = "CommonKV") -> Calibration:
+    """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
+    folder, or made now (for the stage `who`) and kept there."""
+    notice = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+
+    def read(path: Path) -> Calibration:
+        found = Calibration.load(path)
+        found.check(model, metric, layers)
+        return found
+
+    make = partial(calibrate, model, layers=layers, metric=metric)
+    return kept(model, usual_path(model, layers, metric), read, make, notice)
+
+
+class Fitted(Protocol):
+    """What was fitted to a model and can be kept on disk."""
+
+    def save(self, path: Path) -> None: ...
+
+
+F = TypeVar("F", bound=Fitted)
+_known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def kept(model: PreTrainedModel, path: Path, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
+    """What this process knows already, what `read` finds in the file at `path`, or what is made now and kept there, by
+    one process for all. `read` raises CalibrationError for what does not fit `model`; `notice` is logged before it is
+    made."""
+    known: dict[str, F] = _known.setdefault(model, {})
+    found = known.get(path.name) or _read_kept(path, read)
+    if found is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # the lock goes when its process goes; a second process waits here and finds the work done
+            with FileLock(path.with_suffix(".lock")):
+                found = _read_kept(path, read) or _made(path, make, notice)
+        except OSError as error:
+            log.warning(NOT_KEPT, error)
+            found = make()
+    known[path.name] = found
+    return found
+
+
+def _read_kept(path: Path, read: Callable[[Path], F]) -> F | None:
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except CalibrationError as error:
+        log.warning("%s It is made anew.", error)
+        return None
+
+
+def _made(path: Path, make: Callable[[], F], notice: str) -> F:
+    log.warning("%s Kept in %s", notice, path)
+    found = make()
+    try:
+        found.save(path)
+    except OSError as error:
+        log.warning(NOT_KEPT, error)
+    return found
+
+
+def usual_path(model: PreTrainedModel, layers: int, metric: Metric = "fisher") -> Path:
+    """Where stages look for a calibration of `model`."""
+    kind = "" if metric == "fisher" else f"-{metric}"
+    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}{kind}.safetensors"
+
+
+def folder() -> Path:
+    """Where calibrations are kept between runs."""
+    from ..models import cache_dir
+
+    return cache_dir() / "calibrations"
+
+
+# ---- reading it
+
+
+def _read(
+    model: PreTrainedModel, ids: Tensor, prompt: int, full: Sequence[int], seed: int
+) -> tuple[dict[int, KV], dict[int, KV]]:
+    """What the prompt leaves in the cache of the `full` layers, and the gradient of the rest with regard to it."""
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    held: dict[int, KV] = {}
+    for i in full:
+        layer: Any = cache.layers[i]
+        layer.keys, layer.values = (x.detach().requires_grad_(True) for x in (layer.keys, layer.values))
+        held[i] = KV(layer.keys, layer.values)
+    with torch.enable_grad():
+        logits = model(ids[:, prompt:], past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
+        # a common factor makes no difference, and float16 would lose small gradients
+        likelihood = logits.gather(-1, drawn).sum() * SCALE
+        leaves = [x for kv in held.values() for x in (kv.keys, kv.values)]
+        found = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
+    gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
+    return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
+
+
+def _check_tokens(model: PreTrainedModel, plan: Grouping, cache: Mapping[int, KV], tokens: int) -> None:
+    """A covariance of N numbers has no more axes than tokens, and its N^2 sums and N^3 steps grow beyond bounds."""
+    each = max(x.shape[1] * x.shape[3] for kv in cache.values() for x in (kv.keys, kv.values))
+    if each * plan.size <= tokens:
+        return
+    count = len(plan.full)
+    fewer = [n for n in range(1, plan.size) if count % n == 0 and n * each <= tokens]
+    raise CalibrationError(
+        f"{plan.size} layers of {type(model).__name__} cache {each * plan.size} numbers a token of keys or of values, "
+        f"and {tokens} tokens tell of no more axes than that many. Use {f'layers= one of {fewer}, or ' * bool(fewer)}"
+        f"tokens={4 * each * plan.size} or more."
+    )
+
+
+class _Sums:
+    """What is added up for one group of layers."""
+
+    def __init__(self, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
+        self.layers, self.ropes = layers, ropes
+        self.gradient: Tensor | float = 0.0
+        self.count = 0
+        self.origin: Tensor | None = None  # numbers are taken from here, or a large mean would eat their digits
+        self.shapes: tuple[tuple[int, int, int], ...] = ()
+
+    def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
+        x = self._flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
+        g = self._flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
+        self._add([cache[i] for i in self.layers], x)
+        self.gradient = self.gradient + g.square().sum(0)
+
+    def _add(self, kvs: Sequence[KV], x: Tensor) -> None:
+        if self.origin is None:
+            self.shapes = tuple((kv.keys.shape[1], kv.keys.shape[3], kv.values.shape[3]) for kv in kvs)
+            n = x.shape[1]
+            self.origin, self.total = x.mean(0), x.new_zeros(n)
+            self.square = x.new_zeros(n, n)
+        x = x - self.origin
+        self.count += x.shape[0]
+        self.total += x.sum(0)
+        self.square.addmm_(x.T, x)
+
+    def _flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
+        """(T, N) without the sinks."""
+        found = []
+        for i in self.layers:
+            kv, rope = kvs[i], self.ropes[i]
+            if rope is not None:
+                positions = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
+                kv = KV(turn(rope, kv.keys, positions), kv.values)
+            found.append(kv)
+        return flat(found)[0, SINKS:]
+
+    def weight(self) -> Tensor:
+        """(N,) mean square of the gradient, never far below the mean of the same layer's keys or values."""
+        assert isinstance(self.gradient, Tensor)
+        found = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
+        return torch.cat([part + RIDGE * part.mean() for part in found])
+
+    def group(self, weight: Tensor) -> Group:
+        assert self.origin is not None
+        mean = self.total / self.count
+        covariance = self.square / self.count - torch.outer(mean, mean)
+        root = weight.sqrt()
+        energy, axes = torch.linalg.eigh(root[:, None] * covariance * root)
+        energy, axes = energy.flip(0).clamp_min(LEAST), axes.T.flip(0)
+        tensors = [(self.origin + mean), weight, axes.half(), energy]
+        return Group(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
+
+
+class _OneKind(_Sums):
+    """The keys alone or the values alone of a group of layers, all numbers of one weight."""
+
+    def __init__(self, layers: Sequence[int], kind: str) -> None:
+        super().__init__(layers, {})
+        self.kind = kind
+
+    def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
+        kvs = [cache[i].only(self.kind) for i in self.layers]  # un-rotated and without sinks already
+        self._add(kvs, flat(kvs)[0])
+
+    def weight(self) -> Tensor:
+        return torch.ones_like(self.total)
+
+
+def _finish(sums: Sequence[_Sums]) -> list[Group]:
+    weights = [group.weight() for group in sums]
+    # one factor for all groups, so that latents are numbers of ordinary size
+    power = sum(float((w * g.square.diagonal() / g.count).sum()) for w, g in zip(weights, sums, strict=True))
+    numbers = sum(len(w) for w in weights)
+    factor = numbers / power if power > 0 else 1.0
+    return [group.group(weight * factor + TINY) for weight, group in zip(weights, sums, strict=True)]
+
+
+TINY = 1e-12
+"""Least weight: a model that does not look at its cache at all still has axes."""
+LEAST = 1e-8
+"""Least energy, where 1 is the mean: what never varied in the text read may vary in others."""

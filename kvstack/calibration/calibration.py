@@ -1,0 +1,260 @@
+"""What calibration found about a model, as data: the axes of every group of layers, and how it is kept on disk.
+
+A file holds tensors (safetensors, so reading it runs no code) and a manifest: which model, which texts, which
+versions, and a checksum over all tensors. A file that is damaged, or made for another model, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..files import read_tensors, write_tensors
+from ..types import Channels
+from .axes import Basis
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Calibration", "Group", "Metric", "identity", "loaded", "sampled"]
+
+Metric = Literal["fisher", "variance"]
+
+FORMAT = "kvstack calibration 1"
+MANY = 4096
+"""Numbers of each tensor that go into a fingerprint."""
+NOT_THE_MODEL = re.compile(
+    r"_.*|transformers_version|.*dtype|use_cache|quantization_config|output_.*|.*_token_ids?|architectures"
+)
+"""Settings of a config that change without the model changing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The axes of a group of adjacent layers.
+
+    Attributes:
+        layers: indices in the model.
+        shapes: (H, D of keys, D of values) of each of them.
+        mean: (N,) of the group's un-rotated keys and values, side by side, float32.
+        weight: (N,) how much an error in each number matters, float32.
+        axes: (N, N) rows orthonormal, most important first, in units of sqrt(weight), float16.
+        energy: (N,) variance along each axis, float32, falling.
+    """
+
+    layers: tuple[int, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    mean: Tensor
+    weight: Tensor
+    axes: Tensor
+    energy: Tensor
+
+    def basis(self, rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
+        """The `rank` most important axes on `device`, for rebuilding in `dtype`."""
+        axes = orthonormal(self.axes[:rank].to(device, torch.float32))
+        mean, weight = self.mean.to(device), self.weight.to(device)
+        return Basis(axes / weight.sqrt(), mean, weight, self.shapes, dtype)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Rows that are orthonormal up to float16, made so up to float32: two Newton steps towards the polar factor."""
+    for _ in range(2):
+        rows = 1.5 * rows - 0.5 * (rows @ rows.T) @ rows
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Made by `kvstack.calibrate`; give it to `CommonKV(calibration=...)`, or save it.
+
+    Attributes:
+        groups: one per group of layers that are stored together; two where keys and values are apart
+            (`metric="variance"`), those of the keys first: its parts 0 and 1.
+        manifest: model, metric, texts, tokens and versions it was made with.
+    """
+
+    groups: tuple[Group, ...]
+    manifest: Mapping[str, str]
+    _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
+
+    def __repr__(self) -> str:
+        model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
+        return f"<Calibration of {model}: {len(self.groups)} groups of layers, {tokens} tokens>"
+
+    @property
+    def layers(self) -> int:
+        """Layers in a group."""
+        return len(self.groups[0].layers)
+
+    @property
+    def metric(self) -> str:
+        """How numbers were weighed, see `calibrate`."""
+        return self.manifest.get("metric", "fisher")
+
+    @property
+    def parts(self) -> int:
+        """Groups of axes for each group of layers."""
+        return 2 if self.metric == "variance" else 1
+
+    @property
+    def channels(self) -> tuple[Channels, ...]:
+        return tuple(Channels(group.energy) for group in self.groups)
+
+    def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
+        """The leading axes of the group that is `layers`; stacks that need the same share one copy."""
+        key = (tuple(layers), rank, device, dtype, part)
+        found = self._bases.get(key)
+        if found is None:
+            group = next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
+            found = self._bases[key] = group.basis(rank, device, dtype)
+        return found
+
+    def tensors(self, layers: Sequence[int]) -> list[Tensor]:
+        """What is held for the group that is `layers`."""
+        mine = [group for group in self.groups if group.layers == tuple(layers)]
+        return [x for group in mine for x in (group.mean, group.weight, group.axes, group.energy)]
+
+    @cached_property
+    def mark(self) -> str:
+        """Tells this calibration from any other, wherever its file is read."""
+        return sampled(self._tensors())[:24]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    # ---- spectra
+
+    def spectrum(self, part: int = 0) -> dict[tuple[int, ...], Tensor]:
+        """Layers of a group -> energy (N,) along each of its axes, falling. The energies of all groups are in one
+        unit: what an error of that size would cost, up to a common factor."""
+        return {group.layers: group.energy.clone() for group in self.groups[part :: self.parts]}
+
+    def rank(self, share: float = 0.99, part: int = 0) -> dict[tuple[int, ...], int]:
+        """Layers of a group -> axes that hold `share` of its energy."""
+        return {
+            layers: min(len(energy), int((energy.cumsum(0) < share * energy.sum()).sum()) + 1)
+            for layers, energy in self.spectrum(part).items()
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the spectra of all groups into a picture (needs matplotlib)."""
+        from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for part, kind in enumerate([""] if self.parts == 1 else [", keys", ", values"]):
+            for layers, energy in self.spectrum(part).items():
+                axes.semilogy((energy / energy.sum()).numpy(), label=f"layers {layers[0]} to {layers[-1]}{kind}")
+        axes.set(xlabel="axis", ylabel="share of the group's energy", title=self.manifest.get("model", ""))
+        axes.set_ylim(bottom=1e-7)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path)
+
+    # ---- files
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}": getattr(group, name).contiguous()
+            for i, group in enumerate(self.groups)
+            for name in ("mean", "weight", "axes", "energy")
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, complete or not at all."""
+        groups = [{"layers": group.layers, "shapes": group.shapes} for group in self.groups]
+        metadata = {**self.manifest, "format": FORMAT, "groups": json.dumps(groups)}
+        write_tensors(Path(path), self._tensors(), metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CalibrationError: no such file, damaged, truncated, or of another format.
+        """
+        again = "Make it again: kvstack calibrate MODEL, or kvstack.calibrate(model)."
+        metadata, tensors = read_tensors(Path(path), CalibrationError, "calibration", again)
+        if metadata.get("format") != FORMAT:
+            raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
+        described = json.loads(metadata.pop("groups"))
+        del metadata["format"]
+        groups = [
+            Group(
+                tuple(entry["layers"]),
+                tuple(tuple(shape) for shape in entry["shapes"]),
+                *(tensors[f"{i}.{name}"] for name in ("mean", "weight", "axes", "energy")),
+            )
+            for i, entry in enumerate(described)
+        ]
+        return cls(tuple(groups), metadata)
+
+    def check(self, model: PreTrainedModel, metric: Metric = "fisher", layers: int | None = None) -> None:
+        """Raise `CalibrationError` where this was made for another model or with another metric; the message says how
+        to make one for groups of `layers`."""
+        wanted = f"kvstack.calibrate(model{'' if layers is None else f', layers={layers}'}, metric={metric!r})"
+        if self.metric != metric:
+            raise CalibrationError(
+                f"{self!r} was made with metric={self.metric!r}, and {metric!r} is needed. Make one with it: {wanted}."
+            )
+        mine, theirs = self.manifest.get("identity"), identity(model)
+        if mine != theirs:
+            raise CalibrationError(
+                f"{self!r} was made for another model than this {type(model).__name__} (identity {mine}, not "
+                f"{theirs}). Make one for it: {wanted}."
+            )
+
+
+_loaded: weakref.WeakValueDictionary[Any, Calibration] = weakref.WeakValueDictionary()
+
+
+def loaded(path: str | os.PathLike[str]) -> Calibration:
+    """The calibration in a file, one object for all who ask while the file stays the same."""
+    place = Path(path)
+    if not place.is_file():
+        return Calibration.load(path)  # says so
+    stat = place.stat()
+    key = (place.resolve(), stat.st_mtime_ns, stat.st_size)
+    found = _loaded.get(key)
+    if found is None:
+        found = _loaded[key] = Calibration.load(path)
+    return found
+
+
+def identity(model: PreTrainedModel) -> str:
+    """A fingerprint of a model's config and weights, whatever folder it came from, the same in
+    float32 and bfloat16.
+
+    Weights are sampled, 4,096 of each tensor, so that a large model is recognised in a moment.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()
+    plain = {name: value for name, value in config.items() if not NOT_THE_MODEL.fullmatch(name)}
+    head = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.sha256(f"{head} {sampled(model.state_dict())}".encode()).hexdigest()[:24]
+
+
+def sampled(tensors: Mapping[Any, Tensor]) -> str:
+    """A fingerprint of 4,096 numbers of each tensor, in bfloat16 whatever type they have."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(x.shape)}".encode())
+        flat = x.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // MANY)]
+        if sample.is_floating_point():
+            sample = sample.to(torch.bfloat16)
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""The paper's axes: singular vectors of the key and value projections of a group of layers, no data needed.
+
+    W = [K_0; V_0; K_1; V_1; ...]  (N, d) = U S V^T        keys, values = W h = U_r (S_r V_r^T h) = axes^T z
+
+A latent z can be read off the hidden state h of a layer (z = S_r V_r^T h), or be projected from its keys and values.
+
+Source: CommonKV, arXiv 2508.16134, section 3. Differs from its code: layers come in turn, keys before values; all of S
+goes to the side of the hidden state.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BindError
+from ..types import KV
+from .axes import Basis
+from .calibration import identity
+from .windows import observe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..model.layers import Grouping
+
+__all__ = ["WeightAxes", "weight_axes"]
+
+TOLERANCE = 0.05
+"""Relative error that weights of 8 bits and bfloat16 may leave."""
+NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], WeightAxes]] = weakref.WeakKeyDictionary()
+
+
+def weight_axes(model: PreTrainedModel, grouping: Grouping) -> WeightAxes:
+    """The axes of `model`, made once for all its stacks.
+
+    Raises:
+        BindError: its keys and values are not the projections of hidden states that kvstack finds.
+    """
+    mark = identity(model)
+    known = _known.setdefault(model, {})
+    if (mark, grouping.size) not in known:
+        found = WeightAxes(model, {i: grouping.modules[i] for i in grouping.full}, grouping.groups)
+        found.mark = f"weights of {mark}"
+        ids = torch.arange(1, 33)[None] % model.config.get_text_config(decoder=True).vocab_size
+        found.check(model, observe(model, grouping, ids))
+        known[mark, grouping.size] = found
+    return known[mark, grouping.size]
+
+
+class WeightAxes:
+    """Axes of every group of layers, from the projection weights of `modules` (layer -> attention module)."""
+
+    mark = ""
+
+    def __init__(self, model: PreTrainedModel, modules: dict[int, nn.Module], groups: Sequence[Sequence[int]]) -> None:
+        self._bases: weakref.WeakValueDictionary[Any, Basis] = weakref.WeakValueDictionary()
+        self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int, int], ...]]] = {}
+        for group in groups:
+            weights, biases, shapes = [], [], []
+            for layer in group:
+                heads, width, pairs = projections(model, modules[layer], layer)
+                shapes.append((heads, width, width))
+                weights += [weight for weight, _ in pairs]
+                biases += [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs]
+            device = weights[0].device
+            u, s, v = torch.linalg.svd(torch.cat([w.to(device) for w in weights]), full_matrices=False)
+            # singular vectors are defined up to their signs: the largest entry is made positive
+            signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+            u, v = u * signs, v * signs.T
+            bias = torch.cat([b.to(device) for b in biases])
+            self.found[tuple(group)] = u.T.contiguous(), s[:, None] * v, bias, tuple(shapes)
+
+    def check(self, model: PreTrainedModel, seen: Mapping[int, KV]) -> None:
+        """Raise `BindError` where keys or values of the tokens in `seen` are not what the projections make of their
+        hidden states: some models scale, clip, or rotate in ways of their own."""
+        for layers, (axes, down, bias, shapes) in self.found.items():
+            basis = Basis(axes, bias, None, shapes)
+            for slot, layer in enumerate(layers):
+                kv = seen[layer]
+                assert kv.hidden is not None
+                z = kv.hidden[:, 0].to(down.device).float() @ down.T
+                for name, found in (("keys", basis.keys(z, slot)), ("values", basis.values(z, slot))):
+                    exact = getattr(kv, name).to(found)
+                    if not float((found - exact).norm()) <= TOLERANCE * float(exact.norm()):
+                        raise BindError(
+                            f"CommonKV(basis='weights'): {name} of layer {layer} of {type(model).__name__} are not its "
+                            "projection of the hidden state. Use basis='calibrated'."
+                        )
+
+    def tensors(self, layers: Sequence[int]) -> list[Tensor]:
+        """What is held for the group that is `layers`."""
+        return list(self.found[tuple(layers)][:3])
+
+    @property
+    def full_rank(self) -> int:
+        return min(len(axes) for axes, *_ in self.found.values())
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of keys and values per token in all groups."""
+        return sum(axes.shape[1] for axes, *_ in self.found.values())
+
+    def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
+        key = (tuple(layers), rank, device, dtype)
+        found = self._bases.get(key)
+        if found is None:
+            axes, _, bias, shapes = self.found[tuple(layers)]
+            found = self._bases[key] = Basis(axes[:rank].to(device), bias.to(device), None, shapes, dtype)
+        return found
+
+    def down(self, layers: Sequence[int], rank: int, device: torch.device) -> Tensor:
+        """(R, d): hidden states to latents."""
+        return self.found[tuple(layers)][1][:rank].to(device)
+
+
+Pair = tuple[Tensor, Tensor | None]
+"""A weight (H*D, d) and its bias (H*D,), float32."""
+
+
+def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tuple[int, int, tuple[Pair, Pair]]:
+    """(kv heads, head size, the projections of keys and of values) of one attention module.
+
+    Raises:
+        BindError: keys are no linear function of the hidden state, or the projections are not found.
+    """
+    name = f"{type(model).__name__}, layer {layer}"
+    config: Any = model.config.get_text_config(decoder=True)
+    norm = next((n for n in NORMS if isinstance(getattr(attention, n, None), nn.Module)), None)
+    if norm or getattr(config, "clip_qkv", None):
+        what = f"normalises keys ({norm})" if norm else "clips them (clip_qkv)"
+        raise BindError(
+            f"CommonKV(basis='weights'): {name} {what} after their projection, so they are no linear function of the "
+            "hidden state. Use basis='calibrated'."
+        )
+    width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    width = width or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if hasattr(attention, "k_proj") and hasattr(attention, "v_proj"):
+        keys, values = matrix(attention.k_proj, config), matrix(attention.v_proj, config)
+        return len(keys[0]) // width, width, (keys, values)
+    if hasattr(attention, "qkv_proj"):  # one block after the other: queries, keys, values
+        weight, bias = matrix(attention.qkv_proj, config)
+        sizes = [len(weight) - 2 * heads * width, heads * width, heads * width]
+        parts = weight.split(sizes)
+        biases = (None, None, None) if bias is None else bias.split(sizes)
+        return heads, width, ((parts[1], biases[1]), (parts[2], biases[2]))
+    if hasattr(attention, "query_key_value") and "gpt_neox" in sys.modules[type(attention).__module__].__name__:
+        heads = config.num_attention_heads
+        weight, bias = matrix(attention.query_key_value, config)  # each head: its query, key and value
+        by_head = weight.view(heads, 3, width, -1)
+        halves = None if bias is None else bias.view(heads, 3, width)
+        keys, values = (
+            (by_head[:, i].flatten(0, 1), None if halves is None else halves[:, i].flatten()) for i in (1, 2)
+        )
+        return heads, width, (keys, values)
+    raise BindError(
+        f"CommonKV(basis='weights'): no projections of keys and values that kvstack knows were found in {name}. "
+        "Use basis='calibrated'."
+    )
+
+
+def matrix(linear: Any, config: Any) -> Pair:
+    """Weight and bias of a linear layer. One whose weight is no plain matrix (4 or 8 bits, adapters, shards) is asked
+    what it does to unit vectors."""
+    bias = getattr(linear, "bias", None)
+    bias = None if bias is None else bias.detach().float()
+    if type(linear) is nn.Linear and type(linear.weight.data) is Tensor:
+        return linear.weight.detach().float(), bias
+    weight = next(linear.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else getattr(linear, "compute_dtype", None) or torch.float32
+    units = torch.eye(config.hidden_size, dtype=dtype, device=weight.device)
+    with torch.no_grad():
+        columns = linear(units).float() - linear(torch.zeros_like(units[:1])).float()
+    return columns.T.contiguous(), bias

@@ -1,0 +1,257 @@
+"""`kvstack bench`: the benchmarks as commands. What they measure with is imported only when one runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from ..bench.measure.run import Run
+
+__all__ = ["bench_app"]
+
+bench_app = typer.Typer(
+    help="What each stack costs and gives, beside transformers' own caches and other peers.", no_args_is_help=True
+)
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Mode(StrEnum):
+    aware = "aware"
+    agnostic = "agnostic"
+    turns = "turns"
+
+
+def _known(specs: list[str] | None) -> list[str] | None:
+    from ..bench.measure.variants import parse
+    from ..errors import KVStackError
+
+    try:
+        parse(specs or ())
+    except KVStackError as error:
+        raise typer.BadParameter(str(error)) from None
+    return specs
+
+
+def _lengths(text: str | None) -> str | None:
+    if text is not None and not all(part.strip().isdigit() and int(part) for part in text.split(",")):
+        raise typer.BadParameter(f"{text!r}: give numbers of tokens, such as 2048,4096.")
+    return text
+
+
+Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False)]
+
+
+def _options(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(callback=_lengths, help="Numbers of tokens, separated by commas.")
+    ] = None,
+    stacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stacks",
+            "--stack",
+            callback=_known,
+            metavar="SPEC,...",
+            help="Caches to measure beside the dense one, separated by commas or the option repeated: stacks such as "
+            "quant:2+evict:0.2, with settings quant:4@fused=False; empty; nothing (no context at all); peers such as "
+            "hqq:4, quanto:2,group=32 or kvpress:snapkv,keep=0.2.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of .txt files to read.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder for the figures, JSON lines; what stands there is not measured again."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the model's weights.")] = Dtype.float32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+    seed: Annotated[int, typer.Option(help="For all that is random.")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model: seconds, to test with.")] = False,
+) -> Run:
+    """What every benchmark is told; `_command` puts these before a command's own options."""
+    from ..bench.measure.run import Run
+
+    lengths = tuple(map(int, contexts.split(","))) if contexts else ()
+    return Run(lengths, tuple(stacks or ()), model, dtype.value, threads, seed, tiny, texts, device, out)
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register `function(run, ...)` with the options of `_options` in the place of `run`."""
+    shared, own = inspect.signature(_options).parameters, inspect.signature(function).parameters
+
+    def command(**given: Any) -> None:
+        from ..errors import KVStackError
+
+        run = _options(**{name: given.pop(name) for name in shared})
+        try:
+            function(run, **given)
+        except KVStackError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    hints = get_type_hints(_options, _names(), include_extras=True)
+    hints |= get_type_hints(function, _names(), include_extras=True)
+    parameters = [*shared.values(), *(p for name, p in own.items() if name != "run")]
+    typed = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
+    command.__doc__ = function.__doc__
+    bench_app.command(function.__name__.rstrip("_"))(command)
+    return function
+
+
+def _names() -> dict[str, Any]:
+    return {**globals(), "Run": Any}
+
+
+@_command
+def quality(
+    run: Run,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
+    score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
+    feed: Annotated[
+        int | None, typer.Option(min=1, help="Scored tokens fed at once: 1 is decoding; all if not given.")
+    ] = None,
+) -> None:
+    """Drift of the next tokens from the dense cache, on three kinds of text."""
+    from ..bench.measure import quality as bench
+
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score, feed)
+
+
+@_command
+def budgets(
+    run: Run,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
+    score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
+) -> None:
+    """At equal bytes: the best stack beside the best peer, from a half of the dense bytes down."""
+    from ..bench.measure import budgets as bench
+
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score)
+
+
+@_command
+def needles(
+    run: Run,
+    task: Annotated[list[str] | None, typer.Option(help="A task, may be repeated; `all` for all of RULER's.")] = None,
+    mode: Annotated[
+        list[Mode] | None,
+        typer.Option(help="When the question is seen, may be repeated; aware and agnostic if not given."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each task.")] = 10,
+    questions: Annotated[int, typer.Option(min=1, help="Questions about each text.")] = 1,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="New tokens for each expected answer, at most.")] = 48,
+    tasks: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of RULER's CONTEXT/TASK.jsonl files.")
+    ] = None,
+    longbench: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of LongBench's TASK.jsonl files.")
+    ] = None,
+) -> None:
+    """Whether facts hidden in a long text are still found."""
+    from ..bench.measure import needles as bench
+    from ..bench.tasks import TASKS as RULER
+
+    if tasks and longbench:
+        raise typer.BadParameter("give --tasks or --longbench, not both.")
+    if longbench and not task:
+        raise typer.BadParameter("--longbench needs the names of its files, without .jsonl: --task qasper.")
+    names = tuple(RULER) if task == ["all"] else tuple(task or bench.TASKS)
+    modes = tuple(each for each in bench.MODES if each in (mode or (Mode.aware, Mode.agnostic)))
+    folder = tasks or longbench
+    asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), asking)
+
+
+@_command
+def memory(
+    run: Run,
+    decode: Annotated[int, typer.Option(min=0, help="Tokens decoded after the prefill.")] = 64,
+    peak: Annotated[bool, typer.Option(help="Measure peaks, each cache in its own process.")] = True,
+) -> None:
+    """Bytes held, by stage, and the peaks of prefill and decoding."""
+    from ..bench.measure import memory as bench
+
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), decode, peak)
+
+
+@_command
+def decode(
+    run: Run,
+    rounds: Annotated[int, typer.Option(min=1, help="Prefills with each cache.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 64,
+    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 8,
+) -> None:
+    """Time to the first token and per decoded token, the caches taking turns."""
+    from ..bench.measure import decode as bench
+
+    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds, steps, burst)
+
+
+@_command
+def matrix(
+    run: Run,
+    transform: Annotated[list[str] | None, typer.Option(help="A transform or `none`, may be repeated.")] = None,
+    encode: Annotated[list[str] | None, typer.Option(help="An encoder or `none`, may be repeated.")] = None,
+    evict: Annotated[list[str] | None, typer.Option(help="A selector or `none`, may be repeated.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
+    score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
+    steps: Annotated[int, typer.Option(min=0, help="Tokens decoded for the speed; 0 leaves it out.")] = 16,
+    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
+) -> None:
+    """Every combination of transform, encode and evict: bytes, quality, speed, and the Pareto front."""
+    from ..bench.measure import matrix as bench
+
+    grid = bench.combinations(transform or bench.TRANSFORMS, encode or bench.ENCODES, evict or bench.EVICTS)
+    bench.run(run.usually(bench.CONTEXTS), grid, windows, score, steps, burst)
+
+
+@_command
+def layers(
+    run: Run,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
+) -> None:
+    """How alike the layers of a group are: keys, values, hidden states and the paper's latents."""
+    from ..bench.measure import layers as bench
+
+    bench.run(run, layers)
+
+
+@_command
+def all_(run: Run) -> None:
+    """Everything with its usual settings, then the report; about an hour for the default model on two cores."""
+    from ..bench.measure import everything
+
+    everything.run(run)
+
+
+@bench_app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Where the figures are (`--out`).")],
+) -> None:
+    """One HTML page with tables and pictures from the figures of a folder."""
+    from ..bench.show import report as bench
+    from ..errors import KVStackError
+
+    try:
+        typer.echo(bench.write(folder))
+    except KVStackError as error:
+        raise typer.BadParameter(str(error)) from None

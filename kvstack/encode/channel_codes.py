@@ -1,0 +1,97 @@
+"""Codes for the channels of a latent whose variances are known: as many bits for each as its energy is worth.
+
+    z (B, H, T, R), channels by falling energy     | 5 5 | 4 4 4 | 3 3 3 3 | 2 2 ... | 1 1 1 ... | (0: not stored)
+    codes (B, H, T/8, bytes)     8 tokens together   5*2    4*3      3*4       ...         bytes
+    gains (B, H, T/8, 2*runs)    one of four a token and run, in 2 bits
+
+    z ~ (code - (2^bits - 1) / 2) * step[bits] * gain * sqrt(energy)
+
+Steps are those of a Gaussian of the channel's variance, so no scale is stored with the tokens. But tokens are not
+Gaussian: some exceed the range of all their channels at once, others fill a part of it. So every run of channels of
+equal width has a gain, for each token the one of four that leaves the least error.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import UseError
+from ..packed import Packed
+from ..types import Channels
+from .bits import pack, unpack
+from .waterfilling import STEPS
+
+__all__ = ["GRANULE", "decode", "encode", "gain_bits"]
+
+GRANULE = 8
+"""Tokens whose codes fill whole bytes at any width."""
+GAINS = (1 / math.sqrt(2), 1.0, math.sqrt(2), 2.0)
+GAIN_BITS = 2
+TINY = 1e-6  # a channel without energy still divides
+
+
+def gain_bits(groups: int) -> int:
+    """The most bits that the gains of a token can take in `groups` groups."""
+    return groups * GAIN_BITS * len(STEPS)
+
+
+def encode(x: Tensor, channels: Channels) -> Packed:
+    b, h, t, _ = x.shape
+    unit = x.float() / _deviation(channels)
+    if not bool(torch.isfinite(unit.sum())):
+        raise UseError("latents hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
+    codes, gains, start = [], [], 0
+    for bits, count in channels.runs:
+        run_codes, run_gains = _quantize(unit[..., start : start + count], bits)
+        codes.append(pack(run_codes.view(b, h, t // GRANULE, GRANULE, count), bits, 3).flatten(3))
+        gains.append(run_gains)
+        start += count
+    gain = torch.cat(gains, dim=-1).view(b, h, t // GRANULE, GRANULE, len(gains))
+    parts = {"codes": torch.cat(codes, dim=-1), "gains": pack(gain, GAIN_BITS, 3).flatten(3)}
+    return Packed(parts, tokens=t, width=x.shape[3], dtype=x.dtype, channels=channels)
+
+
+def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of `x` (..., T, n) and the gain (..., T, 1) of each token, both uint8."""
+    best = error = chosen = None
+    for number, gain in enumerate(GAINS):
+        step, middle, top = STEPS[bits - 1] * gain, (2**bits - 1) / 2, 2**bits - 1
+        codes = (x * (1 / step)).add_(middle).round_().clamp_(0, top)
+        loss = (codes - middle).mul_(step).sub_(x).square_().sum(-1, keepdim=True)
+        if best is None or error is None or chosen is None:
+            best, error, chosen = codes, loss, torch.zeros_like(loss)
+            continue
+        better = loss < error
+        best, error = torch.where(better, codes, best), torch.where(better, loss, error)
+        chosen.masked_fill_(better, number)
+    assert best is not None
+    assert chosen is not None
+    return best.to(torch.uint8), chosen.to(torch.uint8)
+
+
+def decode(packed: Packed, out: Tensor | None = None) -> Tensor:
+    channels = packed.channels
+    assert channels is not None
+    codes, gains = packed.parts["codes"], packed.parts["gains"]
+    b, h, units, _ = codes.shape
+    n = len(channels.runs)
+    table = torch.tensor(GAINS, device=codes.device)
+    gain = table[unpack(gains.view(b, h, units, GAIN_BITS, n), GAIN_BITS, 3, GRANULE).long()]  # (B, H, T/8, 8, runs)
+    unit = torch.empty(b, h, units, GRANULE, packed.width, device=codes.device)
+    channel = byte = 0
+    for number, (bits, count) in enumerate(channels.runs):
+        run = codes[..., byte : byte + bits * count].unflatten(3, (bits, count))
+        numbers = unit[..., channel : channel + count]
+        numbers.copy_(unpack(run, bits, 3, GRANULE)).sub_((2**bits - 1) / 2)
+        numbers.mul_(gain[..., number : number + 1] * STEPS[bits - 1])
+        channel, byte = channel + count, byte + bits * count
+    x = unit.mul_(_deviation(channels)).flatten(2, 3)
+    return x.to(packed.dtype) if out is None else out.copy_(x)
+
+
+def _deviation(channels: Channels) -> Tensor:
+    deviation = channels.energy.sqrt()
+    return torch.maximum(deviation, TINY * deviation.max() + torch.finfo(deviation.dtype).tiny)

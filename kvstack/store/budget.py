@@ -1,0 +1,95 @@
+"""How many tokens stay, and which: the part of eviction that no score should have to think about. And which channels
+stay, where an encoder gives all the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import Channels
+
+__all__ = ["Cut", "allowance", "choose", "how_many", "leading"]
+
+
+def allowance(keep: float | int, seen: int, sinks: int, window: int) -> int:
+    """Tokens that may stay beside sinks and window: a share of those between them, or a count."""
+    if isinstance(keep, int):
+        return keep
+    # the small number keeps 0.3 * 10 from becoming 2
+    return int(keep * max(0, seen - sinks - window) + 1e-9)
+
+
+def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> int:
+    """How many of the `middle` tokens (those between sinks and window) must go now.
+
+    Never leaves more than the budget. Where tokens can go one by one it cuts a little deeper, so that the next
+    cut is a block of tokens away: cutting at every token would copy the store at every token. Encoded tokens go
+    by whole granules, so the number is one that any mix of granules and raw tokens can make up. It depends only
+    on counts that are equal in all layers, because one attention mask serves them all.
+
+    Args:
+        fresh: how many of them surely are raw, in every layer.
+    """
+    excess = middle - budget
+    if excess <= 0:
+        return 0
+    if granule == 1:
+        return min(middle, excess + min(block, budget // 8))
+    whole = middle - (budget - budget % granule if budget >= granule else budget)
+    if whole <= fresh:
+        return whole  # leaves whole granules, nothing raw
+    return min(middle, -(-excess // granule) * granule)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which tokens stay, as ascending indices that broadcast over rows and heads.
+
+    granules: (B, H or 1, n) of the encoded granules; raw: (B, H or 1, n) of the raw middle tokens.
+    """
+
+    granules: Tensor
+    raw: Tensor
+
+
+def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Cut:
+    """Which tokens stay when `drop` of them go.
+
+    Args:
+        scores: (B, H or 1, T) of the middle tokens: first `packed` encoded ones, then raw ones.
+        packed: how many are encoded, a multiple of `granule`.
+        granule: encoded tokens go in runs of this many; a run is worth the sum of its scores.
+        drop: how many go. The mix of runs and single tokens is the one that loses the least score, the same
+            for all rows and heads, since a tensor has one length.
+
+    Ties go to the newer token: `sort` is stable, so padding cannot change what stays.
+    """
+    runs = scores[..., :packed].unflatten(-1, (packed // granule, granule)).sum(-1)  # (B, H, packed/g)
+    singles = scores[..., packed:]
+    run_order = runs.sort(dim=-1, stable=True)
+    single_order = singles.sort(dim=-1, stable=True)
+    fewest = max(0, -(-(drop - singles.shape[-1]) // granule))
+    most = min(runs.shape[-1], drop // granule)
+    n = fewest
+    if most > fewest:
+        run_loss = torch.nn.functional.pad(run_order.values.sum((0, 1)).cumsum(-1), (1, 0))
+        single_loss = torch.nn.functional.pad(single_order.values.sum((0, 1)).cumsum(-1), (1, 0))
+        counts = torch.arange(fewest, most + 1, device=scores.device)
+        n = int(counts[(run_loss[counts] + single_loss[drop - counts * granule]).argmin()])
+    return Cut(
+        granules=run_order.indices[..., n:].sort(dim=-1).values,
+        raw=single_order.indices[..., drop - n * granule :].sort(dim=-1).values,
+    )
+
+
+def leading(channels: Sequence[Channels], numbers: int) -> list[Channels]:
+    """The `numbers` channels of most energy of all groups, at least one in each."""
+    lengths = [len(known.energy) for known in channels]
+    energies = torch.cat([known.energy.cpu() for known in channels])
+    best = energies.sort(descending=True, stable=True).indices[:numbers]
+    kept = torch.bincount(best, minlength=len(energies)).split(lengths)
+    counts = [max(1, int(part.sum())) for part in kept]
+    return [Channels(known.energy[:count].clone()) for known, count in zip(channels, counts, strict=True)]
