@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .types import Channels, take_tokens
+from .types import take_tokens
 
 __all__ = ["Packed", "storage_bytes"]
 
@@ -31,15 +31,13 @@ class Packed:
         tokens: tokens held.
         width: channels of the decoded tensor.
         dtype: type of the decoded tensor.
-        channels: what `Encode.encode` was told of the channels; it belongs to the model, not to these tokens.
-        exact: stored as it was, not by the stack's encoder.
+        exact: whether they are stored as they were, without an encoder.
     """
 
     parts: dict[str, Tensor]
     tokens: int
     width: int
     dtype: torch.dtype
-    channels: Channels | None = None
     exact: bool = False
 
     def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:

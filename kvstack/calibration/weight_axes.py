@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BindError
+from ..model.fingerprint import fingerprint
+from ..model.probing import observe
 from ..types import KV
 from .axes import Basis
-from .calibration import identity
-from .windows import observe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..model.layers import Grouping
+    from ..model.layers import LayerGroups
 
 __all__ = ["WeightAxes", "weight_axes"]
 
@@ -36,30 +36,30 @@ TOLERANCE = 0.05
 NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], WeightAxes]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], WeightAxes]] = weakref.WeakKeyDictionary()
 
 
-def weight_axes(model: PreTrainedModel, grouping: Grouping) -> WeightAxes:
+def weight_axes(model: PreTrainedModel, groups: LayerGroups) -> WeightAxes:
     """The axes of `model`, made once for all its stacks.
 
     Raises:
         BindError: its keys and values are not the projections of hidden states that kvstack finds.
     """
-    mark = identity(model)
-    known = _known.setdefault(model, {})
-    if (mark, grouping.size) not in known:
-        found = WeightAxes(model, {i: grouping.modules[i] for i in grouping.full}, grouping.groups)
-        found.mark = f"weights of {mark}"
+    whose = fingerprint(model)
+    known, key = _known.setdefault(model, {}), (whose, str(groups.groups))
+    if key not in known:
+        axes = WeightAxes(model, {i: groups.modules[i] for i in groups.full}, groups.groups)
+        axes.fingerprint = f"weights of {whose}"
         ids = torch.arange(1, 33)[None] % model.config.get_text_config(decoder=True).vocab_size
-        found.check(model, observe(model, grouping, ids))
-        known[mark, grouping.size] = found
-    return known[mark, grouping.size]
+        axes.check(model, observe(model, groups, ids))
+        known[key] = axes
+    return known[key]
 
 
 class WeightAxes:
     """Axes of every group of layers, from the projection weights of `modules` (layer -> attention module)."""
 
-    mark = ""
+    fingerprint = ""
 
     def __init__(self, model: PreTrainedModel, modules: dict[int, nn.Module], groups: Sequence[Sequence[int]]) -> None:
         self._bases: weakref.WeakValueDictionary[Any, Basis] = weakref.WeakValueDictionary()
