@@ -22,7 +22,7 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 ENCODER = """
 from dataclasses import dataclass
 
-from kvstack.encode.plain import Plain
+from kvstack.encode.exact import Plain
 
 
 @dataclass(frozen=True, repr=False)

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from filelock import FileLock
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..errors import BindError, CalibrationError
 from ..model.layers import Grouping
@@ -236,6 +235,8 @@ def _read(
     model: PreTrainedModel, ids: Tensor, prompt: int, full: Sequence[int], seed: int
 ) -> tuple[dict[int, KV], dict[int, KV]]:
     """What the prompt leaves in the cache of the `full` layers, and the gradient of the rest with regard to it."""
+    from transformers import DynamicCache
+
     cache = DynamicCache(config=model.config)
     model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     held: dict[int, KV] = {}

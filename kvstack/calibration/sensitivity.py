@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..model.layers import Grouping
 from .windows import PROMPT, at_rest, windows_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["sensitivity"]
 
@@ -34,6 +33,8 @@ def sensitivity(
 
     Source: CommonKV's published code. Differs from it: text of its own, never the text that is compressed later.
     """
+    from transformers import DynamicCache
+
     plan = Grouping(model, 1)
     windows, _ = windows_of(model, texts, tokens, tokenizer)
     lost = torch.zeros(len(plan.full), dtype=torch.float64)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ..errors import CalibrationError
 from ..model.layers import Grouping
@@ -110,6 +109,8 @@ def _cut(kinds: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, tokens: i
 
 def written_by(model: PreTrainedModel, tokens: int) -> Windows:
     """Windows that the model writes, from random first tokens."""
+    from transformers import DynamicCache
+
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     length = min(SAMPLED_WINDOW, _longest(model))
@@ -144,6 +145,8 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
 def observe(model: PreTrainedModel, plan: Grouping, ids: Tensor | None = None) -> dict[int, KV]:
     """Un-rotated keys, values and hidden states of every full-attention layer, on `ids` (1, T) or one window of the
     usual texts."""
+    from transformers import DynamicCache
+
     hidden: dict[int, Tensor] = {}
 
     def listen(layer: int) -> Callable[..., None]:
@@ -177,6 +180,8 @@ _held: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionar
 
 def held_by(model: PreTrainedModel) -> dict[int, str]:
     """Full-attention layer -> the shape of what it caches, in words; seen by running one token through the model."""
+    from transformers import DynamicCache
+
     if model not in _held:
         cache = DynamicCache(config=model.config)
         with at_rest(model):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers.cache_utils import get_layer_types_and_kwargs
-
 from ..errors import CalibrationError
 from . import hooks as hook
 from .rope import find_ropes
@@ -22,6 +20,8 @@ class Grouping:
     """The full-attention layers of a model, in groups, on which device they are and how their keys are rotated."""
 
     def __init__(self, model: PreTrainedModel, layers: int | None) -> None:
+        from transformers.cache_utils import get_layer_types_and_kwargs
+
         types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         self.modules = hook.attention_modules(model)
         self.full = [i for i, kind in enumerate(types) if kind == "full_attention" and i in self.modules]
