@@ -74,35 +74,32 @@ else:
         "calibration.calibrate": ("calibrate",),
         "calibration.calibration": ("Calibration",),
         "calibration.sensitivity": ("sensitivity",),
-        "encode.quant": ("Quant",),
         "errors": ("BindError", "CalibrationError", "KVStackError", "SpecError", "StageError", "UseError"),
         "packed": ("Packed",),
         "report": ("Report",),
-        "select.evict": ("Evict",),
-        "select.expected": ("ExpectedAttention",),
-        "select.h2o": ("H2O",),
-        "select.keydiff": ("KeyDiff",),
-        "select.knorm": ("KNorm",),
-        "select.random": ("Random",),
-        "select.snapkv": ("SnapKV",),
-        "select.streaming": ("Streaming",),
-        "select.tova": ("TOVA",),
         "stage": ("Encode", "Score", "Select", "Stage", "Transform"),
-        "transform.commonkv": ("CommonKV",),
         "types": ("KV", "Channels", "Context", "Latent"),
     }
-    _MODULES = ("errors", "registry", "stage", "types")
+    """Modules and the public names in them; stages and scores are looked up in the registry."""
+    _MODULES = ("errors", "registry", "spec", "stage", "types")
     """Modules that you can name after `import kvstack` alone."""
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
             return import_module(f"{__name__}.{name}")
+        module = _module_with(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # kept, so that Python asks here once for each name
+        value = globals()[name] = getattr(import_module(module), name)
+        return value
+
+    def _module_with(name: str) -> str | None:
         for module, names in _HOMES.items():
             if name in names:
-                # kept here, so that this function is asked once for each name
-                value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-                return value
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+                return f"{__name__}.{module}"
+        own = import_module(f"{__name__}.registry").BUILT_IN.values()
+        return next((entry.module for family in own for entry in family.values() if entry.attr == name), None)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -27,7 +27,6 @@ from transformers.cache_utils import (
 )
 
 from . import disk as saved
-from . import registry
 from .calibration.windows import held_by
 from .encode.exact import Plain
 from .errors import BindError, StageError, UseError
@@ -35,6 +34,7 @@ from .model import hooks as hook
 from .model.rope import Rope, find_ropes
 from .packed import storage_bytes
 from .report import Part, Report
+from .spec import parse, to_dict, to_spec
 from .stage import Encode, Select, Stage, Transform, is_stage
 from .store.budget import leading
 from .store.store import RAW, Plan, Store
@@ -196,18 +196,18 @@ class KVStack(Cache):
     def from_spec(cls, spec: str | Mapping[str, Any], *, model: PreTrainedModel | None = None) -> Self:
         """The stack that a spec describes: a string such as `"quant:2+evict:0.2,score=snapkv(window=32)"` or the
         dict of `to_dict`. Round-trips with `spec` and `to_dict`."""
-        stages, settings = registry.parse(spec)
+        stages, settings = parse(spec)
         return cls(stages, model=model, **settings)
 
     @property
     def spec(self) -> str:
         """The stages as a spec string; the other settings are in `to_dict`."""
-        return registry.to_spec(self.stages)
+        return to_spec(self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, for JSON."""
         settings = {name: getattr(self, name) for name in ("sinks", "window", "block", "fused")}
-        return {"stages": [registry.to_dict(stage) for stage in self.stages], **settings}
+        return {"stages": [to_dict(stage) for stage in self.stages], **settings}
 
     # ---- binding
 

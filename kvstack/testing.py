@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from . import registry
 from .cache import KVStack
 from .packed import Packed, storage_bytes
 from .select.evict import Evict
+from .spec import parse, to_dict, to_spec
 from .stage import Encode, Select, Stage, Transform
 from .types import KV, Context
 from .workspace import Workspace
@@ -278,7 +278,7 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
 
 def check_registered(stage: Stage) -> None:
     """A stage that is installed is found by its name and travels through a spec string and a dict."""
-    spec = registry.to_spec([stage])
-    assert registry.parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
-    data = {"stages": [registry.to_dict(stage)]}
-    assert registry.parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"
+    spec = to_spec([stage])
+    assert parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
+    data = {"stages": [to_dict(stage)]}
+    assert parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"

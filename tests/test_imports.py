@@ -5,13 +5,16 @@ Transformers' cache module alone imports hqq and torch._dynamo: seconds that a h
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import subprocess
 import sys
 
 import pytest
 
 import kvstack
+from kvstack import registry
 
 HEAVY = ("hqq", "torch._dynamo", "transformers.cache_utils", "transformers.modeling_utils", "transformers.models")
 LIGHT = [
@@ -61,6 +64,24 @@ def test_a_name_that_is_not_there():
         exec("from kvstack import Quantum")
 
 
-@pytest.mark.parametrize("name", ["errors", "registry", "stage", "types"])
+@pytest.mark.parametrize("name", ["errors", "registry", "spec", "stage", "types"])
 def test_modules_that_need_no_import_of_their_own(name):
     assert getattr(kvstack, name) is importlib.import_module(f"kvstack.{name}")
+
+
+def typed() -> dict[str, str]:
+    """Public name -> its module, as type checkers read it in `kvstack/__init__.py`."""
+    tree = ast.parse(inspect.getsource(kvstack))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {name.name: f"kvstack.{node.module}" for node in imports for name in node.names}
+
+
+def test_what_type_checkers_read_is_what_is_there():
+    assert {*typed(), "__version__"} == set(kvstack.__all__)
+    for name, module in typed().items():
+        assert getattr(kvstack, name) is getattr(importlib.import_module(module), name)
+
+
+def test_every_built_in_stage_and_score_is_public():
+    classes = {entry.attr: entry.module for family in registry.BUILT_IN.values() for entry in family.values()}
+    assert classes.items() <= typed().items()

@@ -144,9 +144,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _stack(spec: str, settings: dict[str, int]) -> KVStack:
-    from .. import KVStack, registry
+    from .. import KVStack
+    from ..spec import parse
 
-    stages, given = registry.parse(spec)
+    stages, given = parse(spec)
     return KVStack(stages, **given | settings)
 
 

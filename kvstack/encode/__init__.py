@@ -1,5 +1,1 @@
 """Encoders: one tensor in fewer bytes."""
-
-from .quant import Quant
-
-__all__ = ["Quant"]

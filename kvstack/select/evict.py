@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import registry
+from ..registry import score_names
+from ..spec import make_score
 from ..stage import Score, Select, check
 from ..types import KV, Context
 
@@ -63,7 +64,7 @@ class Evict(Select):
         for name, value in (("keep", keep), ("layers", layers), ("share_heads", share_heads), ("how", pool)):
             object.__setattr__(self, name, value)
         if isinstance(score, str):
-            score = registry.make_score(score)
+            score = make_score(score)
         object.__setattr__(self, "by", score)
         share = isinstance(keep, float) and 0 < keep <= 1
         count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
@@ -80,14 +81,14 @@ class Evict(Select):
             callable(getattr(score, "score", None)) and not isinstance(score, type),
             self,
             "a score is a name or an object with a method score(kv, context).",
-            f"Use one of: {', '.join(registry.score_names())}.",
+            f"Use one of: {', '.join(score_names())}.",
         )
 
     def settings(self) -> dict[str, Any]:
         found = super().settings()
         by, how = found.pop("by"), found.pop("how", None)
         keep = {"keep": found.pop("keep")}
-        given = keep | ({} if by == registry.make_score(DEFAULT) else {"score": by}) | found
+        given = keep | ({} if by == make_score(DEFAULT) else {"score": by}) | found
         return given | ({"pool": how} if how else {})
 
     @property
