@@ -187,10 +187,10 @@ def run(model_name: str | None, spec: str, tokens: int, new_tokens: int) -> None
     out.print(_comparison(spec, dense, compressed), stack.report())
     stack.reset()
     with busy.status("comparing token by token"):
-        found = drift(model, inputs, dense, stack)
+        apart = drift(model, inputs, dense, stack)
     out.print(
-        f"Fed the dense cache's continuation, the stack is {found.kl:.3g} nats of KL(dense || stack) away on average; "
-        f"its likeliest next token is the same for {found.same} of {found.tokens} tokens.",
+        f"Fed the dense cache's continuation, the stack is {apart.kl:.3g} nats of KL(dense || stack) away on average; "
+        f"its likeliest next token is the same for {apart.same} of {apart.tokens} tokens.",
         highlight=False,
     )
 
