@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ... import KVStack, registry
 from ...errors import KVStackError, SpecError
 from ...packed import storage_bytes
-from ...store.store import RAW
+from ...spec import parse as parse_spec
 from .. import peers
 from ..show import tables as show
 
@@ -157,7 +157,7 @@ def _variant(spec: str) -> Variant:
         peer = peers.parse(spec)
         return Variant(spec, "peer", peer.make, peer)
     stages_spec, _, settings_spec = spec.partition("@")
-    stages, settings = registry.parse("" if stages_spec == EMPTY else stages_spec)
+    stages, settings = parse_spec("" if stages_spec == EMPTY else stages_spec)
     settings |= peers.settings_in(spec, filter(None, settings_spec.split(",")), "quant:4@fused=False")
     try:
         KVStack(stages, **settings)  # says now what cannot work, not after the first minutes

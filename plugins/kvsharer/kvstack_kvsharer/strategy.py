@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
-from transformers import DynamicCache
 
-from kvstack import KV, KVStack, Transform
+from kvstack import KV, Transform
 from kvstack.calibration.calibration import identity
 from kvstack.calibration.windows import at_rest, held_by, tokenizer_of, windows_of
 from kvstack.errors import CalibrationError
@@ -239,6 +238,8 @@ def _samples(
 
 
 def _held(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> dict[int, KV]:
+    from transformers import DynamicCache
+
     cache = DynamicCache(config=model.config)
     model.base_model(ids, past_key_values=cache, use_cache=True)
     held: Any = cache.layers
@@ -288,6 +289,8 @@ class _Trial(Transform):
 
 def _last_hidden(model: PreTrainedModel, batches: Sequence[Tensor], shares: Mapping[int, int]) -> list[Tensor]:
     """The last hidden state of every text, (B, T * hidden size) for each batch, where layers share."""
+    from kvstack import KVStack
+
     found = []
     for ids in batches:
         stack = KVStack([_Trial(shares)], model=model)
