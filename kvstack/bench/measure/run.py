@@ -23,8 +23,8 @@ __all__ = ["Run", "environment", "hardware"]
 
 TINY = (512,)
 PACKAGE = Path(__file__).parents[2]
+SHOWING = ("cli", "lm_eval", "testing.py", "bench/show", "bench/terminal.py")
 PEERS = ("hqq", "optimum-quanto", "tiny-turboquant")
-SHOWING = ("cli", "drawing", "front", "page", "pictures", "report", "show", "summary")
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ def hardware() -> str:
     """Processor, its cores, and the system."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
-        name = found[1]
+    if info.exists() and (line := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
+        name = line[1]
     return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 
 @cache
 def _code() -> str:
     """Digest of kvstack's sources, but for those that only show figures: a new picture makes no figure old."""
-    shown = {PACKAGE / "bench" / "show" / f"{name}.py" for name in SHOWING}
-    return _digest((path for path in PACKAGE.rglob("*.py") if path not in shown), PACKAGE)
+    shown = [PACKAGE / path for path in SHOWING]
+    return _digest((p for p in PACKAGE.rglob("*.py") if not any(p.is_relative_to(path) for path in shown)), PACKAGE)
 
 
 def _version(package: str) -> str | None:
