@@ -3,7 +3,8 @@
     {"bench": "quality", "key": {...}, "figures": {...}, "environment": {...}}
 
 `key` names what was measured (a context, a window of text, a cache, ...). A line counts for a later run when its key
-and its environment are the same, apart from the commit: the digest of the sources says whether the code was.
+and its environment are the same, apart from the commit: the digest of the sources says whether the code was. The code
+of a plugin is part of the key of the stacks that use it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["Figures", "Record", "Results", "load", "name", "read", "strict"]
 
 Record = dict[str, Any]
 READERS_ONLY = ("commit",)
-MEASURED = ("cache", "context", "domain", "mode", "sample", "task", "text", "variant", "window")
+MEASURED = ("cache", "context", "domain", "mode", "plugins", "sample", "task", "text", "variant", "window")
 """Names in a key that say what was measured; the others say how."""
 
 
@@ -95,7 +96,12 @@ def load(folder: Path, bench: str) -> Figures:
     wanted = strict(environment)
     here = [record for record in records if strict(record["environment"]) == wanted]
     how = _settings(here[-1]["key"])
-    newest = {name(record["key"]): record for record in here if _settings(record["key"]) == how}
+    plugins = {record["key"].get("cache"): record["key"].get("plugins") for record in here}  # the last one counts
+    newest = {
+        name(key): record
+        for record in here
+        if _settings(key := record["key"]) == how and key.get("plugins") == plugins[key.get("cache")]
+    }
     return Figures([{**record["key"], **record["figures"]} for record in newest.values()], environment)
 
 

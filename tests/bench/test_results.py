@@ -59,3 +59,15 @@ def test_figures_are_plain_json(bench, tmp_path):
     bench("quality", "--score", "16", stacks=("empty",))
     record = json.loads((tmp_path / "quality.jsonl").read_text().splitlines()[0])
     assert set(record) == {"bench", "key", "figures", "environment"}
+
+
+def test_figures_of_other_plugins_are_not_mixed(tmp_path):
+    """Those of the newest code of each cache, whatever is known of the others."""
+    figures = Results("quality", tmp_path, {"code": "1"})
+    for plugins, window, cache in [(None, 0, "quant:2"), ("xkv 1", 0, "xkv"), ("xkv 1", 1, "xkv"), ("xkv 2", 0, "xkv")]:
+        figures.add({"kl": 1.0}, window=window, cache=cache, plugins=plugins)
+    rows = results.load(tmp_path, "quality").rows
+    assert [(row["cache"], row["window"], row["plugins"]) for row in rows] == [
+        ("quant:2", 0, None),
+        ("xkv", 0, "xkv 2"),
+    ]

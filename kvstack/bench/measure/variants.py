@@ -19,9 +19,11 @@ from transformers import Cache, DynamicCache
 
 from ... import KVStack, registry
 from ...errors import KVStackError, SpecError
+from ...stage import Stage
 from ..peers import spec as peers
 from ..peers.kvpress import Press
 from ..terminal import say
+from . import sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,11 +51,12 @@ class Variant:
     kind: Kind
     make: Callable[[PreTrainedModel], Cache] | None = None
     peer: peers.Peer | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
-    def key(self) -> dict[str, str]:
-        """Its part of the keys of figures."""
-        return {"cache": self.label}
+    def key(self) -> dict[str, str | None]:
+        """Its part of the keys of figures: the label, and the digest of the plugins that its stages come from."""
+        return {"cache": self.label, "plugins": sources.plugins(self.stages)}
 
     @property
     def family(self) -> str:
@@ -161,4 +164,4 @@ def _variant(spec: str) -> Variant:
     except TypeError as error:
         raise SpecError(f"{spec!r}: {error}.") from None
     kind: Kind = "control" if "score=random" in spec else "kvstack"
-    return Variant(spec, kind, lambda model: KVStack(stages, model=model, **settings))
+    return Variant(spec, kind, lambda model: KVStack(stages, model=model, **settings), stages=tuple(stages))
