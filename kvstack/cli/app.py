@@ -186,7 +186,7 @@ def calibrate(
     from rich.progress import Progress
 
     from .. import models
-    from ..calibration.calibrate import TOKENS, calibrate, usual_path
+    from ..calibration.calibrate import TOKENS, calibrate, default_path
 
     given = None if texts is None else _texts(texts)
     lm, tokenizer = models.load(None if model == models.DEFAULT_MODEL else model)
@@ -202,7 +202,7 @@ def calibrate(
             tokenizer=tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    path = out or usual_path(lm, calibration.layers, cast("Metric", metric))
+    path = out or default_path(lm, calibration.layers, cast("Metric", metric))
     calibration.save(path)
     if plot is not None:
         calibration.plot(plot)

@@ -20,8 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .. import models
 from ..bench.measure.run import hardware
-from ..bench.measure.variants import held_bytes
-from ..bench.show.tables import console, mib
+from ..bench.measure.sizes import held_bytes
+from ..bench.show.units import mib
+from ..bench.terminal import console
 from ..cache import KVStack
 from ..errors import KVStackError
 
