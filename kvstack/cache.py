@@ -34,7 +34,7 @@ from .model import hooks as hook
 from .model.rope import Rope, find_ropes
 from .packed import storage_bytes
 from .report import Part, Report
-from .spec import parse, to_dict, to_spec
+from .spec import SETTINGS, parse, to_dict, to_spec
 from .stage import Encode, Select, Stage, Transform, is_stage
 from .store.budget import leading
 from .store.store import RAW, Plan, Store
@@ -206,7 +206,7 @@ class KVStack(Cache):
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, for JSON."""
-        settings = {name: getattr(self, name) for name in ("sinks", "window", "block", "fused")}
+        settings = {name: getattr(self, name) for name in SETTINGS}
         return {"stages": [to_dict(stage) for stage in self.stages], **settings}
 
     # ---- binding
