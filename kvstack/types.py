@@ -52,16 +52,16 @@ class KV:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may know about the tokens it is given, beside their keys and values.
+    """What a score may know about the tokens it is given, next to their keys and values.
 
     Attributes:
         layer: index of the layer in the model.
         seen: tokens this sequence has fed through the model so far.
         positions: (B or 1, H or 1, T) true position of every candidate token, ascending.
-        queries: (B, H*G, Q, D) queries of the newest Q tokens as attention used them, or None where the stage
+        queries: (B, H*G, Q, D) queries of the newest Q tokens as attention used them, or None if the score
             did not ask for any (`Score.queries`).
         scaling: the factor attention multiplies `q @ k` with.
-        memory: per-token tensors (B, H, T) that the stage's own `track` returned last time.
+        memory: per-token tensors (B, H, T) that the score's own `track` returned last time.
         rope: rotates and un-rotates keys of this layer, or None where the model has no rotary embedding.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
     """

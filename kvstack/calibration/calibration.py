@@ -213,7 +213,7 @@ class Calibration:
         mine, theirs = self.manifest.get("identity"), fingerprint(model)
         if mine != theirs:
             raise CalibrationError(
-                f"{self!r} was made for another model than this {type(model).__name__} (identity {mine}, not "
+                f"{self!r} was made for another model than this {type(model).__name__} (fingerprint {mine}, not "
                 f"{theirs}). Make one for it: {wanted}."
             )
 

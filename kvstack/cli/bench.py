@@ -227,7 +227,7 @@ def matrix(
     run: Run,
     transform: Annotated[list[str] | None, typer.Option(help="A transform or `none`, may be repeated.")] = None,
     encode: Annotated[list[str] | None, typer.Option(help="An encoder or `none`, may be repeated.")] = None,
-    evict: Annotated[list[str] | None, typer.Option(help="A selector or `none`, may be repeated.")] = None,
+    evict: Annotated[list[str] | None, typer.Option(help="An eviction or `none`, may be repeated.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
     score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
     steps: Annotated[int, typer.Option(min=0, help="Tokens decoded for the speed; 0 leaves it out.")] = 16,
