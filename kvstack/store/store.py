@@ -372,7 +372,7 @@ class Store:
                 f"back to a multiple of {granule} compressed tokens, or use merge='project'."
             )
         work, start = Workspace(), self.sinks + whole
-        index = torch.positions_between(start, start + rest, device=self.raw[0].device)[None, None]
+        index = torch.arange(start, start + rest, device=self.raw[0].device)[None, None]
         return tuple(self.read(slot, seen, work).take(index) for slot in range(len(self.layers)))
 
     # ---- files
