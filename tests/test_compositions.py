@@ -10,8 +10,7 @@ import torch
 
 from kvstack import KVStack, KVStackError, SpecError, StageError, registry
 from kvstack.spec import parse
-
-from . import tiny
+from tests import tiny
 
 SPECS = {
     "commonkv": "commonkv:0.5,layers=2",

@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvstack import Evict, KVStack, SnapKV
-
-from . import tiny
+from tests import tiny
 
 SCORES = ["snapkv", "h2o", "tova", "keydiff", "knorm", "expected", "streaming", "random"]
 

@@ -15,8 +15,7 @@ from kvstack.model.fingerprint import fingerprint
 from kvstack.model.layers import LayerGroups, group_size
 from kvstack.model.probing import SINKS
 from kvstack.testing import tiny_model
-
-from . import tiny
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
