@@ -1,11 +1,11 @@
 """What authors of stages may import, beside kvstack's public names. Everything else is the inside, and may move.
 
-    contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
-    abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
-    values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens
-    codes         pack, unpack, ChannelCodes, spread and the figures behind them
-    the model     LayerGroups, cached_shapes, expands, fingerprint, at_rest, observe
-    calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
+contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
+abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
+values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens
+codes         pack, unpack, ChannelCodes, spread and the figures behind them
+the model     LayerGroups, cached_shapes, expands, fingerprint, at_rest, observe
+calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
 """
 
 from __future__ import annotations

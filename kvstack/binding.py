@@ -1,9 +1,9 @@
 """What is settled when a stack meets its model: frozen, and shared by all that serves the stack afterwards.
 
-    share      which layers hold nothing
-    transform  how the layers that hold something are grouped, and a codec for each group
-    encode     whether it fits; which channels of the latents get how many bits
-    select     nothing: it looks at tokens
+share      which layers hold nothing
+transform  how the layers that hold something are grouped, and a codec for each group
+encode     whether it fits; which channels of the latents get how many bits
+select     nothing: it looks at tokens
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .store.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Binding", "bind", "check_stages", "unbound"]
+__all__ = ["Binding", "bind", "check_stages", "needs_model", "unbound"]
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,22 @@ class Binding:
 
 def unbound(stages: Sequence[Stage], layers: int, **settings: int) -> Binding:
     """For a caller that is no transformers model, and that has named `layers` layers so far."""
-    evict, encode = _of_kind(stages, Evict), _of_kind(stages, Encode)
-    plan = Plan(evict, None, encode, **settings)
+    plan = Plan(_of_kind(stages, Evict), None, _of_kind(stages, Encode), **settings)
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
-def bind(stages: Sequence[Stage], model: PreTrainedModel, **settings: int) -> Binding:
+def needs_model(stages: Sequence[Stage]) -> bool:
+    """Whether these stages cannot work for a caller that is no transformers model."""
+    evict = _of_kind(stages, Evict)
+    fitted = any(isinstance(stage, Transform | Share) for stage in stages)
+    return fitted or (evict is not None and evict.looks_at_queries)
+
+
+def bind(stages: Sequence[Stage], model: PreTrainedModel, *, who: str, **settings: int) -> Binding:
     """Fit stages to `model`. What is cheap to check comes before what may take a minute to fit.
 
     Args:
+        who: the stack, as messages name it.
         settings: `sinks`, `window` and `block` of the stack.
 
     Raises:
@@ -116,7 +123,7 @@ def bind(stages: Sequence[Stage], model: PreTrainedModel, **settings: int) -> Bi
         raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
     plan, shares, ropes = Plan(None, None, None, **settings), dict[int, int](), dict[int, Rope | None]()
     if stages:
-        _check_model(stages, name, full, types, modules)
+        _check_model(who, stages, name, full, types, modules)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             shares = _shares(stages, model, full, modules)
@@ -185,12 +192,17 @@ def _check_nesting(transform: Transform, layers: int | None, evict: Any) -> None
 
 
 def _check_model(
-    stages: Sequence[Stage], name: str, full: Sequence[int], types: Sequence[str], modules: Mapping[int, nn.Module]
+    who: str,
+    stages: Sequence[Stage],
+    name: str,
+    full: Sequence[int],
+    types: Sequence[str],
+    modules: Mapping[int, nn.Module],
 ) -> None:
     if not full:
         kinds = ", ".join(sorted(set(types)))
         raise BindError(
-            f"{name} has only layers of type {kinds}, whose memory is bounded already, so {list(stages)!r} has nothing "
+            f"{name} has only layers of type {kinds}, whose memory is bounded already, so {who} has nothing "
             "to compress. Use a DynamicCache."
         )
     transform, evict, share = (_of_kind(stages, kind) for kind in (Transform, Evict, Share))

@@ -161,7 +161,7 @@ def calibration_for(
 
 
 def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: str) -> Calibration:
-    """Made before in this process, kept in the user's cache folder, or made now (for the stage `who`) and kept there."""
+    """Known in this process, loaded from the user's cache folder, or made now (for the stage `who`) and kept there."""
     notice = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
 
     def read(path: Path) -> Calibration:
@@ -221,9 +221,9 @@ def _check_tokens(model: PreTrainedModel, groups: LayerGroups, cache: Mapping[in
     count = len(groups.full)
     fewer = [n for n in range(1, groups.size) if count % n == 0 and n * each <= tokens]
     raise CalibrationError(
-        f"{groups.size} layers of {type(model).__name__} cache {each * groups.size} numbers a token of keys or of values, "
-        f"and {tokens} tokens tell of no more axes than that many. Use {f'layers= one of {fewer}, or ' * bool(fewer)}"
-        f"tokens={4 * each * groups.size} or more."
+        f"{groups.size} layers of {type(model).__name__} cache {each * groups.size} numbers a token of keys or of "
+        f"values, and {tokens} tokens tell of no more axes than that many. Use "
+        f"{f'layers= one of {fewer}, or ' * bool(fewer)}tokens={4 * each * groups.size} or more."
     )
 
 

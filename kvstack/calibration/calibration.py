@@ -101,9 +101,12 @@ class Calibration:
         """Groups of axes for each group of layers."""
         return 2 if self.metric == "variance" else 1
 
-    @property
-    def channels(self) -> tuple[Channels, ...]:
-        return tuple(Channels(group.energy) for group in self.groups)
+    def channels_of(self, layers: Sequence[int], part: int = 0) -> Channels:
+        """The channels of the group that is `layers`."""
+        return Channels(self._axes_of(layers, part).energy)
+
+    def _axes_of(self, layers: Sequence[int], part: int) -> GroupAxes:
+        return next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
 
     def covers(self, groups: Sequence[Sequence[int]]) -> bool:
         """Whether there are axes for each of these groups of layers."""
@@ -114,8 +117,7 @@ class Calibration:
         key = (tuple(layers), rank, device, dtype, part)
         found = self._bases.get(key)
         if found is None:
-            group = next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
-            found = self._bases[key] = group.basis(rank, device, dtype)
+            found = self._bases[key] = self._axes_of(layers, part).basis(rank, device, dtype)
         return found
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:

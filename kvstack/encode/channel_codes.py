@@ -99,7 +99,8 @@ class ChannelCodes(ChannelEncoder):
         b, h, units, _ = codes.shape
         n = len(self.runs)
         table = torch.tensor(GAINS, device=codes.device)
-        gain = table[unpack(gains.view(b, h, units, GAIN_BITS, n), GAIN_BITS, 3, GRANULE).long()]  # (B, H, T/8, 8, runs)
+        chosen = unpack(gains.view(b, h, units, GAIN_BITS, n), GAIN_BITS, 3, GRANULE)
+        gain = table[chosen.long()]  # (B, H, T/8, 8, runs)
         unit = torch.empty(b, h, units, GRANULE, packed.width, device=codes.device)
         channel = byte = 0
         for number, (bits, count) in enumerate(self.runs):

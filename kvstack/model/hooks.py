@@ -1,8 +1,8 @@
 """Hooks on attention modules: how a stack learns what its model's attention does.
 
 transformers hands a cache nothing but keys, values and a layer index. So, once a stack is bound, each attention
-module of its model carries two hooks. They do nothing unless the cache in the call has an `attention_listener`; then, for
-the length of that one call, the attention function that the modelling file looks up is ours. It passes the
+module of its model carries two hooks. They do nothing unless the cache in the call has an `attention_listener`; then,
+for the length of that one call, the attention function that the modelling file looks up is ours. It passes the
 queries on to the listener, which answers where a plain call would need a dense copy.
 
 Nothing of this exists before a stack is made, and nothing is left when the last stack of a model is gone.
@@ -199,9 +199,9 @@ def _entering(names: list[str]) -> Callable[..., None]:
             # the module's own hook is not called for a call that never began
             _running.call = None
             raise
-        interface = interface(module)
-        if interface is not None:
-            _swap_in(interface, call.implementation, module)
+        registry = interface(module)
+        if registry is not None:
+            _swap_in(registry, call.implementation, module)
 
     return hook
 
@@ -211,9 +211,9 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
     if call is None or call.module is not module:
         return
     _running.call = None
-    interface = interface(module)
-    if interface is not None:
-        _swap_out(interface, call.implementation)
+    registry = interface(module)
+    if registry is not None:
+        _swap_out(registry, call.implementation)
     if output is not None:  # None: the call failed, and what it wrote must not be settled
         call.listener.leave(call)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 __all__ = ["Choice", "allowance", "choose", "how_many"]
 
 

@@ -143,7 +143,7 @@ class Sealed(Track):
         return ()
 
     def state(self, put: Put) -> Any:
-        return [
+        codes = [
             {
                 "role": name,
                 "parts": {part: put(x) for part, x in packed.parts.items()},
@@ -155,9 +155,10 @@ class Sealed(Track):
             }
             for name, packed in self.packed.items()
         ]
+        return {"codes": codes}
 
     def restore(self, state: Any, get: Get) -> None:
-        for entry in state:
+        for entry in state["codes"]:
             packed = Packed(
                 {name: x for name, key in entry["parts"].items() if (x := get(key)) is not None},
                 tokens=entry["tokens"],
@@ -171,7 +172,10 @@ class Sealed(Track):
                 one is not None and torch.equal(one, other) for one, other in zip(known, mine, strict=True)
             )
             if not same:
-                raise UseError(f"the channels of {entry['role']!r} are others than those it was encoded with.")
+                raise UseError(
+                    f"{self.payer(packed)!r} on layer {self.layers[0]}: {entry['role']!r} was encoded for other "
+                    "channels than it has here. Keep the calibration with the cache."
+                )
             self.packed[entry["role"]] = packed
 
 
@@ -370,11 +374,10 @@ class GroupLatents(Sealed):
         return () if packed.exact else self._encoder(name).tensors
 
     def state(self, put: Put) -> Any:
-        bases = {name: put(x) for name, x in self.fitted.items()}
-        return {"sealed": super().state(put), "bases": bases, "fitted": self.codec.fingerprint}
+        return super().state(put) | {"bases": {name: put(x) for name, x in self.fitted.items()}}
 
     def restore(self, state: Any, get: Get) -> None:
-        super().restore(state["sealed"], get)
+        super().restore(state, get)
         fitted = {name: x for name, key in state["bases"].items() if (x := get(key)) is not None}
         if fitted and isinstance(self.codec, FitsText):
             self.codec = self.codec.with_fitted(fitted)
