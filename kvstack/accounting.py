@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +10,13 @@ from torch import Tensor
 from .batch import Batch
 from .packed import storage_bytes
 from .report import Part
-from .store.store import Store
 from .workspace import Workspace
 
-__all__ = ["dense_bytes", "model_bytes", "parts", "tensors", "tensors_in"]
+__all__ = ["dense_bytes", "held", "model_bytes", "parts", "tensors_in"]
 
 STACK = "stack"
 """Who pays for what no stage asked for."""
+RAW = (STACK, "raw")
 
 
 def tensors_in(thing: Any) -> list[Tensor]:
@@ -30,39 +30,41 @@ def tensors_in(thing: Any) -> list[Tensor]:
     return []
 
 
-def tensors(batch: Batch, others: Sequence[Any]) -> list[Tensor]:
-    """All tensors held for the tokens of a batch; `others` are the layers that transformers caches itself."""
-    held = [x for store in batch.stores for track in store.tracks() for _, x in track.parts()]
-    return held + [x for other in others for x in tensors_in(vars(other))]
+def held(batch: Batch, others: Sequence[Any]) -> Iterator[tuple[str, str, Tensor]]:
+    """Every tensor held for the tokens of a batch, behind who pays for it and what it is; `others` are the layers that
+    transformers caches itself."""
+    for store in batch.stores:
+        for raw in store.raw:
+            yield from ((STACK, name, x) for name, x in raw.parts())
+        for part in store.sealed:
+            yield from ((repr(payer), name, x) for payer, name, x in part.paid_parts())
+        for track in (store.kept_positions, *store.memory, *store.queries):
+            yield from ((repr(store.plan.evict), name, x) for name, x in track.parts())
+    for other in others:
+        yield from (("model", "uncompressed layers", x) for x in tensors_in(vars(other)))
 
 
 def parts(batch: Batch, others: Sequence[Any], work: Workspace) -> list[Part]:
-    """Bytes by payer and part, those of equal name added up, none of them empty."""
+    """Bytes by payer and part, those of equal name added up, none of them empty. Raw tokens are told apart by why they
+    are raw."""
+    spent = [
+        (STACK, name, nbytes)
+        for store in batch.stores
+        for raw in store.raw
+        for name, nbytes in raw.spent(store.sinks, store.plan.window)
+    ]
+    rest = [(payer, name, storage_bytes([x])) for payer, name, x in held(batch, others) if (payer, name) != RAW]
     sums: dict[tuple[str, str], int] = {}
-    for payer, name, nbytes in _spent(batch.stores, others, work):
+    for payer, name, nbytes in (*spent, *rest, (STACK, "scratch", storage_bytes(work.tensors()))):
         sums[payer, name] = sums.get((payer, name), 0) + nbytes
     return [Part(payer, name, nbytes) for (payer, name), nbytes in sums.items() if nbytes]
-
-
-def _spent(stores: Sequence[Store], others: Iterable[Any], work: Workspace) -> Iterator[tuple[str, str, int]]:
-    for store in stores:
-        for raw in store.raw:
-            yield from ((STACK, name, nbytes) for name, nbytes in raw.spent(store.sinks, store.plan.window))
-    for store in stores:
-        for part in store.sealed:
-            yield from ((repr(payer), name, storage_bytes([x])) for payer, name, x in part.paid_parts())
-        for track in (store.kept_positions, *store.memory, *store.queries):
-            yield from ((repr(store.plan.evict), name, storage_bytes([x])) for name, x in track.parts())
-    for other in others:
-        yield from (("model", "uncompressed layers", storage_bytes([x])) for x in tensors_in(vars(other)))
-    yield STACK, "scratch", storage_bytes(work.tensors())
 
 
 def model_bytes(batch: Batch) -> int:
     """Bytes of what stages fitted to the model: held once for all its caches."""
     codecs = batch.binding.plan.codecs
-    encoders = [encoder for codec in codecs for encoder in codec.encoders.values()]
-    return storage_bytes([x for thing in (*codecs, *encoders) for x in thing.tensors])
+    fitted = [x for codec in codecs for x in codec.tensors]
+    return storage_bytes(fitted + [x for codec in codecs for own in codec.encoders.values() for x in own.tensors])
 
 
 def dense_bytes(batch: Batch, others: Sequence[Any]) -> int:

@@ -25,7 +25,7 @@ from .model.probing import cached_shapes
 from .model.rope import Rope, find_ropes
 from .select.evict import Evict
 from .stage import BoundTransform, Encode, Share, Stage, Transform
-from .store.plan import Plan
+from .store.plan import Plan, Spans
 from .store.store import Store
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ class Binding:
         return max(self.ends)
 
 
-def unbound(stages: Sequence[Stage], layers: int, **settings: int) -> Binding:
+def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
     """For a caller that is no transformers model, and that has named `layers` layers so far."""
-    plan = Plan(_of_kind(stages, Evict), None, _of_kind(stages, Encode), **settings)
+    plan = Plan(_of_kind(stages, Evict), None, _of_kind(stages, Encode), *spans)
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
@@ -99,12 +99,11 @@ def needs_model(stages: Sequence[Stage]) -> bool:
     return fitted or (evict is not None and evict.looks_at_queries)
 
 
-def bind(stages: Sequence[Stage], model: PreTrainedModel, *, who: str, **settings: int) -> Binding:
+def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
     """Fit stages to `model`. What is cheap to check comes before what may take a minute to fit.
 
     Args:
         who: the stack, as messages name it.
-        settings: `sinks`, `window` and `block` of the stack.
 
     Raises:
         BindError: a stage and the model cannot work together.
@@ -121,14 +120,14 @@ def bind(stages: Sequence[Stage], model: PreTrainedModel, *, who: str, **setting
     if lost or not modules:
         where = f"layers {lost}" if lost and modules else "it"
         raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
-    plan, shares, ropes = Plan(None, None, None, **settings), dict[int, int](), dict[int, Rope | None]()
+    plan, shares, ropes = Plan(None, None, None, *spans), dict[int, int](), dict[int, Rope | None]()
     if stages:
         _check_model(who, stages, name, full, types, modules)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             shares = _shares(stages, model, full, modules)
             ropes = find_ropes(model, {i: modules[i] for i in full}, types)
-            plan = _plan(stages, model, [i for i in full if i not in shares], **settings)
+            plan = _plan(stages, model, [i for i in full if i not in shares], spans)
         _check_ropes(plan.transform, name, ropes)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
     return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments)
@@ -256,12 +255,12 @@ def _shares(
     return shares
 
 
-def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], **settings: int) -> Plan:
+def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], spans: Spans) -> Plan:
     """Bind the encoder, then the transform, which may take a minute to fit to the `layers` that hold something."""
     evict, encode, transform = (_of_kind(stages, kind) for kind in (Evict, Encode, Transform))
     encode = encode and encode.bind(model)
     if transform is None:
-        return Plan(evict, None, encode, **settings)
+        return Plan(evict, None, encode, *spans)
     bound: BoundTransform = transform.bind(model, layers)
     _check_nesting(transform, bound.layers, evict)
     if len(layers) % bound.layers:
@@ -274,7 +273,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
     if isinstance(bound, Budgeted):
         bound = bound.allotted(_allotments(bound, encode))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
-    return Plan(evict, bound, encode, codecs=codecs, **settings)
+    return Plan(evict, bound, encode, *spans, codecs)
 
 
 def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
-from . import accounting, disk, registry
+from . import accounting, disk
 from .attend import Attention, Learned
 from .batch import Batch
 from .binding import Binding, bind, check_stages, needs_model, unbound
@@ -29,6 +29,8 @@ from .model.hooks import install, running
 from .model.layers import FULL
 from .packed import storage_bytes
 from .report import Report
+from .spec import parse, to_dict, to_spec
+from .store.plan import Spans
 from .types import KV
 from .workspace import Workspace
 
@@ -102,6 +104,7 @@ class KVStack(Cache):
         fused: bool = True,
     ) -> None:
         super().__init__(layers=[])
+        self.layers: list[Any]
         self.stages = check_stages(stages)
         for name, value, least in (("sinks", sinks, 0), ("window", window, 0), ("block", block, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -125,8 +128,8 @@ class KVStack(Cache):
         )
 
     @property
-    def _settings(self) -> dict[str, int]:
-        return {"sinks": self.sinks, "window": self.window, "block": self.block}
+    def _spans(self) -> Spans:
+        return Spans(self.sinks, self.window, self.block)
 
     # ---- what it is
 
@@ -145,18 +148,18 @@ class KVStack(Cache):
     def from_spec(cls, spec: str | Mapping[str, Any], *, model: PreTrainedModel | None = None) -> Self:
         """The stack that a spec describes: a string such as `"quant:2+evict:0.2,score=snapkv(window=32)"` or the
         dict of `to_dict`. Round-trips with `spec` and `to_dict`."""
-        stages, settings = registry.parse(spec)
+        stages, settings = parse(spec)
         return cls(stages, model=model, **settings)
 
     @property
     def spec(self) -> str:
         """The stages as a spec string; the other settings are in `to_dict`."""
-        return registry.to_spec(self.stages)
+        return to_spec(self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, for JSON."""
-        stages = [registry.to_dict(stage) for stage in self.stages]
-        return {"stages": stages, **self._settings, "fused": self.fused}
+        stages = [to_dict(stage) for stage in self.stages]
+        return {"stages": stages, **self._spans._asdict(), "fused": self.fused}
 
     # ---- binding
 
@@ -168,7 +171,7 @@ class KVStack(Cache):
             raise BindError(
                 f"{self!r} is bound to a {self.binding.name}; make a new stack for this {type(model).__name__}."
             )
-        return self._adopt(bind(self.stages, model, who=repr(self), **self._settings))
+        return self._adopt(bind(repr(self), self.stages, model, self._spans))
 
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
@@ -191,7 +194,7 @@ class KVStack(Cache):
             self._unhook = None
 
     def _unbound(self, layers: int) -> Binding:
-        return unbound(self.stages, layers, **self._settings)
+        return unbound(self.stages, layers, self._spans)
 
     def _new_layers(self, binding: Binding) -> list[Any]:
         return [
@@ -357,7 +360,7 @@ class KVStack(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
         import copy
 
-        other = KVStack(self.stages, fused=self.fused, **self._settings)
+        other = KVStack(self.stages, fused=self.fused, **self._spans._asdict())
         memo[id(self)] = other
         other._learned = replace(self._learned, scaling=dict(self._learned.scaling), direct=set(self._learned.direct))
         if self.binding is not None:
@@ -403,9 +406,14 @@ class KVStack(Cache):
 
     # ---- bytes
 
+    def parts(self) -> list[tuple[str, str, Tensor]]:
+        """Every tensor held for the tokens, as (who pays for it, what it is, the tensor). Layers that transformers
+        caches are among them, scratch memory is not."""
+        return list(accounting.held(self.batch, self._others))
+
     def tensors(self) -> list[Tensor]:
-        """All tensors held for the tokens, layers that transformers caches included; scratch memory is not."""
-        return accounting.tensors(self.batch, self._others)
+        """The tensors of `parts`."""
+        return [x for *_, x in self.parts()]
 
     @property
     def nbytes(self) -> int:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from . import registry
 from .abilities import FitsText, NeedsHidden, ReadsDirectly
 from .cache import KVStack
 from .packed import Packed, storage_bytes
 from .select.evict import Evict
+from .spec import parse, to_dict, to_spec
 from .stage import Codec, Encode, Encoder, Share, Stage, Transform
 from .types import KV, Context
 from .workspace import Workspace
@@ -222,7 +222,7 @@ def _check_fitted(stage: Transform, codec: FitsText, data: dict[str, Tensor], la
 
 def check_select(stage: Evict) -> None:
     """Scores are finite, one per row, kv head and token, and do not change what they look at."""
-    _check_scores(stage, stage.queries, stage.score.score, stage.score.track if stage.tracks else None)
+    _check_scores(stage, stage.queries, stage.ranking.score, stage.ranking.track if stage.tracks else None)
 
 
 def check_score(score: Any, model: Any = None) -> None:
@@ -285,7 +285,7 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
 
 def check_registered(stage: Stage) -> None:
     """A stage that is installed is found by its name and travels through a spec string and a dict."""
-    spec = registry.to_spec([stage])
-    assert registry.parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
-    data = {"stages": [registry.to_dict(stage)]}
-    assert registry.parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"
+    spec = to_spec([stage])
+    assert parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
+    data = {"stages": [to_dict(stage)]}
+    assert parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import kvstack
@@ -180,7 +180,7 @@ def test_demo_says_that_an_answer_is_wrong(folder):
 def test_demo_drift_of_the_empty_stack_is_nothing(folder):
     model, tokenizer = kvmodels.load(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    dense = demo.generate(model, tokenizer, inputs, demo.DynamicCache(config=model.config), 8)
+    dense = demo.generate(model, tokenizer, inputs, DynamicCache(config=model.config), 8)
     assert demo.drift(model, inputs, dense, kvstack.KVStack(model=model)) == demo.Drift(kl=0.0, same=7, tokens=7)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstack import KVStack, KVStackError, SpecError, StageError, registry
+from kvstack.spec import parse
 
 from . import tiny
 
@@ -52,7 +53,7 @@ STACKS = [names for choice in CHOICES if (names := tuple(filter(None, choice)))]
 @pytest.mark.parametrize("name", registry.stage_names())
 def test_every_stage_that_is_installed_takes_part(name):
     assert name in SPECS, f"{name!r} has no line in SPECS: write how it is built, so that its compositions are tested"
-    assert registry.parse(SPECS[name])[0][0].name == name
+    assert parse(SPECS[name])[0][0].name == name
 
 
 @pytest.mark.parametrize("layers", [4, 8])
@@ -64,7 +65,7 @@ def test_a_stack_of(names, layers):
         with pytest.raises(KVStackError, match=words):
             KVStack.from_spec(spec, model=model)
         return
-    stack = KVStack(registry.parse(spec)[0], model=model, sinks=SINKS, window=WINDOW, block=BLOCK)
+    stack = KVStack(parse(spec)[0], model=model, sinks=SINKS, window=WINDOW, block=BLOCK)
     out = model.generate(tiny.tokens(2, TOKENS), past_key_values=stack, max_new_tokens=NEW, do_sample=False)
     assert out.shape == (2, TOKENS + NEW)
     assert stack.seen == TOKENS + NEW - 1

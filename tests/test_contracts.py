@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Encode, Evict, KVStack, Latent, Packed, Quant, Score, Transform, registry
+from kvstack.spec import make_score
 from kvstack.testing import check_registered, check_score, check_settings, check_stage, check_transform, tiny_model
 from kvstack.types import KV
 
@@ -23,7 +24,7 @@ def test_stage(stage):
 
 @pytest.mark.parametrize("name", registry.BUILT_IN["scores"])
 def test_score(name):
-    score = registry.make_score(name)
+    score = make_score(name)
     check_score(score)
     check_settings(score)
     check_registered(Evict(0.2, score))

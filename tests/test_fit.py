@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ def test_rows_take_theirs_with_them(stages):
 def test_a_saved_cache_and_a_copy_go_on_alike(stages, tmp_path, monkeypatch):
     model = tiny_model()
     stack = filled(stages, model)
-    monkeypatch.setitem(registry.BUILT_IN["stages"], "centred", f"{__name__}:Centred")
+    entry = EntryPoint("centred", f"{__name__}:Centred", "kvstack.stages")
+    monkeypatch.setitem(registry.BUILT_IN["stages"], "centred", entry)
     stack.save(tmp_path / "cache.safetensors")
     others = [KVStack.load(tmp_path / "cache.safetensors", model=model), copy.deepcopy(stack)]
     for seed, length in enumerate((1, 30, 1, 1)):

@@ -9,7 +9,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, T5Config, 
 from transformers.cache_utils import EncoderDecoderCache
 
 from kvstack import BindError, Evict, KVStack, Quant, SnapKV, SpecError, StageError, UseError
-from kvstack.select import ExpectedAttention
+from kvstack.select.expected import ExpectedAttention
 
 from . import tiny
 from .test_contracts import Pairs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 ENCODER = """
 from dataclasses import dataclass
 
-from kvstack.encode.plain import Plain
+from kvstack.encode.exact import Plain
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,6 +112,17 @@ def test_a_built_in_name_cannot_be_taken(install):
     assert registry.shadowed() == [
         "kvstack-taker 1.0 calls a stage 'quant', which is kvstack's own and stays so. Update or remove it."
     ]
+
+
+@pytest.mark.parametrize("family", registry.BUILT_IN)
+def test_built_in_ones_are_found_as_plugins_are(family, monkeypatch):
+    for name, entry in registry.BUILT_IN[family].items():
+        assert (entry.name, entry.group) == (name, f"kvstack.{family}")
+        assert registry.type_of(family, name) is entry.load()
+    wrong = {"name": EntryPoint("name", "kvstack.errors:SpecError", f"kvstack.{family}")}
+    monkeypatch.setitem(registry.BUILT_IN, family, wrong)
+    with pytest.raises(SpecError, match=r"is not a kvstack (Stage|Score)"):
+        registry.type_of(family, "name")
 
 
 def test_scores_are_found_the_same_way(install):

@@ -1,5 +1,7 @@
 """A cache that is saved and loaded goes on as if nothing had happened, and its file is as large as the cache."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 import torch
 
@@ -142,7 +144,8 @@ def test_latents_of_another_calibration_are_refused(kind, tmp_path, monkeypatch)
 
     model, path, axes = tiny.model("llama"), tmp_path / "cache.safetensors", tmp_path / "axes.safetensors"
     calibrate(model, layers=2, tokens=400).save(axes)
-    monkeypatch.setitem(registry.BUILT_IN["stages"], "renamed", f"{__name__}:Renamed")
+    entry = EntryPoint("renamed", f"{__name__}:Renamed", "kvstack.stages")
+    monkeypatch.setitem(registry.BUILT_IN["stages"], "renamed", entry)
     stack = KVStack([kind(0.5, layers=2, calibration=str(axes))], model=model)
     model(tiny.tokens(1, 100), past_key_values=stack)
     stack.save(path)

@@ -104,9 +104,9 @@ def _cut(kinds: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, tokens: i
 
 def written_by(model: PreTrainedModel, tokens: int) -> Windows:
     """Windows that the model writes, from random first tokens."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     from transformers import DynamicCache
 
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     length = min(SAMPLED_WINDOW, _longest(model))
     rows = max(1, tokens // length)

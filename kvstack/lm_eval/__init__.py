@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import registry
 from ..cache import KVStack
 from ..errors import KVStackError, UseError
+from ..spec import parse
 
 try:
     from lm_eval.api.registry import register_model
@@ -94,7 +94,7 @@ class KVStackLM(HFLM):
         if str(kwargs.get("batch_size")).startswith("auto"):
             raise KVStackError("batch_size='auto' is tried out with a dense cache, which says nothing. Give a number.")
         given = {"sinks": sinks, "window": window, "block": block, "fused": fused}
-        self._stages, settings = registry.parse("" if stack == DENSE else stack)
+        self._stages, settings = parse("" if stack == DENSE else stack)
         self._settings = settings | {name: value for name, value in given.items() if value is not None}
         KVStack(self._stages, **self._settings)  # what is wrong with it is said before the model is loaded
         super().__init__(pretrained, **kwargs)

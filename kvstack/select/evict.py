@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from .. import registry
+from ..registry import score_names
+from ..spec import make_score
 from ..stage import Score, Stage, check
 
 __all__ = ["Evict"]
@@ -40,7 +41,7 @@ class Evict(Stage):
     """
 
     keep: float | int
-    score: Score | str | Any = DEFAULT
+    score: Score | str = DEFAULT
     layers: int | None = field(default=None, kw_only=True)
     share_heads: bool = field(default=False, kw_only=True)
     pool: Literal["mean", "max"] = field(default="mean", kw_only=True)
@@ -52,7 +53,7 @@ class Evict(Stage):
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str):
-            object.__setattr__(self, "score", registry.make_score(self.score))
+            object.__setattr__(self, "score", make_score(self.score))
         share = isinstance(self.keep, float) and 0 < self.keep <= 1
         count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
         check(
@@ -69,14 +70,19 @@ class Evict(Stage):
             callable(getattr(self.score, "score", None)) and not isinstance(self.score, type),
             self,
             "a score is a name or an object with a method score(kv, context).",
-            f"Use one of: {', '.join(registry.score_names())}.",
+            f"Use one of: {', '.join(score_names())}.",
         )
 
     def settings(self) -> dict[str, Any]:
         settings = super().settings()
-        if settings["score"] == registry.make_score(DEFAULT):
+        if settings["score"] == make_score(DEFAULT):
             del settings["score"]
         return settings
+
+    @property
+    def ranking(self) -> Score:
+        """The score itself."""
+        return cast(Score, self.score)
 
     # A score may be any object with a `score` method: what it does not say about itself has the default of `Score`.
 

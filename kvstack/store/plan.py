@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..abilities import FitsText, NeedsHidden, RefitsText
 from ..encode.exact import Exact
 from ..select.evict import Evict
 from ..stage import BoundTransform, Codec, Encode, check
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "Spans"]
+
+
+class Spans(NamedTuple):
+    """The stack's own settings, in tokens: how many stay as they are at both ends, and how many are compressed at a
+    time while decoding."""
+
+    sinks: int
+    window: int
+    block: int
 
 
 @dataclass(frozen=True)

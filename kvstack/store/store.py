@@ -190,7 +190,7 @@ class Store:
             if queries is not None:
                 kv = self.read(slot, seen, work)
                 context = self._context(slot, seen, scalings[slot], queries, self.memory[slot].grown(kv.tokens))
-                self.memory[slot].tensors = dict(evict.score.track(kv, context))
+                self.memory[slot].tensors = dict(evict.ranking.track(kv, context))
                 known.untracked = 0
 
     def _context(
@@ -237,7 +237,7 @@ class Store:
         assert evict is not None
         kv = self.read(slot, seen, work)
         queries = self.queries[slot].last(evict.queries)
-        score = evict.score.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
+        score = evict.ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
         if score.shape != kv.keys.shape[:3]:
             raise UseError(
                 f"{evict!r} on layer {layer}: score gave {tuple(score.shape)}, "

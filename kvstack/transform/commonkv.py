@@ -178,7 +178,7 @@ class Calibrated(Budgeted):
         number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
         allotment = self.allotments[number]
         basis = self.calibration.basis(layers, allotment.rank, device, self.dtype)
-        codec = Project(basis, self.apart and self.apart[number])
+        codec = Project(basis, None if self.apart is None else self.apart[number])
         encoder = allotment.encoder
         if encoder is not None:
             codec.encoders = {LATENT: encoder.to(device) if isinstance(encoder, ChannelCodes) else encoder}
@@ -214,7 +214,7 @@ class OfWeights(BoundTransform):
     def for_group(self, layers: Sequence[int]) -> Project:
         number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
         basis = self.axes.basis(layers, self.rank, device, self.dtype)
-        apart = self.apart and self.apart[number]
+        apart = None if self.apart is None else self.apart[number]
         codec = Project(basis, apart)
         if self.merge == "mean":
             mine = [self.weights[layer] for layer in layers]

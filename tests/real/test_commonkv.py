@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Evict, KVStack, Quant
-from kvstack.bench.measure.variants import share_of_bfloat16
+from kvstack.bench.measure.sizes import share_of_bfloat16
 
 from .test_smollm2 import check_quality, divergence, smollm2, text
 

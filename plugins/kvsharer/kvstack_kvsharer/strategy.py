@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from kvstack import KV, CalibrationError, KVStack
+from kvstack import KV, CalibrationError
 from kvstack.authoring import (
     LayerGroups,
     Share,
@@ -296,6 +296,8 @@ class _Trial(Share):
 
 def _last_hidden(model: PreTrainedModel, batches: Sequence[Tensor], shares: Mapping[int, int]) -> list[Tensor]:
     """The last hidden state of every text, (B, T * hidden size) for each batch, where layers share."""
+    from kvstack import KVStack
+
     hidden = []
     for ids in batches:
         stack = KVStack([_Trial(shares)], model=model)

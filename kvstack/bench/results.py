@@ -3,7 +3,8 @@
     {"bench": "quality", "key": {...}, "figures": {...}, "environment": {...}}
 
 `key` names what was measured (a context, a window of text, a cache, ...). A line counts for a later run when its key
-and its environment are the same, apart from the commit: the digest of the sources says whether the code was.
+and its environment are the same, apart from the commit: the digest of the sources says whether the code was. The code
+of a plugin is part of the key of the stacks that use it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...errors import KVStackError
+from ..errors import KVStackError
 
-__all__ = ["Record", "Results", "name", "read", "strict"]
+__all__ = ["Figures", "Record", "Results", "load", "name", "read", "strict"]
 
 Record = dict[str, Any]
 READERS_ONLY = ("commit",)
+MEASURED = ("cache", "context", "domain", "mode", "plugins", "sample", "task", "text", "variant", "window")
+"""Names in a key that say what was measured; the others say how."""
+
+
+class Figures(NamedTuple):
+    """What one benchmark has measured."""
+
+    rows: list[Record]
+    """Keys and figures together."""
+    environment: Mapping[str, Any]
+    """Where they come from: model, versions, hardware, seed, ..."""
 
 
 class Results:
@@ -46,9 +58,10 @@ class Results:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def rows(self, keys: Iterable[Mapping[str, Any]]) -> list[Record]:
-        """Keys and figures together, of those among `keys` that are there."""
-        return [{**key, **self._known[name(key)]} for key in keys if name(key) in self._known]
+    def figures(self, keys: Iterable[Mapping[str, Any]]) -> Figures:
+        """Those of `keys` that are there, in this order."""
+        rows = [{**key, **self._known[name(key)]} for key in keys if name(key) in self._known]
+        return Figures(rows, self.environment)
 
 
 def read(path: Path) -> list[Record]:
@@ -68,6 +81,33 @@ def read(path: Path) -> list[Record]:
             raise KVStackError(f"{path}, line {number} is no benchmark record. Name another folder.") from None
         records.append(record)
     return records
+
+
+def load(folder: Path, bench: str) -> Figures:
+    """The figures of one benchmark in a folder that belong together; no rows where there are none.
+
+    Those of the newest environment and settings, of each key the newest: figures of other code, another model, or of
+    more tokens scored do not mix.
+    """
+    records = read(folder / f"{bench}.jsonl")
+    if not records:
+        return Figures([], {})
+    environment = records[-1]["environment"]
+    wanted = strict(environment)
+    here = [record for record in records if strict(record["environment"]) == wanted]
+    how = _settings(here[-1]["key"])
+    plugins = {record["key"].get("cache"): record["key"].get("plugins") for record in here}  # the last one counts
+    newest = {
+        name(key): record
+        for record in here
+        if _settings(key := record["key"]) == how and key.get("plugins") == plugins[key.get("cache")]
+    }
+    return Figures([{**record["key"], **record["figures"]} for record in newest.values()], environment)
+
+
+def _settings(key: Mapping[str, Any]) -> str:
+    """What a key says of how something was measured, not of what."""
+    return name({what: value for what, value in key.items() if what not in MEASURED})
 
 
 def name(key: Mapping[str, Any]) -> str:

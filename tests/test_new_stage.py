@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvstack.cli import new_stage as newstage
 from kvstack.cli.app import app
+from kvstack.cli.new_stage import write
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["transform", "encode", "score"]
@@ -66,7 +66,7 @@ def test_the_folder_has_a_usual_place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_mark_of_a_template_is_left_and_lines_are_short(kind, tmp_path):
-    folder = newstage.write("abcdefgh", kind, tmp_path / "new")
+    folder = write("abcdefgh", kind, tmp_path / "new")
     for path in (path for path in folder.rglob("*") if path.is_file()):
         text = path.read_text()
         assert "{%" not in text
@@ -119,5 +119,5 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
-        newstage.write("fresh", "encode", tmp_path / "new")
+        write("fresh", "encode", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,9 @@
 
 import random
 
+from kvstack.bench.show import pictures
+from kvstack.bench.show.front import pareto
+
 STACKS = [
     "quant:4",
     "quant:2",
@@ -83,8 +86,6 @@ def decode(contexts=(1024, 4096, 16384)):
 
 
 def matrix(contexts=(4096,)):
-    from kvstack.bench.show.front import pareto
-
     chance, rows = random.Random(2), []
     for context in contexts:
         here = []
@@ -107,3 +108,14 @@ def matrix(contexts=(4096,)):
         for row, best in zip(here, pareto([(row["share"], row["kl"]) for row in here]), strict=True):
             rows.append(row | {"pareto": best})
     return rows
+
+
+DRAWN = {
+    "quality": (pictures.quality, quality),
+    "matrix": (pictures.matrix, matrix),
+    "needles": (pictures.needles, cells),
+    "memory": (pictures.memory, memory),
+    "growth": (pictures.growth, memory),
+    "decode": (pictures.decode, decode),
+}
+"""Each picture: what draws it, and rows for it."""

@@ -1,4 +1,4 @@
-"""From records to the rows of tables and pictures. All statistics of the benchmarks are here.
+"""From recorded figures to the rows of tables and pictures. All statistics of the benchmarks are here.
 
 Tokens that follow each other are not independent of each other, so what is resampled are blocks of 32 tokens, the same
 blocks for all caches: intervals are paired.
@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import KVStackError
+from .front import pareto
 
-__all__ = ["BLOCK", "budgets", "heat", "interval", "needles", "quality", "ratio"]
+__all__ = ["BLOCK", "budgets", "heat", "interval", "matrix", "needles", "quality", "ratio"]
 
-T = TypeVar("T")
 Row = dict[str, Any]
+R = TypeVar("R", bound=Mapping[str, Any])
 Array = NDArray[np.float64]
 BLOCK = 32
 RESAMPLES = 2000
@@ -63,25 +64,23 @@ def budgets(records: Sequence[Mapping[str, Any]], shares: Sequence[float] = BUDG
     """
     rows = []
     for (context,), mine in _by(records, "context").items():
-        found = {
-            cache: (row, by_cache) for (cache,), by_cache in _by(mine, "cache").items() for row in quality(by_cache)
-        }
+        records_of = {cache: those for (cache,), those in _by(mine, "cache").items()}
+        measured = [row for those in records_of.values() for row in quality(those)]
         for share in shares:
-            stack = _best(found, "kvstack", share)
-            peer = _best(found, "peer", share)
-            row: Row = {"context": context, "budget": share, "stack": stack and found[stack][0]}
-            row |= {"peer": peer and found[peer][0], "ratio": None, "ratio_low": None, "ratio_high": None}
+            stack, peer = _best(measured, "kvstack", share), _best(measured, "peer", share)
+            row: Row = {"context": context, "budget": share, "stack": stack, "peer": peer}
+            row |= {"ratio": None, "ratio_low": None, "ratio_high": None}
             if stack and peer:
-                ours, theirs = _paired(found[stack][1], found[peer][1])
+                ours, theirs = _paired(records_of[stack["cache"]], records_of[peer["cache"]])
                 low, high = ratio(_blocks(ours), _blocks(theirs), seed)
-                row |= {"ratio": found[stack][0]["kl"] / found[peer][0]["kl"], "ratio_low": low, "ratio_high": high}
+                row |= {"ratio": stack["kl"] / peer["kl"], "ratio_low": low, "ratio_high": high}
             rows.append(row)
     return rows
 
 
-def _best(found: Mapping[str, tuple[Row, Any]], kind: str, share: float) -> str | None:
-    fit = [row for row, _ in found.values() if row["kind"] == kind and row["share"] <= share * 1.01]
-    return min(fit, key=lambda row: row["kl"])["cache"] if fit else None
+def _best(rows: Sequence[Row], kind: str, share: float) -> Row | None:
+    fit = [row for row in rows if row["kind"] == kind and row["share"] <= share * 1.01]
+    return min(fit, key=lambda row: row["kl"], default=None)
 
 
 def _paired(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
@@ -146,6 +145,24 @@ def heat(records: Sequence[Mapping[str, Any]], cells: int = 5) -> list[Row]:
     ]
 
 
+def matrix(records: Sequence[Mapping[str, Any]], speeds: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Row]:
+    """One row for each context and combination of stages, with those that nothing beats in bytes and KL marked.
+
+    `records` are figures of quality. `speeds`, those of the matrix, say which caches are combinations, and of which
+    stages; a combination without a speed was not timed.
+    """
+    timed = {(speed["context"], speed["cache"]): speed for speed in speeds if speed["stages"]}
+    rows = [
+        {**speed["stages"], **row, "speed": speed["speed_typical"]}
+        for row in quality(records, seed)
+        if (speed := timed.get((row["context"], row["cache"]))) is not None
+    ]
+    for (_,), here in _by(rows, "context").items():
+        for row, best in zip(here, pareto([(row["share"], row["kl"]) for row in here]), strict=True):
+            row["pareto"] = best
+    return rows
+
+
 # ---- statistics
 
 
@@ -173,15 +190,15 @@ def _bootstrap(
 
     if len(samples[0]) < 2 or all(np.ptp(x) == 0 for x in samples):
         return value, value
-    found = bootstrap(
+    bounds = bootstrap(
         samples, statistic, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(bounds.low), float(bounds.high)
 
 
-def _by(records: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+def _by(records: Iterable[R], *names: str) -> dict[tuple[Any, ...], list[R]]:
     """Records by the values of some of their fields, in the order of their first ones."""
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    parted: dict[tuple[Any, ...], list[R]] = {}
     for record in records:
-        found.setdefault(tuple(record[name] for name in names), []).append(record)
-    return found
+        parted.setdefault(tuple(record[name] for name in names), []).append(record)
+    return parted

@@ -8,14 +8,14 @@ from typing import Protocol
 
 from .sample import Question
 
-__all__ = ["NEW_TOKENS", "Plan", "Task"]
+__all__ = ["NEW_TOKENS", "Recipe", "Task"]
 
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
 """Room for an answer, as RULER has it, by the first part of a task's name."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """One sample to write; `source` seeds it."""
 
     source: str
@@ -39,5 +39,5 @@ class Task(Protocol):
     def one_place(self) -> bool:
         """Whether the answer to a question stands in one place, so that the sample has a depth."""
 
-    def write(self, plan: Plan, size: int) -> tuple[str, tuple[Question, ...]]:
+    def write(self, recipe: Recipe, size: int) -> tuple[str, tuple[Question, ...]]:
         """Text and questions of a sample; the text grows with `size`."""

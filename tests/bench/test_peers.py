@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from kvstack.bench.measure.variants import _tensors_in
-from kvstack.bench.peers import KvPress, Press, caches, kvpress, parse, plain
+from kvstack.bench.peers import caches, kvpress
+from kvstack.bench.peers.caches import tensors_in
+from kvstack.bench.peers.kvpress import KvPress, Press
+from kvstack.bench.peers.spec import parse
 from kvstack.errors import KVStackError, SpecError
 from kvstack.packed import storage_bytes
-
-from . import tiny
+from tests import tiny
 
 T = 256
 """Tokens of the texts below: those that turboquant needs for its first block."""
@@ -33,7 +34,7 @@ def held(model: LlamaForCausalLM, spec: str) -> int:
     """Bytes of the first layer after a prefill of T tokens."""
     cache = parse(spec).make(model)
     model(input_ids=ids(), past_key_values=cache)
-    return storage_bytes(list(plain(_tensors_in(cache.layers[0]))))
+    return storage_bytes(tensors_in(cache.layers[0]))
 
 
 # ---- spec strings
@@ -251,10 +252,10 @@ def real(model, tmp_path):
 def test_kvpress_reads_and_answers(real, model):
     text, context = ids(150), 100
     dense = model(input_ids=text[:, :-1]).logits[0, context:].log_softmax(-1)
-    found = real.read(text, context, Press("dense", 1.0))
-    assert found.share == 1
-    assert not found.simulated
-    torch.testing.assert_close(found.log_probs, dense, atol=1e-4, rtol=1e-4)
+    reading = real.read(text, context, Press("dense", 1.0))
+    assert reading.share == 1
+    assert not reading.simulated
+    torch.testing.assert_close(reading.log_probs, dense, atol=1e-4, rtol=1e-4)
 
     # the first four tokens and the last sixteen, which a mask can hide as well as a press can drop
     mask = torch.ones(149, 149).tril().bool()

@@ -36,12 +36,12 @@ def solve(text: str, question: str) -> str:
     """The answer, by reading: the oracle that every task must satisfy."""
     if variables := re.search(r"hold the value (\d+)\?", question):
         held = {variables[1]}
-        found = []
+        names = []
         for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text):
             if value in held:
                 held.add(name)
-                found.append(name)
-        return " ".join(found)
+                names.append(name)
+        return " ".join(names)
     if "come up most often in the list" in question:
         listed = re.findall(r"\d+\. (\S+)", text.rpartition("Remember those.")[2])
         return " ".join(word for word, _ in Counter(listed).most_common(10))
