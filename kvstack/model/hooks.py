@@ -91,7 +91,7 @@ def _swap_in(interface: Any, name: str, module: nn.Module) -> None:
         swap = _swaps.get((id(interface), name))
         if swap is None:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            original = interface.getinterface(name, eager)
+            original = interface.get_interface(name, eager)
             swap = _swaps[id(interface), name] = _Swap(original, name in interface._local_mapping, 0)
             interface[name] = _stand_in(swap.original)
         swap.users += 1
