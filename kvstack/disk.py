@@ -33,12 +33,12 @@ from .store.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Saved", "load", "write"]
+__all__ = ["Saved", "Writer", "describe_layer", "load", "restored", "write"]
 
 FORMAT = "kvstack cache 1"
 
 
-class _Writer:
+class Writer:
     """Collects tensors under short names; a description holds the names in their place."""
 
     def __init__(self, compress: bool = False) -> None:
@@ -81,7 +81,7 @@ def write(
     compress: bool = False,
 ) -> None:
     """Write a batch whose forwards are all settled; `stack` is the dict that builds the stack again."""
-    writer, binding = _Writer(compress), batch.binding
+    writer, binding = Writer(compress), batch.binding
     assert binding.model is not None
     described = {
         "stack": stack,
@@ -101,13 +101,13 @@ def write(
             }
             for cohort in batch.cohorts
         ],
-        "others": [_describe_layer(layer, writer) for layer in others],
+        "others": [describe_layer(layer, writer) for layer in others],
     }
     described["deflated"] = writer.deflated
     write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)})
 
 
-def _describe_store(store: Store, writer: _Writer) -> dict[str, Any]:
+def _describe_store(store: Store, writer: Writer) -> dict[str, Any]:
     """The state of all tracks; sealed tokens in one list, each entry with its slot."""
     state: dict[str, Any] = store.state(writer.put)
     parts, size = state.pop("sealed"), store.plan.stored_together
@@ -125,13 +125,13 @@ def _fitted(store: Store) -> list[str]:
     return [codec.fingerprint for codec in store.codecs]
 
 
-def _describe_layer(layer: Any, writer: _Writer) -> dict[str, Any]:
+def describe_layer(layer: Any, writer: Writer) -> dict[str, Any]:
     """All that a layer of transformers holds, in JSON with tensors by name."""
     known = {name: x for name, x in vars(layer).items() if not isinstance(x, (torch.dtype, torch.device))}
     return {name: _described(x, writer, f"{type(layer).__name__}.{name}") for name, x in known.items()}
 
 
-def _described(x: Any, writer: _Writer, where: str) -> Any:
+def _described(x: Any, writer: Writer, where: str) -> Any:
     if isinstance(x, Tensor):
         return {"tensor": writer.put(x), "device": str(x.device)}
     if isinstance(x, Mapping):
@@ -143,12 +143,12 @@ def _described(x: Any, writer: _Writer, where: str) -> Any:
     raise UseError(f"{where} is a {type(x).__name__}, which cannot be saved: this model's cache stays in memory.")
 
 
-def _restored(x: Any, get: Any) -> Any:
+def restored(x: Any, get: Any) -> Any:
     if isinstance(x, dict) and "tensor" in x:
         return get(x["tensor"], torch.device(x["device"]))
     if isinstance(x, dict):
-        return {key: _restored(value, get) for key, value in x["items"]}
-    return [_restored(value, get) for value in x] if isinstance(x, list) else x
+        return {key: restored(value, get) for key, value in x["items"]}
+    return [restored(value, get) for value in x] if isinstance(x, list) else x
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Saved:
         batch.cohorts = cohorts
         for layer, held in zip(others, described["others"], strict=True):
             for key, value in held.items():
-                setattr(layer, key, _restored(value, self._get))
+                setattr(layer, key, restored(value, self._get))
 
     def _fill_store(self, store: Store, state: Mapping[str, Any], devices: Sequence[torch.device]) -> None:
         stage = store.plan.transform.stage if store.plan.transform else None

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 
 from kvstack.calibration.axes import Basis, flat
-from kvstack.calibration.calibration import Group, orthonormal
+from kvstack.calibration.calibration import GroupAxes, orthonormal
+from kvstack.model.attention import attention_modules
 from kvstack.model.rope import find_ropes
 from kvstack.types import KV
 
@@ -82,7 +83,7 @@ def test_rebuilding_in_bfloat16_is_close():
 
 def test_axes_stored_as_halves_are_orthonormal_again():
     axes = torch.linalg.qr(random(64, 64)).Q.half()
-    made = Group((0,), SHAPES, torch.zeros(64), torch.ones(64), axes, torch.ones(64))
+    made = GroupAxes((0,), SHAPES, torch.zeros(64), torch.ones(64), axes, torch.ones(64))
     product = orthonormal(made.axes.float())
     torch.testing.assert_close(product @ product.T, torch.eye(64), atol=1e-5, rtol=0)
 
@@ -92,9 +93,7 @@ def test_axes_stored_as_halves_are_orthonormal_again():
 )
 def test_unrotating_and_rotating_is_the_identity(positions, name):
     model = tiny.model(name)
-    from kvstack.model import hooks as hook
-
-    rope = find_ropes(model, hook.attention_modules(model), ["full_attention"] * 4)[0]
+    rope = find_ropes(model, attention_modules(model), ["full_attention"] * 4)[0]
     where = torch.tensor(sorted(positions), dtype=torch.int32)[None, None]
     keys = random(2, 2, len(positions), 16)
     torch.testing.assert_close(rope.rotate(rope.unrotate(keys, where), where), keys, atol=1e-4, rtol=1e-4)
@@ -109,9 +108,7 @@ def test_a_gradient_is_pulled_back_by_the_transpose(name, changes):
     """Also where attention is scaled, or a part of each head is not rotated."""
     config_type, model_type, own = tiny.MODELS[name]
     model = model_type(config_type(**(tiny.SHAPE | own | changes))).eval()
-    from kvstack.model import hooks as hook
-
-    rope = find_ropes(model, hook.attention_modules(model), ["full_attention"] * 4)[0]
+    rope = find_ropes(model, attention_modules(model), ["full_attention"] * 4)[0]
     where = torch.arange(5, 11)[None, None]
     keys, gradient = random(1, 2, 6, 16), random(1, 2, 6, 16, seed=1)
     here, there = (gradient * rope.rotate(keys, where)).sum(), (rope.pull(gradient, where) * keys).sum()

@@ -8,11 +8,12 @@ import torch
 from typer.testing import CliRunner
 
 from kvstack import BindError, Calibration, CalibrationError, CommonKV, KVStack, Quant, calibrate, sensitivity
-from kvstack.calibration import calibrate as calibrator
-from kvstack.calibration import windows as reading
-from kvstack.calibration.calibration import identity
-from kvstack.cli.app import _spectra, app
-from kvstack.model import layers as grouping
+from kvstack.calibration import calibrate as calibrating
+from kvstack.calibration import keep, windows
+from kvstack.cli.app import app, spectra
+from kvstack.model.fingerprint import fingerprint
+from kvstack.model.layers import LayerGroups, group_size
+from kvstack.model.probing import SINKS
 from kvstack.testing import tiny_model
 
 from . import tiny
@@ -43,17 +44,17 @@ def test_axes_cover_all_layers_and_are_ordered(found):
 def test_energies_are_the_variances_of_the_latents():
     """On the very text that was read, a latent's channels vary as their energies say, and not together."""
     model = tiny.model("llama")
-    windows = reading.written_by(model, reading.SAMPLED_TOKENS)
+    texts = windows.written_by(model, windows.SAMPLED_TOKENS)
     found = calibrate(model, layers=4)
     group = found.groups[0]
     basis = group.basis(128, torch.device("cpu"), torch.float32)
-    plan = grouping.Grouping(model, 4)
+    groups = LayerGroups(model, 4)
     latents = []
-    for number, (ids, prompt) in enumerate(windows):
+    for number, (ids, prompt) in enumerate(texts):
         with torch.no_grad():
-            cache, _ = calibrator._read(model, ids, prompt, plan.full, seed=number)
-        sums = calibrator._Sums(plan.full, plan.ropes)
-        latents.append(basis.project(sums._flat(cache, lambda rope, x, where: rope.unrotate(x, where))))
+            cache, _ = calibrating.read_window(model, ids, prompt, groups.full, seed=number)
+        sums = calibrating.Sums(groups.full, groups.ropes)
+        latents.append(basis.project(sums.flat(cache, lambda rope, x, where: rope.unrotate(x, where))))
     z = torch.cat(latents)
     covariance = torch.cov(z.T, correction=0)
     torch.testing.assert_close(covariance.diagonal(), group.energy[:128], rtol=0.02, atol=1e-3 * float(group.energy[0]))
@@ -65,12 +66,12 @@ def test_the_weight_is_the_fisher_information():
     """Half the weight times a small squared error is the KL that the error causes, up to one common factor: what
     matters most in the tiny model is told from what matters least."""
     model = tiny.model("llama")
-    windows = reading.written_by(model, 1600)
-    plan = grouping.Grouping(model, 2)
-    sums = [calibrator._Sums(group, plan.ropes) for group in plan.groups]
+    texts = windows.written_by(model, 1600)
+    groups = LayerGroups(model, 2)
+    sums = [calibrating.Sums(group, groups.ropes) for group in groups.groups]
     caused = torch.zeros(4)
-    for number, (ids, prompt) in enumerate(windows):
-        kvs, gradients = calibrator._read(model, ids, prompt, plan.full, seed=number)
+    for number, (ids, prompt) in enumerate(texts):
+        kvs, gradients = calibrating.read_window(model, ids, prompt, groups.full, seed=number)
         for one in sums:
             one.add(kvs, gradients)
         for layer in range(4):
@@ -90,7 +91,7 @@ def kl_of_noise_in_values(model, ids, prompt, layer):
         model(ids[:, :prompt], past_key_values=cache)
         values = cache.layers[layer].values
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(layer))
-        noise[:, :, : reading.SINKS] = 0
+        noise[:, :, :SINKS] = 0
         cache.layers[layer].values = values + size * noise
         logits.append(model(ids[:, prompt:], past_key_values=cache).logits.double().log_softmax(-1))
     exact, noisy = logits
@@ -183,13 +184,13 @@ def test_a_failed_write_leaves_the_old_file(found, saved, monkeypatch):
 
 def test_identity_is_of_the_weights_not_of_their_type():
     model = tiny.model("llama")
-    assert identity(model) == identity(tiny.model("llama", dtype=torch.bfloat16))
-    assert identity(model) != identity(tiny.model("qwen2"))
+    assert fingerprint(model) == fingerprint(tiny.model("llama", dtype=torch.bfloat16))
+    assert fingerprint(model) != fingerprint(tiny.model("qwen2"))
     other = tiny.model("llama", num_hidden_layers=2)
-    before = identity(other)
+    before = fingerprint(other)
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
-    assert identity(other) != before
+    assert fingerprint(other) != before
     with torch.no_grad():
         other.lm_head.weight[0, 0] -= 1
 
@@ -197,13 +198,13 @@ def test_identity_is_of_the_weights_not_of_their_type():
 def test_identity_survives_saving(tmp_path):
     """`save_pretrained` writes the architecture into the config of the model it saves."""
     model = tiny.model("llama", intermediate_size=72)
-    before = identity(model)
+    before = fingerprint(model)
     model.save_pretrained(tmp_path)
-    assert identity(model) == before == identity(type(model).from_pretrained(tmp_path))
+    assert fingerprint(model) == before == fingerprint(type(model).from_pretrained(tmp_path))
 
 
 def test_identity_knows_the_rotation():
-    assert identity(tiny.model("llama")) != identity(tiny.model("llama", max_position_embeddings=512))
+    assert fingerprint(tiny.model("llama")) != fingerprint(tiny.model("llama", max_position_embeddings=512))
 
 
 # ---- by itself
@@ -211,8 +212,8 @@ def test_identity_knows_the_rotation():
 
 def test_commonkv_calibrates_itself_once_and_says_so(monkeypatch, tmp_path, caplog):
     model = tiny.model("mistral")
-    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path)
-    calibrator._known.pop(model, None)
+    monkeypatch.setattr(keep, "folder", lambda: tmp_path)
+    keep.forget(model)
     with caplog.at_level(logging.WARNING, "kvstack"):
         KVStack([CommonKV()], model=model)
         KVStack([CommonKV(0.2), Quant(2)], model=model)
@@ -221,17 +222,17 @@ def test_commonkv_calibrates_itself_once_and_says_so(monkeypatch, tmp_path, capl
     ]
     (path,) = tmp_path.glob("*.safetensors")
     assert str(path) in caplog.text
-    calibrator._known.pop(model)
-    monkeypatch.setattr(calibrator, "calibrate", lambda *a, **k: pytest.fail("the file was there"))
+    keep.forget(model)
+    monkeypatch.setattr(calibrating, "calibrate", lambda *a, **k: pytest.fail("the file was there"))
     KVStack([CommonKV()], model=model)
 
 
 def test_a_damaged_file_in_the_cache_is_made_anew(monkeypatch, tmp_path, caplog):
     model = tiny.model("mistral")
-    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path)
-    path = calibrator.usual_path(model, 4)
+    monkeypatch.setattr(keep, "folder", lambda: tmp_path)
+    path = calibrating.default_path(model, 4)
     path.write_bytes(b"nothing")
-    calibrator._known.pop(model, None)
+    keep.forget(model)
     with caplog.at_level(logging.WARNING, "kvstack"):
         KVStack([CommonKV()], model=model)
     assert "is damaged" in caplog.text
@@ -241,18 +242,18 @@ def test_a_damaged_file_in_the_cache_is_made_anew(monkeypatch, tmp_path, caplog)
 def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path, caplog):
     model = tiny.model("mistral")
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path / "file" / "calibrations")
-    calibrator._known.pop(model, None)
+    monkeypatch.setattr(keep, "folder", lambda: tmp_path / "file" / "calibrations")
+    keep.forget(model)
     with caplog.at_level(logging.WARNING, "kvstack"):
         KVStack([CommonKV()], model=model)
     assert "cannot be kept, and is made for this process alone" in caplog.text
-    calibrator._known.pop(model)
+    keep.forget(model)
 
 
 def test_stacks_share_one_copy_of_the_axes():
     model = tiny.model("llama")
     one, other = (KVStack([CommonKV(0.5)], model=model) for _ in range(2))
-    axes = [stack._cohorts[0].stores[0].transforms[0]._basis.axes for stack in (one, other)]
+    axes = [stack.batch.cohorts[0].stores[0].codecs[0].basis.axes for stack in (one, other)]
     assert axes[0] is axes[1]
     assert one.model_nbytes == other.model_nbytes > 0
     assert "that all caches of the model share" in str(one.report())
@@ -263,7 +264,7 @@ USUAL = [(30, 5), (32, 4), (28, 4), (24, 4), (18, 6), (3, 3), (1, 1), (26, 2), (
 
 @pytest.mark.parametrize(("count", "size"), USUAL)
 def test_usual_group(count, size):
-    assert grouping.group_size(count) == size
+    assert group_size(count) == size
 
 
 # ---- mistakes
@@ -285,7 +286,7 @@ def test_axes_of_keys_and_of_values_apart(tmp_path):
     assert basis[1].shapes == ((2, 0, 16),) * 2
     assert torch.equal(basis[1].mean, found.groups[3].mean)
     rows = ["keys 0 to 1", "keys 2 to 3", "values 0 to 1", "values 2 to 3"]
-    assert list(_spectra(found).columns[0].cells) == rows
+    assert list(spectra(found).columns[0].cells) == rows
     found.save(tmp_path / "axes")
     again = Calibration.load(tmp_path / "axes")
     assert (again.metric, again.mark) == ("variance", found.mark)

@@ -69,19 +69,19 @@ def test_the_line_of_the_readme():
 def test_a_group_is_held_once():
     """Two layers of a group read from one tensor: the latents of all four layers are held in two."""
     stack = filled([CommonKV(0.5, layers=2)])
-    stores = stack._cohorts[0].stores
+    stores = stack.batch.cohorts[0].stores
     assert len(stores) == 2
     for store in stores:
-        assert list(store.sealed) == [(0, "latent")]
-        tensors = [part for packed in store.sealed.values() for part in packed.parts.values()]
+        assert list(store.packed) == [(0, "latent")]
+        tensors = [part for packed in store.packed.values() for part in packed.parts.values()]
         assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors) == 1
-    numbers = sum(x.numel() for store in stores for p in store.sealed.values() for x in p.parts.values())
+    numbers = sum(x.numel() for store in stores for p in store.packed.values() for x in p.parts.values())
     assert numbers <= 0.5 * 110 * 4 * 64, "half the numbers of 110 sealed tokens"
 
 
 def test_bytes_with_an_encoder_are_the_budget():
     stack = filled([CommonKV(0.5, layers=2), Quant(4)], tokens=2 + 8 + 400)
-    sealed = [p for store in stack._cohorts[0].stores for p in store.sealed.values()]
+    sealed = [p for store in stack.batch.cohorts[0].stores for p in store.packed.values()]
     nbytes = storage_bytes([x for p in sealed for x in p.parts.values()])
     assert 0.97 < nbytes / (400 * 4 * 64 * 0.5 * 4 / 8) <= 1.0
 
@@ -108,7 +108,7 @@ def test_block_size_does_not_change_the_result(encode):
         for piece in ids.split([20, *[1] * 70], dim=1):
             model(piece, past_key_values=stack)
         found.append(stack)
-    shortest = min(stack._cohorts[0].stores[0].sealed_tokens for stack in found)
+    shortest = min(stack.batch.cohorts[0].stores[0].sealed_tokens for stack in found)
     assert shortest >= 8
     # early tokens: sealed in all three. Their exact keys differ a little, since later ones read compressed ones
     first = [stack.read(0).keys[:, :, : 2 + 8] for stack in found]
@@ -145,7 +145,11 @@ def test_rebuilding_in_bfloat16():
 def test_mean_is_the_weighed_mean_of_the_latents():
     """Against an example worked out by hand: two layers whose hidden states and weights are known."""
     model = tiny.model("llama")
-    stage = CommonKV(1.0, layers=2, basis="weights", merge="mean", weights=(3.0, 1.0, 1.0, 1.0)).bind(model).of([0, 1])
+    stage = (
+        CommonKV(1.0, layers=2, basis="weights", merge="mean", weights=(3.0, 1.0, 1.0, 1.0))
+        .bind(model)
+        .for_group([0, 1])
+    )
     hidden = [torch.randn(1, 1, 5, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     empty = torch.zeros(1, 2, 5, 16)
     latents = stage.forward([KV(empty, empty, h) for h in hidden])
@@ -167,7 +171,7 @@ def test_projecting_is_better_than_the_mean():
 
 def test_hidden_states_of_raw_tokens_are_counted():
     plain, mean = (filled([CommonKV(0.3, layers=2, basis="weights", merge=m)]) for m in ("project", "mean"))
-    raw = plain._cohorts[0].stores[0].raw_tokens
+    raw = plain.batch.cohorts[0].stores[0].raw_tokens
     assert mean.nbytes - plain.nbytes == 4 * raw * 64 * 4
 
 
@@ -219,7 +223,7 @@ def test_layers_of_a_group_keep_the_same_tokens():
 def test_evicting_more_layers_together_than_are_stored_together():
     stack = filled([CommonKV(0.5, layers=2), Quant(2), Evict(0.4, layers=4)])
     assert torch.equal(stack.positions(0), stack.positions(3))
-    assert {role for role, _ in stack._cohorts[0].stores[0].sealed} == {0, 2}
+    assert {role for role, _ in stack.batch.cohorts[0].stores[0].packed} == {0, 2}
 
 
 def test_layers_that_are_not_full_attention_are_left_alone():
@@ -312,10 +316,10 @@ def test_unmerged_tokens_are_exact_and_counted(stage, encode):
     dense = DynamicCache()
     model(tiny.tokens(1, tokens), past_key_values=dense)
     kept = 0
-    for group, store in enumerate(stack._cohorts[0].stores):
-        if (0, "places") not in store.sealed:  # the other group's tokens are more unlike each other
+    for group, store in enumerate(stack.batch.cohorts[0].stores):
+        if (0, "places") not in store.packed:  # the other group's tokens are more unlike each other
             continue
-        places = store.sealed[0, "places"].parts["data"][0, 0, :, 0]
+        places = store.packed[0, "places"].parts["data"][0, 0, :, 0]
         apart = places.long() + torch.arange(0, 512, 256).repeat_interleave(len(places) // 2) + 2
         kept += len(apart)
         rest = torch.tensor([i for i in range(2, 514) if i not in set(apart.tolist())])
@@ -324,9 +328,9 @@ def test_unmerged_tokens_are_exact_and_counted(stage, encode):
             for found, exact in ((kv.keys, exact_kv.keys), (kv.values, exact_kv.values)):
                 torch.testing.assert_close(found[:, :, apart], exact[:, :, apart], atol=1e-4, rtol=1e-4)
                 assert not torch.allclose(found[:, :, rest], exact[:, :, rest], atol=1e-2)
-        plain = store.sealed[0, "unmerged"].parts["data"]
+        plain = store.packed[0, "unmerged"].parts["data"]
         assert plain.shape == (1, 1, len(apart), 128)
-        assert store.sealed[0, "latent"].tokens == 512 - len(apart)
+        assert store.packed[0, "latent"].tokens == 512 - len(apart)
     assert abs(kept / (2 * 512) - 0.4) <= 32 / 256
     (part,) = (part for part in stack.report().parts if part.part == "unmerged: data")
     assert part.payer.startswith("CommonKV(")
@@ -345,7 +349,7 @@ def test_unmerged_tokens_follow_the_text():
     stack = KVStack([APART[0], Evict(0.6)], model=model, **SETTINGS)
     for piece in tiny.tokens(1, 1200).split([700, 300, *[1] * 200], dim=1):
         model(piece, past_key_values=stack)
-    assert stack._cohorts[0].stores[0].sealed_tokens % 256 == 0
+    assert stack.batch.cohorts[0].stores[0].sealed_tokens % 256 == 0
     held = stack.held
     stack.crop(-700)
     assert stack.seen == 500
@@ -363,8 +367,8 @@ def test_unmerged_is_a_share(unmerged):
 def test_the_same_budget_gives_the_same_codes():
     """A quarter of the numbers in 4 bits, or half of them in 2: all channels compete for as many bits."""
     one, other = (filled([CommonKV(keep), Quant(bits)]) for keep, bits in ((0.25, 4), (0.5, 2)))
-    for mine, theirs in zip(one._cohorts[0].stores, other._cohorts[0].stores, strict=True):
-        parts, others = mine.sealed[0, "latent"].parts, theirs.sealed[0, "latent"].parts
+    for mine, theirs in zip(one.batch.cohorts[0].stores, other.batch.cohorts[0].stores, strict=True):
+        parts, others = mine.packed[0, "latent"].parts, theirs.packed[0, "latent"].parts
         assert all(torch.equal(parts[name], others[name]) for name in ("codes", "gains"))
 
 
@@ -383,17 +387,16 @@ def test_layers_that_do_not_nest_are_refused_once_both_are_known():
 def test_unmerged_tokens_with_an_encoder_of_larger_groups(encode):
     stage = CommonKV(0.3, layers=2, basis="weights", unmerged=0.125)
     stack = KVStack([stage, encode], model=tiny.model("llama", head_dim=64), **SETTINGS)
-    stack._model(tiny.tokens(1, 1200), past_key_values=stack)
-    assert stack._cohorts[0].stores[0].sealed_tokens >= 512
+    stack.binding.model(tiny.tokens(1, 1200), past_key_values=stack)
+    assert stack.batch.cohorts[0].stores[0].sealed_tokens >= 512
 
 
 def test_channels_of_equal_energy_share_the_budget_exactly():
-    from kvstack import Channels
-    from kvstack.store.budget import leading
+    from kvstack.encode.waterfilling import leading
 
-    equal = [Channels(torch.full((100,), 1e-8)) for _ in range(2)]
-    assert [len(channels.energy) for channels in leading(equal, 30)] == [30, 1]
-    assert [len(channels.energy) for channels in leading(equal, 0)] == [1, 1]
+    equal = [torch.full((100,), 1e-8) for _ in range(2)]
+    assert leading(equal, 30) == [30, 1]
+    assert leading(equal, 0) == [1, 1]
 
 
 def test_a_group_that_no_weight_listens_to_is_averaged():

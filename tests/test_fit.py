@@ -1,58 +1,20 @@
 """A transform that is fitted to the text: what it fitted is counted, moved, saved and forgotten with the tokens."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
-from kvstack import KV, Evict, KVStack, Latent, Quant, StageError, Transform, registry
+from kvstack import Evict, KVStack, Latent, Quant, StageError, registry
+from kvstack.authoring import NeedsHidden, ReadsDirectly
 from kvstack.testing import check_stage, tiny_model
 from kvstack.workspace import Workspace
 
+from .stages import Centred, CentredCodec
+
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 FLOAT = 4
-
-
-@dataclass(frozen=True, repr=False)
-class Centred(Transform):
-    """Two layers less the mean of their text: lossless, so that any loss is the pipeline's."""
-
-    once: bool = False
-    far: float = 1e9
-    layers: int = 2
-    unrotated: bool = True
-    _fitted: Mapping = field(init=False, repr=False, compare=False, default_factory=dict)
-    name = "centred"
-
-    def fit(self, group, decoded=0):
-        return self.hold({f"mean {i}": x.mean(2, keepdim=True) for i, x in enumerate(both(group))})
-
-    def strays(self, group):
-        means = zip(both(group), self.fitted.values(), strict=True)
-        return any(bool(((x.mean(2, keepdim=True) - mean).norm(dim=-1) > self.far).any()) for x, mean in means)
-
-    @property
-    def fitted(self):
-        return self._fitted
-
-    def hold(self, fitted):
-        other = copy.copy(self)
-        object.__setattr__(other, "_fitted", fitted)
-        return other
-
-    def forward(self, group):
-        means = self.fitted.values()
-        return {str(i): Latent(x - mean) for i, (x, mean) in enumerate(zip(both(group), means, strict=True))}
-
-    def inverse(self, latents, layer):
-        return KV(*(latents[str(layer)] + self.fitted[f"mean {layer}"]).chunk(2, dim=-1))
-
-
-def both(group):
-    return [torch.cat([kv.keys, kv.values], dim=-1) for kv in group]
 
 
 def tokens(rows, length, seed=0):
@@ -66,8 +28,8 @@ def filled(stages, model, rows=2, length=90):
 
 
 def bases(stack):
-    stores = stack._cohorts[0].stores
-    return [x for store in stores for stage in store.transforms.values() for x in stage.fitted.values()]
+    stores = stack.batch.cohorts[0].stores
+    return [x for store in stores for part in store.sealed for x in part.fitted.values()]
 
 
 @pytest.mark.parametrize("far", [1e9, 0.0], ids=["fitted once", "fitted anew at every block"])
@@ -99,7 +61,7 @@ def test_it_is_fitted_to_the_first_block_that_is_sealed():
     stack = filled([Centred()], model)
     first = [x.clone() for x in bases(stack)]
     model(tokens(2, 40, seed=1), past_key_values=stack)
-    assert stack._cohorts[0].stores[0].sealed_tokens == 90 + 40 - 10
+    assert stack.batch.cohorts[0].stores[0].sealed_tokens == 90 + 40 - 10
     assert all(map(torch.equal, bases(stack), first))
 
 
@@ -111,36 +73,28 @@ def test_it_is_fitted_anew_to_all_tokens():
     torch.testing.assert_close(bases(stack)[0][..., 16:], values.mean(2, keepdim=True))
 
 
-class Patient(Centred):
+class PatientCodec(CentredCodec):
     """Says how many tokens it wants to see before it is fitted, and how many of those it is fitted to were decoded."""
 
-    def first(self, group):
+    def min_tokens(self, group):
         assert [kv.keys.shape[1:2] + kv.keys.shape[3:] for kv in group] == [(2, 16)] * 2
         return 30
 
     def fit(self, group, decoded=0):
         fitted = super().fit(group)
-        return self.hold({**fitted.fitted, "decoded": torch.full((2, 1), float(decoded))})
+        return self.with_fitted({**fitted.fitted, "decoded": torch.full((2, 1), float(decoded))})
 
-    def forward(self, group):
-        return Centred.forward(self.means, group)
 
-    def inverse(self, latents, layer):
-        return Centred.inverse(self.means, latents, layer)
-
-    def strays(self, group):
-        return Centred.strays(self.means, group)
-
-    @property
-    def means(self):
-        return self.hold({name: x for name, x in self.fitted.items() if name != "decoded"})
+class Patient(Centred):
+    def codec(self):
+        return PatientCodec(self)
 
 
 @pytest.mark.parametrize(("encode", "first"), [([], 30), ([Quant(8, group=8)], 32)])
 def test_a_first_block_that_is_too_short_stays_raw(encode, first):
     model = tiny_model()
     stack = filled([Patient(), *encode], model, length=SETTINGS["sinks"] + SETTINGS["window"] + first - 1)
-    store = stack._cohorts[0].stores[0]
+    store = stack.batch.cohorts[0].stores[0]
     assert store.sealed_tokens == 0
     model(tokens(2, 1), past_key_values=stack)
     assert store.sealed_tokens == first
@@ -154,26 +108,26 @@ def test_a_first_block_that_is_too_short_stays_raw(encode, first):
 def test_a_cut_does_not_seal_less_than_the_first_block():
     model = tiny_model()
     stack = filled([Patient(), Evict(29)], model, length=200)
-    assert stack._cohorts[0].stores[0].sealed_tokens == 0
+    assert stack.batch.cohorts[0].stores[0].sealed_tokens == 0
     assert stack.held <= 29 + 10
     other = filled([Patient(), Evict(40)], model, length=200)
-    assert other._cohorts[0].stores[0].sealed_tokens >= 30
+    assert other.batch.cohorts[0].stores[0].sealed_tokens >= 30
 
 
 def test_a_new_fit_is_told_how_many_tokens_are_decoded():
     model = tiny_model()
     stack = filled([Patient(far=0.0)], model, length=90)
-    held = stack._cohorts[0].stores[0].transforms
-    assert float(held[0].fitted["decoded"][0]) == 0
+    part = stack.batch.cohorts[0].stores[0].sealed[0]
+    assert float(part.fitted["decoded"][0]) == 0
     model(tokens(2, 40, seed=1), past_key_values=stack)
-    assert float(held[0].fitted["decoded"][0]) == 80
+    assert float(part.fitted["decoded"][0]) == 80
 
 
 def test_once_leaves_later_tokens_raw():
     model = tiny_model()
     stack = filled([Centred(once=True), Quant(2, group=8)], model)
     model(tokens(2, 40, seed=1), past_key_values=stack)
-    store = stack._cohorts[0].stores[0]
+    store = stack.batch.cohorts[0].stores[0]
     assert (store.sealed_tokens, store.raw_tokens) == (80, 50)
     stack.crop(-125)
     model(tokens(2, 60, seed=1), past_key_values=stack)
@@ -208,7 +162,7 @@ def test_rows_take_theirs_with_them(stages):
 def test_a_saved_cache_and_a_copy_go_on_alike(stages, tmp_path, monkeypatch):
     model = tiny_model()
     stack = filled(stages, model)
-    entry = EntryPoint("centred", f"{__name__}:Centred", "kvstack.stages")
+    entry = EntryPoint("centred", "tests.stages:Centred", "kvstack.stages")
     monkeypatch.setitem(registry.BUILT_IN["stages"], "centred", entry)
     stack.save(tmp_path / "cache.safetensors")
     others = [KVStack.load(tmp_path / "cache.safetensors", model=model), copy.deepcopy(stack)]
@@ -232,7 +186,7 @@ def test_crop_and_reset_forget_it_with_the_last_sealed_token():
     stack.crop(-40)
     assert len(bases(stack)) == 4
     stack.crop(-48)
-    assert stack._cohorts[0].stores[0].sealed_tokens == 0
+    assert stack.batch.cohorts[0].stores[0].sealed_tokens == 0
     assert bases(stack) == []
     fresh = KVStack([Centred()], model=model, **SETTINGS)
     model(tokens(2, 2), past_key_values=fresh)
@@ -243,48 +197,52 @@ def test_crop_and_reset_forget_it_with_the_last_sealed_token():
     assert bases(stack) == []
 
 
-@dataclass(frozen=True, repr=False)
-class Narrow(Centred):
+class NarrowCodec(CentredCodec):
     """Its latents have as many channels as it was fitted to tokens."""
 
     def forward(self, group):
-        means = {name: x for name, x in self.fitted.items() if name != "width"}
         width = int(self.fitted["width"][0])
-        return Centred.forward(self.hold(means), group) | {
-            "width": Latent(torch.zeros(len(group[0].keys), 1, group[0].tokens, width))
-        }
+        return super().forward(group) | {"width": Latent(torch.zeros(len(group[0].keys), 1, group[0].tokens, width))}
 
     def fit(self, group, decoded=0):
         width = torch.full((len(group[0].keys), 1), float(group[0].tokens))
-        return self.hold({**super().fit(group).fitted, "width": width})
+        return self.with_fitted({**super().fit(group).fitted, "width": width})
 
-    def strays(self, group):
+    def needs_refit(self, group):
         return False
+
+
+class Narrow(Centred):
+    def codec(self):
+        return NarrowCodec(self)
 
 
 def test_codes_of_dropped_tokens_are_forgotten_with_the_fit():
     """The second turn drops all that is sealed: what is fitted next has another width."""
     model = tiny_model()
     stack = filled([Narrow(), Evict(0.3, "streaming")], model, rows=1, length=60)
-    store = stack._cohorts[0].stores[0]
+    store = stack.batch.cohorts[0].stores[0]
     first = store.sealed_tokens
-    assert store.sealed[0, "width"].width == first > 0
+    assert store.packed[0, "width"].width == first > 0
     model(tokens(1, 120, seed=1), past_key_values=stack)
-    assert store.sealed[0, "width"].width == store.sealed_tokens > first
+    assert store.packed[0, "width"].width == store.sealed_tokens > first
 
 
 def test_hidden_states_of_compressed_tokens_are_gone():
+    class AsksCodec(NeedsHidden, CentredCodec):
+        pass
+
     class Asks(Centred):
-        hidden = True
+        def codec(self):
+            return AsksCodec(self)
 
     with pytest.raises(
         StageError, match=r"Asks\(\): it wants hidden states and may be fitted anew, .* Leave out hidden"
     ):
-        KVStack([Asks()])
+        KVStack([Asks()], model=tiny_model())
 
 
-@dataclass(frozen=True, repr=False)
-class Newest(Centred):
+class NewestCodec(ReadsDirectly, CentredCodec):
     """Answers a query from the newest sealed tokens: three for one head, three others for the other."""
 
     def pick(self, query, latents, layer, turn):
@@ -293,9 +251,14 @@ class Newest(Centred):
         return {name: torch.stack([x[:, 0, -3:], x[:, 1, -6:-3]], dim=1) for name, x in latents.items()}, places
 
 
+class Newest(Centred):
+    def codec(self):
+        return NewestCodec(self)
+
+
 def test_a_query_is_answered_from_what_is_picked():
     stack = filled([Newest()], tiny_model(), rows=1)
-    store, query, kv = stack._cohorts[0].stores[0], torch.randn(1, 4, 1, 16), stack.read(1)
+    store, query, kv = stack.batch.cohorts[0].stores[0], torch.randn(1, 4, 1, 16), stack.read(1)
     out, weights = store.attend(1, query, stack.seen, 0.25, Workspace())
     for head, picked in enumerate((range(79, 82), range(76, 79))):  # 2 sinks, 80 sealed, 8 in the window
         index = [0, 1, *picked, *range(82, 90)]

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstack import BindError, Evict, KVStack, Quant, UseError
-from kvstack.model import hooks as hook
+from kvstack.model import hooks
 
 from . import tiny
 
@@ -82,7 +82,7 @@ def test_binds_to_the_model_it_is_given_to():
     stack = KVStack([Quant(4)])
     run(first, tiny.tokens(1, 20))
     run(second, tiny.tokens(1, 20), stack)
-    assert stack._model is second
+    assert stack.binding.model is second
 
 
 def test_binds_inside_the_first_call_of_a_bare_base_model():
@@ -137,13 +137,13 @@ def test_threads_that_bind_at_once_share_the_hooks(monkeypatch):
     model = fresh()
     before = footprint(model)
     ready = threading.Barrier(4)
-    make = hook._ModelHooks.__init__
+    make = hooks.ModelHooks.__init__
 
     def slow(self, model):
         time.sleep(0.1)  # the others ask for hooks meanwhile
         make(self, model)
 
-    monkeypatch.setattr(hook._ModelHooks, "__init__", slow)
+    monkeypatch.setattr(hooks.ModelHooks, "__init__", slow)
     stacks = []
 
     def work():

@@ -129,7 +129,7 @@ def test_inference_mode_and_back():
     with torch.enable_grad():
         logits = model(tiny.tokens(1, 1), past_key_values=cache).logits
     assert logits.requires_grad
-    assert not any(x.requires_grad for *_, x in cache._parts())
+    assert not any(x.requires_grad for *_, x in cache.parts())
 
 
 def deepseek():

@@ -22,11 +22,11 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 ENCODER = """
 from dataclasses import dataclass
 
-from kvstack.encode.exact import Plain
+from kvstack.encode.exact import Exact
 
 
 @dataclass(frozen=True, repr=False)
-class Stage(Plain):
+class Stage(Exact):
     name = "{name}"
 """
 

@@ -60,7 +60,7 @@ def test_deflated_or_not_the_same_bits(name, architecture, tmp_path):
     found = []
     for compress, path in enumerate(files):
         stack.save(path, compress=bool(compress))
-        found.append(KVStack.load(path, model=model)._parts())
+        found.append(KVStack.load(path, model=model).parts())
     assert found[0]
     for (*who, x), (*other, y) in zip(*found, strict=True):
         assert (who, x.dtype, x.shape) == (other, y.dtype, y.shape)
@@ -161,17 +161,17 @@ def test_all_a_layer_of_transformers_holds_is_saved():
     """Dicts of tensors too, as linear-attention layers have them; what cannot be written is said."""
     from types import SimpleNamespace
 
-    from kvstack.disk import _describe_layer, _restored, _Writer
+    from kvstack.disk import Writer, describe_layer, restored
 
-    writer, state = _Writer(), {0: torch.ones(2), 1: [torch.zeros(3), True]}
-    described = _describe_layer(SimpleNamespace(states=state, seen=3, dtype=torch.float32), writer)
+    writer, state = Writer(), {0: torch.ones(2), 1: [torch.zeros(3), True]}
+    described = describe_layer(SimpleNamespace(states=state, seen=3, dtype=torch.float32), writer)
     assert set(described) == {"states", "seen"}
-    back = _restored(described["states"], lambda key, device: writer.tensors[key])
+    back = restored(described["states"], lambda key, device: writer.tensors[key])
     assert torch.equal(back[0], state[0])
     assert torch.equal(back[1][0], state[1][0])
     assert back[1][1] is True
     with pytest.raises(UseError, match="is a function, which cannot be saved"):
-        _describe_layer(SimpleNamespace(hook=test_mistakes), writer)
+        describe_layer(SimpleNamespace(hook=test_mistakes), writer)
 
 
 def test_files_can_be_read_by_others(tmp_path):
@@ -180,7 +180,7 @@ def test_files_can_be_read_by_others(tmp_path):
     mask = os.umask(0o022)
     try:
         stack = KVStack([Quant(4)], model=tiny.model("llama"))
-        stack._model(tiny.tokens(1, 10), past_key_values=stack)
+        stack.binding.model(tiny.tokens(1, 10), past_key_values=stack)
         stack.save(tmp_path / "cache.safetensors")
     finally:
         os.umask(mask)

@@ -1,31 +1,17 @@
-"""Transforms that let a layer read what an earlier one holds. The package kvstack-kvsharer tests what comes of it."""
+"""Layers that read what an earlier one holds. The package kvstack-kvsharer tests what comes of it."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvstack import BindError, Evict, KVStack, Quant, Transform, UseError
-from kvstack.model import hooks as hook
+from kvstack import BindError, Evict, KVStack, Quant, Share, UseError, binding
 from kvstack.testing import check_stage, tiny_model
 
 from . import tiny
-
-
-@dataclass(frozen=True, repr=False)
-class Third(Transform):
-    """Layer `deeper` reads layer `earlier`."""
-
-    deeper: int = 3
-    earlier: int = 1
-    name = "third"
-    layers = 1
-
-    @property
-    def shares(self):
-        return {self.deeper: self.earlier}
+from .stages import Pairs, Third
 
 
 def test_contract():
@@ -38,7 +24,7 @@ def test_a_layer_that_reads_another_holds_nothing():
     model = tiny_model()
     stack = KVStack([Third(), Quant(4), Evict(0.5)])
     model.generate(tiny.tokens(2, 300), past_key_values=stack, max_new_tokens=10, do_sample=False)
-    assert [layer for store in stack._cohorts[0].stores for layer in store.layers] == [0, 1, 2]
+    assert [layer for store in stack.batch.cohorts[0].stores for layer in store.layers] == [0, 1, 2]
     assert torch.equal(stack.read(3).keys, stack.read(1).keys)
     assert torch.equal(stack.positions(3), stack.positions(1))
     assert stack.compressed_layers == [0, 1, 2, 3]
@@ -47,8 +33,8 @@ def test_a_layer_that_reads_another_holds_nothing():
 
 def test_groups_of_layers_that_are_left():
     stack = KVStack([Third(1, 0), Evict(0.5, layers=2)], model=tiny_model(num_hidden_layers=5))
-    assert stack._groups == [[0, 2], [3, 4]]
-    assert stack._ends == [2, 4]
+    assert stack.binding.groups == [[0, 2], [3, 4]]
+    assert stack.binding.ends == [2, 4]
 
 
 @pytest.mark.parametrize(("layer", "other"), [(3, 3), (1, 3), (4, 0), (3, -1)])
@@ -62,28 +48,14 @@ def test_a_stack_without_a_model_cannot_tell_who_reads_whom():
         KVStack([Third()]).update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
 
 
-@dataclass(frozen=True, repr=False)
-class Settled(Transform):
-    """Says which layer reads which once it is bound, not before."""
-
-    bound: bool = False
-    name = "settled"
-    layers = 1
-
-    def bind(self, model):
-        return replace(self, bound=True)
-
-    @property
-    def shares(self):
-        return {3: 1} if self.bound else None
-
-
-def test_shares_may_be_settled_when_it_is_bound(monkeypatch):
+def test_shares_are_settled_when_it_is_bound(monkeypatch):
     model = tiny_model()
-    assert KVStack([Settled()], model=model)._shares == {3: 1}
-    monkeypatch.setattr(hook, "gives_queries", lambda module: False)
+    stack = KVStack([Third()])
+    assert stack.binding is None
+    assert stack.bind(model).binding.shares == {3: 1}
+    monkeypatch.setattr(binding, "gives_queries", lambda module: False)
     with pytest.raises(BindError, match=r"lets layers read each other's keys and values, and the attention of Llama"):
-        KVStack([Settled()], model=model)
+        KVStack([Third()], model=model)
 
 
 def test_layers_of_other_shapes():
@@ -94,7 +66,7 @@ def test_layers_of_other_shapes():
     message = r"layer 3 of LlamaForCausalLM read layer 1: they hold 4 heads of 16 \+ 16 numbers on cpu and 2 heads"
     with pytest.raises(BindError, match=message):
         KVStack([Third()], model=model)
-    assert KVStack([Third(2, 1)], model=model)._shares == {2: 1}
+    assert KVStack([Third(2, 1)], model=model).binding.shares == {2: 1}
 
 
 def test_layers_on_other_devices(monkeypatch):
@@ -103,3 +75,30 @@ def test_layers_on_other_devices(monkeypatch):
     model.model.layers[3].self_attn.to("meta")
     with pytest.raises(BindError, match=r"they hold .* on meta and .* on cpu\. Leave .* out, or pair layers alike"):
         KVStack([Third()], model=model)
+
+
+@dataclass(frozen=True, repr=False)
+class Two(Share):
+    """Both."""
+
+    both: tuple
+    name = "two"
+
+    def bind(self, model):
+        return {layer: source for one in self.both for layer, source in one.bind(model).items()}
+
+
+def test_a_transform_stores_the_layers_that_are_left():
+    """Four kinds in one stack: the groups of the transform are those of the layers that hold something."""
+    model = tiny_model(num_hidden_layers=6)
+    stack = KVStack([Two((Third(3, 1), Third(4, 0))), Pairs(), Quant(8), Evict(0.5)], model=model)
+    model.generate(tiny.tokens(2, 300), past_key_values=stack, max_new_tokens=10, do_sample=False)
+    assert [store.layers for store in stack.batch.cohorts[0].stores] == [[0, 1], [2, 5]]
+    assert torch.equal(stack.read(3).keys, stack.read(1).keys)
+    assert torch.equal(stack.positions(4), stack.positions(0))
+    assert {part for _, part in stack.batch.cohorts[0].stores[0].packed} == {"mean", "half"}
+
+
+def test_layers_that_are_left_must_divide():
+    with pytest.raises(BindError, match=r"Pairs\(\) stores 2 layers together, and 3 layers of Llama.* one of \[1, 3\]"):
+        KVStack([Third(), Pairs()], model=tiny_model())

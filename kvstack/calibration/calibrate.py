@@ -103,17 +103,17 @@ def calibrate(
     groups = LayerGroups(model, layers, only)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
-        sums: list[_Sums]
+        sums: list[Sums]
         if metric == "variance":
             sums = [_OneKind(group, kind) for group in groups.groups for kind in ("keys", "values")]
         else:
-            sums = [_Sums(group, groups.ropes) for group in groups.groups]
+            sums = [Sums(group, groups.ropes) for group in groups.groups]
         for number, (ids, prompt) in enumerate(windows):
             if metric == "variance":
                 cache = gradients = observe(model, groups, ids[:, :prompt])
                 _check_tokens(model, groups, cache, sum(prompt for _, prompt in windows))
             else:
-                cache, gradients = _read(model, ids.to(model.device), prompt, groups.full, seed=number)
+                cache, gradients = read_window(model, ids.to(model.device), prompt, groups.full, seed=number)
             for each in sums:
                 each.add(cache, gradients)
             if progress is not None:
@@ -188,7 +188,7 @@ def default_path(
 # ---- reading it
 
 
-def _read(
+def read_window(
     model: PreTrainedModel, ids: Tensor, prompt: int, full: Sequence[int], seed: int
 ) -> tuple[dict[int, KV], dict[int, KV]]:
     """What the prompt leaves in the cache of the `full` layers, and the gradient of the rest with regard to it."""
@@ -227,7 +227,7 @@ def _check_tokens(model: PreTrainedModel, groups: LayerGroups, cache: Mapping[in
     )
 
 
-class _Sums:
+class Sums:
     """What is added up for one group of layers."""
 
     def __init__(self, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
@@ -238,8 +238,8 @@ class _Sums:
         self.shapes: tuple[tuple[int, int, int], ...] = ()
 
     def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
-        x = self._flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
-        g = self._flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
+        x = self.flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
+        g = self.flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
         self._add([cache[i] for i in self.layers], x)
         self.gradient = self.gradient + g.square().sum(0)
 
@@ -254,7 +254,7 @@ class _Sums:
         self.total += x.sum(0)
         self.square.addmm_(x.T, x)
 
-    def _flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
+    def flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
         """(T, N) without the sinks."""
         found = []
         for i in self.layers:
@@ -282,7 +282,7 @@ class _Sums:
         return GroupAxes(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
 
 
-class _OneKind(_Sums):
+class _OneKind(Sums):
     """The keys alone or the values alone of a group of layers, all numbers of one weight."""
 
     def __init__(self, layers: Sequence[int], kind: str) -> None:
@@ -297,7 +297,7 @@ class _OneKind(_Sums):
         return torch.ones_like(self.total)
 
 
-def _finish(sums: Sequence[_Sums]) -> list[GroupAxes]:
+def _finish(sums: Sequence[Sums]) -> list[GroupAxes]:
     weights = [group.weight() for group in sums]
     # one factor for all groups, so that latents are numbers of ordinary size
     power = sum(float((w * g.square.diagonal() / g.count).sum()) for w, g in zip(weights, sums, strict=True))

@@ -15,7 +15,7 @@ from ..errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["folder", "load_or_make"]
+__all__ = ["folder", "forget", "load_or_make"]
 
 log = logging.getLogger("kvstack")
 
@@ -27,6 +27,11 @@ def folder() -> Path:
     from ..models import cache_dir
 
     return cache_dir() / "calibrations"
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Forget what this process knows of `model`: the next who asks reads the files."""
+    _known.pop(model, None)
 
 
 class Fitted(Protocol):

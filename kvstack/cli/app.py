@@ -206,7 +206,7 @@ def calibrate(
     calibration.save(path)
     if plot is not None:
         calibration.plot(plot)
-    table = _spectra(calibration)
+    table = spectra(calibration)
     Console().print(table, f"{path}, {calibration.nbytes / 2**20:.1f} MiB", sep="\n", highlight=False, soft_wrap=True)
 
 
@@ -217,7 +217,7 @@ def _texts(paths: list[Path]) -> dict[str, str]:
     return {str(file): file.read_text(encoding="utf-8") for file in files}
 
 
-def _spectra(calibration: Calibration) -> Table:
+def spectra(calibration: Calibration) -> Table:
     from rich.table import Table
 
     shares = (0.9, 0.99, 0.999)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-__all__ = ["Call", "Listener", "install", "running"]
+__all__ = ["Call", "Listener", "ModelHooks", "install", "running"]
 
 
 class Listener(Protocol):
@@ -128,7 +128,7 @@ def _stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
 # ---- hooks on one model, shared by all stacks bound to it
 
 
-class _ModelHooks:
+class ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
@@ -155,7 +155,7 @@ class _ModelHooks:
             handle.remove()
 
 
-_hooked: weakref.WeakKeyDictionary[nn.Module, _ModelHooks] = weakref.WeakKeyDictionary()
+_hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 _binding = threading.RLock()  # a stack may end, and release, while the same thread installs another
 
 
@@ -165,7 +165,7 @@ def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Modu
     with _binding:
         hooks = _hooked.get(model)
         if hooks is None:
-            hooks = _hooked[model] = _ModelHooks(model)
+            hooks = _hooked[model] = ModelHooks(model)
         hooks.users += 1
         hooks.rest(resting)
         return weakref.finalize(owner, _release, weakref.ref(model))

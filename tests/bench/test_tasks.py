@@ -101,9 +101,9 @@ def test_needles_are_those_of_other_lengths(task):
 
 @pytest.mark.parametrize("task", ONE_PLACE)
 def test_depths_are_equal_steps_and_the_needle_is_there(task):
-    found = samples(task, length=4096, number=5)
-    assert [sample.depth for sample in found] == [0, 0.25, 0.5, 0.75, 1]
-    for sample in found:
+    made = samples(task, length=4096, number=5)
+    assert [sample.depth for sample in made] == [0, 0.25, 0.5, 0.75, 1]
+    for sample in made:
         place = sample.text.index(sample.questions[0].answers[0]) / len(sample.text)
         assert place == pytest.approx(sample.depth, abs=0.03)
 
@@ -259,12 +259,12 @@ def needle(index: int, place: int) -> dict[str, Any]:
 
 def test_ruler_files_are_read(files):
     folder = files("1024/niah_single_2.jsonl", needle(0, 0), needle(1, 50), "", needle(2, 99))
-    found = ruler_files(folder, 1024, "niah_single_2", 3)
-    assert [sample.depth for sample in found] == pytest.approx([0, 0.5, 1], abs=0.02)
-    assert [sample.index for sample in found] == [0, 1, 2]
-    question = found[1].questions[0]
+    read = ruler_files(folder, 1024, "niah_single_2", 3)
+    assert [sample.depth for sample in read] == pytest.approx([0, 0.5, 1], abs=0.02)
+    assert [sample.index for sample in read] == [0, 1, 2]
+    question = read[1].questions[0]
     assert question == Question("\nWhat is the number? The number is", ("1001",), 128, "share")
-    assert found[1].text.endswith("hay")
+    assert read[1].text.endswith("hay")
     assert len(ruler_files(folder, 1024, "niah_single_2", 2)) == 2
 
 

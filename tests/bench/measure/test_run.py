@@ -9,9 +9,9 @@ from kvstack.cli.bench import bench_app
 
 
 def test_figures_say_where_they_come_from():
-    found = environment(Run((), (), seed=3, threads=1), "some model")
-    assert (found["model"], found["dtype"], found["threads"], found["seed"]) == ("some model", "float32", 1, 3)
-    assert all(found[name] for name in ("hardware", "torch", "transformers", "kvstack", "code"))
+    where = environment(Run((), (), seed=3, threads=1), "some model")
+    assert (where["model"], where["dtype"], where["threads"], where["seed"]) == ("some model", "float32", 1, 3)
+    assert all(where[name] for name in ("hardware", "torch", "transformers", "kvstack", "code"))
 
 
 def test_contexts_are_numbers():

@@ -17,10 +17,10 @@ def test_texts_of_python_are_long_enough_for_the_windows():
 
 def test_windows_are_spread_and_repeatable():
     text = "".join(f"line {i}\n" for i in range(1000))
-    found = texts.windows(text, 4, 500, seed=1)
-    assert found == texts.windows(text, 4, 500, seed=1) != texts.windows(text, 4, 500, seed=2)
-    assert all(piece.startswith("line ") and len(piece) > 400 for piece in found)
-    assert [len(piece) for piece in found] == sorted(map(len, found), reverse=True)
+    pieces = texts.windows(text, 4, 500, seed=1)
+    assert pieces == texts.windows(text, 4, 500, seed=1) != texts.windows(text, 4, 500, seed=2)
+    assert all(piece.startswith("line ") and len(piece) > 400 for piece in pieces)
+    assert [len(piece) for piece in pieces] == sorted(map(len, pieces), reverse=True)
 
 
 def test_a_folder_takes_the_place_of_the_docstrings(tmp_path):

@@ -24,8 +24,8 @@ def test_no_context_is_no_cache(command, tmp_path):
 
 
 def test_turns_are_not_asked_of_kvpress(capsys):
-    found = variants.without_presses(variants.parse(["kvpress:snapkv,keep=0.5", "empty"]), "it cannot.")
-    assert [cache.label for cache in found] == ["dense", "empty"]
+    left = variants.without_presses(variants.parse(["kvpress:snapkv,keep=0.5", "empty"]), "it cannot.")
+    assert [cache.label for cache in left] == ["dense", "empty"]
     assert capsys.readouterr().out == "kvpress:snapkv,keep=0.5: skipped, it cannot.\n"
 
 
@@ -54,9 +54,9 @@ def test_lists_of_specs(text, specs):
 
 
 def test_what_cannot_run_here_is_said_and_passed_over(monkeypatch, capsys):
-    found = variants.parse(["empty", "hqq:4"])
-    monkeypatch.setattr(type(found[2].peer), "missing", lambda self: "not installed.")
-    assert [cache.label for cache in variants.available(found)] == ["dense", "empty"]
+    caches = variants.parse(["empty", "hqq:4"])
+    monkeypatch.setattr(type(caches[2].peer), "missing", lambda self: "not installed.")
+    assert [cache.label for cache in variants.available(caches)] == ["dense", "empty"]
     assert capsys.readouterr().out == "hqq:4: skipped, not installed.\n"
 
 

@@ -49,5 +49,5 @@ def test_scores_are_drawn_by_depth():
         key = {"context": 100, "task": "niah", "mode": "aware", "cache": "dense"}
         return {**key, "depth": depth, "score": score, "kind": "dense", "share": 1.0}
 
-    found = summary.heat([record(0.0, 1.0), record(0.19, 0.0), record(1.0, 1.0), record(None, 0.0)], cells=5)
-    assert [(cell["depth"], cell["score"], cell["samples"]) for cell in found] == [(0.1, 0.5, 2), (0.9, 1.0, 1)]
+    cells = summary.heat([record(0.0, 1.0), record(0.19, 0.0), record(1.0, 1.0), record(None, 0.0)], cells=5)
+    assert [(cell["depth"], cell["score"], cell["samples"]) for cell in cells] == [(0.1, 0.5, 2), (0.9, 1.0, 1)]
