@@ -128,8 +128,3 @@ def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> 
             # multi-head latent attention puts the rotated channels last, all others first
             return Rope(rotary, apply, layer_type if takes_type else None, hasattr(attention, "qk_rope_head_dim"))
     return None
-
-
-def arange(start: int, stop: int, device: torch.device) -> Tensor:
-    """Positions as int32: they are stored, and four bytes reach any text."""
-    return torch.arange(start, stop, dtype=torch.int32, device=device)
