@@ -152,14 +152,14 @@ class Attention:
         batch.shapes[layer] = (numbers, key_states.element_size())
         # store it, unless the layer reads another one
         group, slot = batch.binding.places[layer]
-        fresh = [key_states, value_states]
+        rows = [key_states, value_states]
         if batch.binding.plan.hidden:
             assert call is not None  # a stack with a transform is bound
-            fresh.append(self._hidden(call))
+            rows.append(self._hidden(call))
         if layer not in batch.binding.shares:
             for cohort in batch.cohorts:
                 if cohort.new:
-                    cohort.stores[group].append(slot, KV(*(cohort.its(x) for x in fresh)))
+                    cohort.stores[group].append(slot, KV(*(cohort.its(x) for x in rows)))
         # hand out all that is held, or put the answer off until the query is there
         kv, deferred = KV(key_states, value_states), True
         if len(batch.cohorts) == 1 and batch.cohorts[0].new == new:

@@ -136,11 +136,11 @@ def _check_products(stage: Encoder, packed: Packed, role: str, whole: Tensor) ->
     dot, mix = stage.dot, stage.mix
     if role != "values":
         expected = query @ whole.transpose(-1, -2)
-        found = dot(query, packed, role, Workspace())
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: dot is not query @ decode ({role})"
+        product = dot(query, packed, role, Workspace())
+        assert torch.allclose(product, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: dot is not query @ decode ({role})"
     if role == "values":
-        found = mix(weights, packed, role, Workspace())
-        assert torch.allclose(found, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
+        product = mix(weights, packed, role, Workspace())
+        assert torch.allclose(product, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
 
 
 def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
@@ -250,10 +250,12 @@ def _check_scores(who: Any, wants: int, score: Any, track: Any) -> None:
         for name, x in memory.items():
             assert x.shape[:3] == kv.keys.shape[:3], f"{who!r}: memory {name!r} is not one entry per token"
         context = dataclasses.replace(context, memory=memory)
-    found = score(kv, context)
-    assert found.shape == kv.keys.shape[:3], f"{who!r}: score gave {tuple(found.shape)}, not {tuple(kv.keys.shape[:3])}"
-    assert torch.isfinite(found).all(), f"{who!r}: scores are not finite"
-    assert torch.equal(found, score(kv, context)), f"{who!r}: the same tokens score differently the second time"
+    ranking = score(kv, context)
+    assert ranking.shape == kv.keys.shape[:3], (
+        f"{who!r}: score gave {tuple(ranking.shape)}, not {tuple(kv.keys.shape[:3])}"
+    )
+    assert torch.isfinite(ranking).all(), f"{who!r}: scores are not finite"
+    assert torch.equal(ranking, score(kv, context)), f"{who!r}: the same tokens score differently the second time"
     unchanged = torch.equal(before[0], kv.keys) and torch.equal(before[1], kv.values)
     assert unchanged, f"{who!r}: score wrote into the keys or values"
 

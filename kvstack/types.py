@@ -14,14 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model.rope import Rope
+__all__ = ["KV", "Channels", "Context", "Latent", "Rotation", "positions_between", "take_tokens"]
 
-__all__ = ["KV", "Channels", "Context", "Latent"]
+
+class Rotation(Protocol):
+    """The rotary embedding of one layer."""
+
+    def rotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
+        """Rotate `x` (B, H, T, D) to `positions` (B or 1, H or 1, T)."""
+
+    def unrotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
+        """The inverse of `rotate`."""
+
+    def remember(self, positions: Tensor, /) -> None:
+        """Keep the tables for this very tensor of positions until `forget`."""
+
+    def forget(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Context:
     queries: Tensor | None = None
     scaling: float = 1.0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
-    rope: Rope | None = None
+    rope: Rotation | None = None
     sinks: int = 0
     window: int = 0
 
@@ -103,6 +116,11 @@ class Latent:
 
     data: Tensor
     exact: bool = False
+
+
+def positions_between(start: int, stop: int, device: torch.device) -> Tensor:
+    """Positions as int32: they are stored, and four bytes reach any text."""
+    return torch.arange(start, stop, dtype=torch.int32, device=device)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

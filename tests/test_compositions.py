@@ -1,5 +1,5 @@
-"""Every transform with every encoder and with eviction, plugins that are installed included: a stack of them generates,
-holds fewer bytes than the dense cache and as many tokens as it should, or is refused with the sentence named here."""
+"""Every stage with those of all other kinds, plugins that are installed included: a stack of them generates, holds
+fewer bytes than the dense cache and as many tokens as it should, or is refused with the sentence named here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 
 from kvstack import KVStack, KVStackError, SpecError, StageError, registry
 from kvstack.spec import parse
+from tests import tiny
 
-from . import tiny
-
+KINDS = ("share", "transform", "encode", "select")
 SPECS = {
     "commonkv": "commonkv:0.5,layers=2",
     "evict": "evict:0.4",
-    "kvsharer": "kvsharer",
+    # half the layers are left, of 4 and of 8: pairs of them divide
+    "kvsharer": "kvsharer:0.5,threshold=-1.0",
     "kvtc": "kvtc",
     "minicache": "minicache",
     "quant": "quant:4",
@@ -46,7 +47,7 @@ def refusal(names: tuple[str, ...]) -> str | None:
     return next((REFUSED[pair] for pair in combinations(sorted(names), 2) if pair in REFUSED), None)
 
 
-CHOICES = product(*([*named(kind), ""] for kind in ("transform", "encode", "select")))
+CHOICES = product(*([*named(kind), ""] for kind in KINDS))
 STACKS = [names for choice in CHOICES if (names := tuple(filter(None, choice)))]
 
 
@@ -71,6 +72,7 @@ def test_a_stack_of(names, layers):
     assert stack.seen == TOKENS + NEW - 1
     assert stack.nbytes < 0.9 * stack.dense_nbytes
     assert KVStack.from_spec(stack.spec).stages == stack.stages
+    assert len(stack.binding.shares) == (layers // 2 if "kvsharer" in names else 0)
     ends = SINKS + WINDOW
     assert stack.held <= ((stack.seen - ends) * 0.4 + ends if "evict" in names else stack.seen)
     for layer, row in product(range(layers), range(2)):
@@ -80,7 +82,7 @@ def test_a_stack_of(names, layers):
         assert torch.isfinite(kv.values).all()
 
 
-@pytest.mark.parametrize("kind", ["transform", "encode", "select"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_of_one_kind_are_refused(kind):
     for one, other in product(named(kind), repeat=2):
         with pytest.raises(StageError, match=f"are both of the kind '{kind}'"):

@@ -10,8 +10,7 @@ from kvstack.authoring import NeedsHidden
 from kvstack.spec import make_score
 from kvstack.testing import check_registered, check_score, check_settings, check_stage, check_transform, tiny_model
 from kvstack.types import KV
-
-from .stages import Pairs
+from tests.stages import Pairs
 
 STAGES = [Quant(bits) for bits in (2, 3, 4, 8)]
 STAGES += [Quant(4, group=8), Quant(4, codec="nf4"), Quant(4, codec="fp4"), Quant(8, codec="int8")]

@@ -21,9 +21,8 @@ from hypothesis.stateful import (
 )
 
 from kvstack import CommonKV, Evict, KVStack, Quant, Transform
-
-from . import tiny
-from .stages import Centred, Pairs, Third
+from tests import tiny
+from tests.stages import Centred, Pairs, Third
 
 SINKS, WINDOW, BLOCK = 2, 6, 8
 LAYERS = 2

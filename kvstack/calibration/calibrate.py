@@ -208,8 +208,8 @@ def read_window(
         # a common factor makes no difference, and float16 would lose small gradients
         likelihood = logits.gather(-1, drawn).sum() * SCALE
         leaves = [x for kv in held.values() for x in (kv.keys, kv.values)]
-        found = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
-    gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
+        slopes = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
+    gradients = {i: KV(slopes[2 * n], slopes[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
 
 
@@ -256,20 +256,20 @@ class Sums:
 
     def flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
         """(T, N) without the sinks."""
-        found = []
+        unrotated = []
         for i in self.layers:
             kv, rope = kvs[i], self.ropes[i]
             if rope is not None:
                 positions = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
                 kv = KV(turn(rope, kv.keys, positions), kv.values)
-            found.append(kv)
-        return flat(found)[0, SINKS:]
+            unrotated.append(kv)
+        return flat(unrotated)[0, SINKS:]
 
     def weight(self) -> Tensor:
         """(N,) mean square of the gradient, never far below the mean of the same layer's keys or values."""
         assert isinstance(self.gradient, Tensor)
-        found = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
-        return torch.cat([part + RIDGE * part.mean() for part in found])
+        parts = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
+        return torch.cat([part + RIDGE * part.mean() for part in parts])
 
     def group(self, weight: Tensor) -> GroupAxes:
         assert self.origin is not None

@@ -115,10 +115,10 @@ class Calibration:
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
         """The leading axes of the group that is `layers`; stacks that need the same share one copy."""
         key = (tuple(layers), rank, device, dtype, part)
-        found = self._bases.get(key)
-        if found is None:
-            found = self._bases[key] = self._axes_of(layers, part).basis(rank, device, dtype)
-        return found
+        made = self._bases.get(key)
+        if made is None:
+            made = self._bases[key] = self._axes_of(layers, part).basis(rank, device, dtype)
+        return made
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
         """What is held for the group that is `layers`."""
@@ -228,7 +228,7 @@ def loaded(path: str | os.PathLike[str]) -> Calibration:
         return Calibration.load(path)  # says so
     stat = place.stat()
     key = (place.resolve(), stat.st_mtime_ns, stat.st_size)
-    found = _loaded.get(key)
-    if found is None:
-        found = _loaded[key] = Calibration.load(path)
-    return found
+    known = _loaded.get(key)
+    if known is None:
+        known = _loaded[key] = Calibration.load(path)
+    return known

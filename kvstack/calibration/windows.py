@@ -87,9 +87,9 @@ def _cut(kinds: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, tokens: i
     ids = {}
     for name, text in kinds.items():
         # no tokenizer makes more than some 12 characters of ordinary text into one token
-        found = tokenizer(text[: 12 * (tokens + length)], return_tensors="pt", verbose=False)["input_ids"]
-        if found.shape[1] >= length:
-            ids[name] = found
+        tokenized = tokenizer(text[: 12 * (tokens + length)], return_tensors="pt", verbose=False)["input_ids"]
+        if tokenized.shape[1] >= length:
+            ids[name] = tokenized
     if not ids:
         raise CalibrationError(f"no text has {length} tokens, which one window of calibration takes. Give longer ones.")
     names = list(ids)

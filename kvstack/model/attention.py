@@ -27,12 +27,12 @@ def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """Layer index -> the innermost module of that layer that takes a cache."""
-    found: dict[int, nn.Module] = {}
+    by_layer: dict[int, nn.Module] = {}
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int) and any(name in parameters(module) for name in CACHE_ARGUMENTS):
-            found[layer] = module  # modules() goes from the outside in
-    return found
+            by_layer[layer] = module  # modules() goes from the outside in
+    return by_layer
 
 
 def interface(module: nn.Module) -> Any:

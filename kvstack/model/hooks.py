@@ -143,9 +143,9 @@ class ModelHooks:
         """Let these layers compute no keys and values in a call that reads another layer's."""
         for layer in modules.keys() - self.resting:
             self.resting.add(layer)
-            found = [getattr(modules[layer], name, None) for name in ("k_proj", "v_proj")]
-            projections = [projection for projection in found if isinstance(projection, nn.Linear)]
-            if len(projections) == len(found):
+            projected = [getattr(modules[layer], name, None) for name in ("k_proj", "v_proj")]
+            projections = [projection for projection in projected if isinstance(projection, nn.Linear)]
+            if len(projections) == len(projected):
                 for projection in projections:
                     self.handles.append(projection.register_forward_pre_hook(_resting))
                     self.handles.append(projection.register_forward_hook(_rested))

@@ -18,7 +18,7 @@ def allowance(keep: float | int, seen: int, sinks: int, window: int) -> int:
     return int(keep * max(0, seen - sinks - window) + 1e-9)
 
 
-def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> int:
+def how_many(middle: int, raw: int, budget: int, granule: int, block: int) -> int:
     """How many of the `middle` tokens (those between sinks and window) must go now.
 
     Never leaves more than the budget. Where tokens can go one by one it cuts a little deeper, so that the next
@@ -27,7 +27,7 @@ def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> 
     on counts that are equal in all layers, because one attention mask serves them all.
 
     Args:
-        fresh: how many of them surely are raw, in every layer.
+        raw: how many of them surely are raw, in every layer.
     """
     excess = middle - budget
     if excess <= 0:
@@ -35,7 +35,7 @@ def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> 
     if granule == 1:
         return min(middle, excess + min(block, budget // 8))
     whole = middle - (budget - budget % granule if budget >= granule else budget)
-    if whole <= fresh:
+    if whole <= raw:
         return whole  # leaves whole granules, nothing raw
     return min(middle, -(-excess // granule) * granule)
 

@@ -20,10 +20,9 @@ from torch import Tensor
 from ..abilities import FitsText, Picked, ReadsDirectly, RefitsText
 from ..encode.exact import EXACT
 from ..errors import UseError
-from ..model.rope import Rope
 from ..packed import Packed
 from ..stage import Codec, Encoder
-from ..types import KV
+from ..types import KV, Rotation
 from ..workspace import Workspace
 from .plan import Plan
 from .tracks import Crop, Cut, Get, Put, Track, rows_of
@@ -219,7 +218,7 @@ class GroupLatents(Sealed):
         ropes: by slot, how each layer rotates keys; used where the transform wants them un-rotated.
     """
 
-    def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rope | None]) -> None:
+    def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rotation | None]) -> None:
         super().__init__(plan, layers)
         self.codec, self.ropes = codec, ropes
         self._decoded: dict[str, Tensor] = {}
@@ -320,7 +319,7 @@ class GroupLatents(Sealed):
         assert self.plan.transform is not None
         return self.plan.transform.unrotated
 
-    def _rope(self, layer: int) -> Rope:
+    def _rope(self, layer: int) -> Rotation:
         rope = self.ropes[layer]
         assert rope is not None  # checked when the stack was bound
         return rope

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UseError
-from ..model.rope import Rope, arange
 from ..packed import Packed
 from ..stage import Codec
-from ..types import KV, Context
+from ..types import KV, Context, Rotation, positions_between
 from ..workspace import Workspace
 from .budget import Choice, allowance, choose, how_many
 from .plan import Plan
@@ -48,7 +47,7 @@ class Store:
     """
 
     def __init__(
-        self, plan: Plan, layers: Sequence[int], codecs: Sequence[Codec], ropes: Mapping[int, Rope | None]
+        self, plan: Plan, layers: Sequence[int], codecs: Sequence[Codec], ropes: Mapping[int, Rotation | None]
     ) -> None:
         self.plan, self.layers, self.codecs, self.ropes = plan, list(layers), codecs, ropes
         self.dirty = False  # holds tokens of a forward that is not settled
@@ -125,11 +124,11 @@ class Store:
         """(B or 1, H or 1, held) true positions, ascending."""
         device, kept = self.raw[0].device, self.kept_positions.kept
         if kept is None:
-            return arange(seen - self.held, seen, device)[None, None]
+            return positions_between(seen - self.held, seen, device)[None, None]
         b, h, chosen = kept.shape
         rest = self.held - self.sinks - chosen
-        first = arange(0, self.sinks, device).expand(b, h, -1)
-        last = arange(seen - rest, seen, device).expand(b, h, -1)
+        first = positions_between(0, self.sinks, device).expand(b, h, -1)
+        last = positions_between(seen - rest, seen, device).expand(b, h, -1)
         return torch.cat([first, kept, last], dim=-1)
 
     # ---- writing

@@ -13,8 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstack import BindError, Evict, KVStack, Quant, UseError
 from kvstack.model import hooks
-
-from . import tiny
+from tests import tiny
 
 
 def footprint(model):

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from kvstack import CommonKV, Evict, KVStack, Quant, registry
-
-from . import tiny
+from tests import tiny
 
 SETTINGS = {"sinks": 2, "window": 6, "block": 8}
 STACKS = {score: [Evict(0.4, score)] for score in registry.BUILT_IN["scores"]}

@@ -10,8 +10,7 @@ from kvstack import Evict, KVStack, Latent, Quant, StageError, registry
 from kvstack.authoring import NeedsHidden, ReadsDirectly
 from kvstack.testing import check_stage, tiny_model
 from kvstack.workspace import Workspace
-
-from .stages import Centred, CentredCodec
+from tests.stages import Centred, CentredCodec
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 FLOAT = 4

@@ -15,8 +15,7 @@ from kvstack.encode.waterfilling import STEPS
 from kvstack.store.plan import Plan
 from kvstack.store.sealed import GroupLatents
 from kvstack.testing import check_stage, tiny_model
-
-from . import tiny
+from tests import tiny
 
 
 def codes(decay=0.8, count=24, bits=60):

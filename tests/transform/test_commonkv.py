@@ -7,8 +7,7 @@ from transformers import DynamicCache
 from kvstack import BindError, CommonKV, Evict, KVStack, Quant, StageError, UseError
 from kvstack.packed import storage_bytes
 from kvstack.types import KV
-
-from . import tiny
+from tests import tiny
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
 

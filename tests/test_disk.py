@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Evict, KVStack, Quant, UseError
-
-from . import tiny
+from tests import tiny
 
 STACKS = {
     "empty": [],

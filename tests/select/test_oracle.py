@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvstack import Evict, KVStack, SnapKV
-
-from . import tiny
+from tests import tiny
 
 SCORES = ["snapkv", "h2o", "tova", "keydiff", "knorm", "expected", "streaming", "random"]
 
@@ -102,5 +101,5 @@ def test_h2o_by_hand():
         model(chunk, past_key_values=stack)
     weights = model(ids, output_attentions=True).attentions[2]  # (1, query heads, 40, 40)
     expected = weights.unflatten(1, (2, 2)).mean(2).sum(2)
-    memory = stack.batch.cohorts[0].stores[2].memory[0]["mass"]
+    memory = stack.batch.cohorts[0].stores[2].memory[0].tensors["mass"]
     torch.testing.assert_close(memory, expected, atol=1e-5, rtol=1e-4)

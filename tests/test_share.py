@@ -9,9 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvstack import BindError, Evict, KVStack, Quant, Share, UseError, binding
 from kvstack.testing import check_stage, tiny_model
-
-from . import tiny
-from .stages import Pairs, Third
+from tests import tiny
+from tests.stages import Pairs, Third
 
 
 def test_contract():

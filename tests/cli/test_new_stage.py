@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kvstack.cli.app import app
 from kvstack.cli.new_stage import write
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = ["transform", "encode", "score"]
 
 

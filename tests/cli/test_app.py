@@ -16,8 +16,7 @@ import kvstack
 from kvstack import models as kvmodels
 from kvstack.cli import demo
 from kvstack.cli.app import app
-
-from . import tiny
+from tests import tiny
 
 WORDS = ["<unk>", "<s>", "<pad>", *(f"w{i}" for i in range(tiny.VOCABULARY - 3))]
 PROMPT = " ".join(f"w{i % 90}" for i in range(200))

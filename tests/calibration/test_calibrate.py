@@ -15,8 +15,7 @@ from kvstack.model.fingerprint import fingerprint
 from kvstack.model.layers import LayerGroups, group_size
 from kvstack.model.probing import SINKS
 from kvstack.testing import tiny_model
-
-from . import tiny
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +288,7 @@ def test_axes_of_keys_and_of_values_apart(tmp_path):
     assert list(spectra(found).columns[0].cells) == rows
     found.save(tmp_path / "axes")
     again = Calibration.load(tmp_path / "axes")
-    assert (again.metric, again.mark) == ("variance", found.mark)
+    assert (again.metric, again.fingerprint) == ("variance", found.fingerprint)
     again.check(model, "variance")
     with pytest.raises(
         CalibrationError, match=r"made with metric='variance', and 'fisher' is needed\. Make one with it"
