@@ -41,3 +41,12 @@ def test_hooks_run_the_tools_of_make_check():
     assert rule is not None
     tools = [line.removesuffix(" .") for line in rule[1].replace(" --check", "").splitlines()]
     assert [hook["entry"] for hook in repository["hooks"]] == [tool.strip() for tool in tools]
+
+
+def test_places_exist():
+    """The table of places in CONTRIBUTING leads a newcomer to files and folders that are there."""
+    table = re.findall(r"^\|.*\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    names = {name for row in table for name in re.findall(r"`([^`]+)`", row)}
+    places = {name for name in names if "/" in name or re.search(r"\.\w+$", name)}
+    assert {"kvstack/registry.py", "kvstack/select/", "tests/test_contracts.py"} <= places
+    assert {place for place in places if not (ROOT / place).exists()} == set()
