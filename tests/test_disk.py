@@ -1,11 +1,13 @@
 """A cache that is saved and loaded goes on as if nothing had happened, and its file is as large as the cache."""
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
 
 from kvstack import CommonKV, Evict, KVStack, Quant, UseError
+from kvstack.testing import tiny_model
 from tests import tiny
 
 STACKS = {
@@ -184,3 +186,30 @@ def test_files_can_be_read_by_others(tmp_path):
     finally:
         os.umask(mask)
     assert (tmp_path / "cache.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_of_version_0_1_is_read(tmp_path):
+    """Written by kvstack 0.1: `quant:4,group=8+evict:0.5,score=h2o` after 93 tokens of two rows; what it read then is in
+    the other file."""
+    import json
+
+    from safetensors.torch import load_file
+
+    from kvstack.files import read_tensors, write_tensors
+    from kvstack.model.fingerprint import fingerprint
+
+    data, model, path = Path(__file__).parent / "data", tiny_model(), tmp_path / "cache"
+    metadata, tensors = read_tensors(data / "cache-0.1.safetensors", UseError, "cache", "")
+    described = json.loads(metadata["cache"])
+    described["model"] = fingerprint(model)  # a newer transformers may know more settings of the same model
+    write_tensors(path, tensors, {"format": metadata["format"], "cache": json.dumps(described)})
+    stack = KVStack.load(path, model=model)
+    assert stack.spec == "quant:bits=4,group=8+evict:keep=0.5,score=h2o"
+    for name, expected in load_file(data / "read-0.1.safetensors").items():
+        layer, row, what = name.split(".")
+        if what == "positions":
+            assert torch.equal(stack.positions(int(layer), int(row)), expected)
+        else:
+            assert torch.equal(getattr(stack.read(int(layer), int(row)), what), expected)
+    model(tiny.tokens(2, 20), past_key_values=stack)
+    assert stack.seen == 93 + 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -86,22 +87,22 @@ class Evict(Stage):
 
     # A score may be any object with a `score` method: what it does not say about itself has the default of `Score`.
 
-    @property
+    @cached_property
     def usual_layers(self) -> int:
         """Adjacent layers that share one token set where nobody says how many."""
         return int(getattr(self.score, "layers", Score.layers))
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """Newest queries that the score looks at; -1 for all of the running forward."""
         return int(getattr(self.score, "queries", Score.queries))
 
-    @property
+    @cached_property
     def tracks(self) -> bool:
         """Whether the score keeps a memory per token."""
         return bool(getattr(self.score, "tracks", Score.tracks))
 
-    @property
+    @cached_property
     def looks_at_queries(self) -> bool:
         return self.queries != 0 or self.tracks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from ..abilities import FitsText, NeedsHidden, RefitsText
@@ -49,22 +50,22 @@ class Plan:
                 "Leave out hidden states, or what fits it anew.",
             )
 
-    @property
+    @cached_property
     def seals(self) -> bool:
         """Whether tokens are encoded at all."""
         return self.encode is not None
 
-    @property
+    @cached_property
     def first_block_only(self) -> bool:
         """Whether only the first block of a text is sealed."""
         return any(isinstance(codec, FitsText) and codec.first_block_only for codec in self.codecs)
 
-    @property
+    @cached_property
     def stored_together(self) -> int:
         """Adjacent layers that one codec stores."""
         return self.transform.layers if self.transform else 1
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Adjacent layers that are handled together: stored together, or evicted together."""
         if self.evict is None:
@@ -72,18 +73,18 @@ class Plan:
         stored = self.transform.layers if self.transform else None
         return max(self.evict.layers or stored or self.evict.usual_layers, self.stored_together)
 
-    @property
+    @cached_property
     def share_heads(self) -> bool:
         """Whether one token set serves all heads (and layers) of a group."""
         wish = bool(self.evict and self.evict.share_heads) or bool(self.transform and self.transform.stage.share_heads)
         return wish or self.layers > 1
 
-    @property
+    @cached_property
     def hidden(self) -> bool:
         """Whether the hidden states of raw tokens are held too."""
         return any(isinstance(codec, NeedsHidden) for codec in self.codecs)
 
-    @property
+    @cached_property
     def own_encoder(self) -> bool:
         """Whether the user named an encoder: without one, what a transform made is stored."""
         return self.encode is not None and not isinstance(self.encode, Exact)

@@ -112,7 +112,7 @@ class Store:
 
     @property
     def granule(self) -> int:
-        return self.plan.granule(self.raw[0].kv.keys.shape[-1])
+        return self.plan.granule(self.raw[0].width)
 
     @property
     def packed(self) -> dict[tuple[int, str], Packed]:

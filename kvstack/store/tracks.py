@@ -139,8 +139,13 @@ class RawTokens(Track):
         return KV(*(buffer.view for buffer in self.buffers))
 
     @property
+    def width(self) -> int:
+        """Channels of a key."""
+        return self.buffers[0].width
+
+    @property
     def device(self) -> torch.device:
-        return self.buffers[0].view.device
+        return self.buffers[0].device
 
     def append(self, kv: KV) -> None:
         new = [x for x in (kv.keys, kv.values, kv.hidden) if x is not None]
