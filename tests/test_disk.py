@@ -189,8 +189,8 @@ def test_files_can_be_read_by_others(tmp_path):
 
 
 def test_a_file_of_version_0_1_is_read(tmp_path):
-    """Written by kvstack 0.1: `quant:4,group=8+evict:0.5,score=h2o` after 93 tokens of two rows; what it read then is in
-    the other file."""
+    """Written by kvstack 0.1: `quant:4,group=8+evict:0.5,score=h2o` after 93 tokens of two rows. The other file holds
+    what 0.1 read from it."""
     import json
 
     from safetensors.torch import load_file
