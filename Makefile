@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # on a machine without a GPU, name an index of CPU-only torch wheels: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
+# processes that run the tests
+WORKERS ?= 2
 
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
@@ -32,7 +34,7 @@ demo: .venv/.demo
 	.venv/bin/kvstack demo
 
 test: .venv/.test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: .venv/.check
 	.venv/bin/ruff check .

@@ -18,10 +18,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Calibrations of tiny models do not go into the user's cache; the default model stays where it is."""
-    from kvstack.calibration import calibrate as calibrator
+    from kvstack.calibration import keep
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrator, "folder", lambda: tmp_path_factory.getbasetemp() / "calibrations")
+        patch.setattr(keep, "folder", lambda: tmp_path_factory.getbasetemp() / "calibrations")
         yield
 
 

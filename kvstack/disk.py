@@ -1,7 +1,12 @@
-"""A cache on disk: one safetensors file with what is held, and the settings, lengths and identities to go on with it.
+"""A cache on disk: one safetensors file with what is held, and the settings, lengths and fingerprints to go on with it.
 
 Nothing is decoded: what is packed stays packed, so the file is about as large as the cache. With `compress`
 the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
+
+    description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
+                   cohorts: rows, seen, stores: one entry per track of the store, "sealed" by (slot, role)
+                   others:  layers that transformers caches
+    tensors        by number; the description holds the numbers in their place
 """
 
 from __future__ import annotations
@@ -9,31 +14,31 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .calibration.calibration import identity
+from .attend import Learned
+from .batch import Batch, Cohort
 from .errors import UseError
 from .files import read_tensors, write_tensors
-from .packed import Packed
-from .types import Channels
+from .model.fingerprint import fingerprint
+from .store.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .cache import KVStack
-    from .store.store import Store
-
-__all__ = ["read", "write"]
+__all__ = ["Saved", "Writer", "describe_layer", "load", "restored", "write"]
 
 FORMAT = "kvstack cache 1"
 
 
-class _Writer:
+class Writer:
     """Collects tensors under short names; a description holds the names in their place."""
 
     def __init__(self, compress: bool = False) -> None:
@@ -67,71 +72,66 @@ def _inflated(x: Tensor, dtype: str, shape: list[int]) -> Tensor:
     return plain.view(getattr(torch, dtype)).view(shape)
 
 
-def write(stack: KVStack, path: str | os.PathLike[str], compress: bool = False) -> None:
-    writer, model = _Writer(compress), stack._model
-    assert model is not None
+def write(
+    path: str | os.PathLike[str],
+    stack: Mapping[str, Any],
+    batch: Batch,
+    learned: Learned,
+    others: Sequence[Any],
+    compress: bool = False,
+) -> None:
+    """Write a batch whose forwards are all settled; `stack` is the dict that builds the stack again."""
+    writer, binding = Writer(compress), batch.binding
+    assert binding.model is not None
     described = {
-        "stack": stack.to_dict(),
-        "model": identity(model),
-        "dtype": str(model.dtype),
-        "batch": stack._batch,
-        "columns": list(stack._columns.items()),
-        "shapes": [[layer, *shape] for layer, shape in stack._shapes.items()],
-        "scaling": list(stack._scaling.items()),
-        "direct": sorted(stack._direct),
-        "shares": list(stack._shares.items()),
+        "stack": stack,
+        "model": fingerprint(binding.model),
+        "dtype": str(binding.model.dtype),
+        "batch": batch.size,
+        "columns": list(batch.columns.items()),
+        "shapes": [[layer, *shape] for layer, shape in batch.shapes.items()],
+        "scaling": list(learned.scaling.items()),
+        "direct": sorted(learned.direct),
+        "shares": list(binding.shares.items()),
         "cohorts": [
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
                 "seen": cohort.seen,
-                "stores": [_describe(store, writer) for store in cohort.stores],
+                "stores": [_describe_store(store, writer) for store in cohort.stores],
             }
-            for cohort in stack._cohorts
+            for cohort in batch.cohorts
         ],
-        "others": [_describe_layer(layer, writer) for layer in stack._others()],
+        "others": [describe_layer(layer, writer) for layer in others],
     }
     described["deflated"] = writer.deflated
     write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)})
 
 
-def _describe(store: Store, writer: _Writer) -> dict[str, Any]:
-    put = writer.put
-    return {
-        "raw": [[put(buffer.view) if buffer.tensors else None for buffer in buffers] for buffers in store.raw],
-        "sealed": [
-            {
-                "slot": slot,
-                "role": role,
-                "parts": {name: put(part) for name, part in packed.parts.items()},
-                "tokens": packed.tokens,
-                "width": packed.width,
-                "exact": packed.exact,
-                "dtype": str(packed.dtype).removeprefix("torch."),
-                "channels": packed.channels and [put(packed.channels.energy), put(packed.channels.bits)],
-            }
-            for (slot, role), packed in store.sealed.items()
-        ],
+def _describe_store(store: Store, writer: Writer) -> dict[str, Any]:
+    """The state of all tracks; sealed tokens in one list, each entry with its slot."""
+    state: dict[str, Any] = store.state(writer.put)
+    parts, size = state.pop("sealed"), store.plan.stored_together
+    (state["kept"],) = state.pop("kept")
+    return state | {
+        "sealed": [{"slot": i * size} | entry for i, part in enumerate(parts) for entry in part["codes"]],
         "sealed_tokens": store.sealed_tokens,
-        "bases": [{name: put(x) for name, x in stage.fitted.items()} for stage in store.transforms.values()],
-        "kept": put(store.kept),
-        "memory": [{name: put(x) for name, x in memory.items()} for memory in store.memory],
-        "recent": [put(x) for x in store.recent],
+        "bases": [part["bases"] for part in parts if "bases" in part],
         "fitted": _fitted(store),
     }
 
 
 def _fitted(store: Store) -> list[str]:
-    """Marks of what the transform was fitted to: latents mean nothing on other axes."""
-    return [transform.mark for transform in store.transforms.values()]
+    """What the transform was fitted to: latents mean nothing on other axes."""
+    return [codec.fingerprint for codec in store.codecs]
 
 
-def _describe_layer(layer: Any, writer: _Writer) -> dict[str, Any]:
+def describe_layer(layer: Any, writer: Writer) -> dict[str, Any]:
     """All that a layer of transformers holds, in JSON with tensors by name."""
     known = {name: x for name, x in vars(layer).items() if not isinstance(x, (torch.dtype, torch.device))}
     return {name: _described(x, writer, f"{type(layer).__name__}.{name}") for name, x in known.items()}
 
 
-def _described(x: Any, writer: _Writer, where: str) -> Any:
+def _described(x: Any, writer: Writer, where: str) -> Any:
     if isinstance(x, Tensor):
         return {"tensor": writer.put(x), "device": str(x.device)}
     if isinstance(x, Mapping):
@@ -143,91 +143,91 @@ def _described(x: Any, writer: _Writer, where: str) -> Any:
     raise UseError(f"{where} is a {type(x).__name__}, which cannot be saved: this model's cache stays in memory.")
 
 
-def _restored(x: Any, get: Any) -> Any:
+def restored(x: Any, get: Any) -> Any:
     if isinstance(x, dict) and "tensor" in x:
         return get(x["tensor"], torch.device(x["device"]))
     if isinstance(x, dict):
-        return {key: _restored(value, get) for key, value in x["items"]}
-    return [_restored(value, get) for value in x] if isinstance(x, list) else x
+        return {key: restored(value, get) for key, value in x["items"]}
+    return [restored(value, get) for value in x] if isinstance(x, list) else x
 
 
-def check(described: Mapping[str, Any], model: PreTrainedModel, name: str) -> None:
-    """Refuse another model before anything is fitted to it."""
-    kind = type(model).__name__
-    if described["model"] != identity(model):
-        raise UseError(f"{name!r} was saved with another model than this {kind}. Load it with that.")
-    if described["dtype"] != str(model.dtype):
-        raise UseError(f"{name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}.")
+@dataclass(frozen=True)
+class Saved:
+    """A file that was read.
+
+    Attributes:
+        name: the file, as messages name it.
+        described: its description; tensors: by the names in it.
+    """
+
+    name: str
+    described: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def stack(self) -> dict[str, Any]:
+        """The dict that builds the stack."""
+        stack: dict[str, Any] = self.described["stack"]
+        return stack
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse another model before anything is fitted to it."""
+        kind, described = type(model).__name__, self.described
+        if described["model"] != fingerprint(model):
+            raise UseError(f"{self.name!r} was saved with another model than this {kind}. Load it with that.")
+        if described["dtype"] != str(model.dtype):
+            raise UseError(
+                f"{self.name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}."
+            )
+
+    def fill(self, label: str, batch: Batch, learned: Learned, others: Sequence[Any]) -> None:
+        """Fill the empty batch of the stack `label`, and the layers that transformers caches."""
+        described, binding = self.described, batch.binding
+        if dict(described.get("shares", [])) != dict(binding.shares):
+            raise UseError(
+                f"{self.name!r} was saved where other layers shared keys and values than {label} lets share here. Keep "
+                "what it was made with beside the cache."
+            )
+        batch.size = described["batch"]
+        batch.columns = dict(described["columns"])
+        batch.shapes = {layer: (numbers, size) for layer, numbers, size in described["shapes"]}
+        learned.scaling, learned.direct = dict(described["scaling"]), set(described["direct"])
+        cohorts = []
+        for entry in described["cohorts"]:
+            rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
+            cohort = Cohort(rows, binding.stores(), entry["seen"])
+            for store, state in zip(cohort.stores, entry["stores"], strict=True):
+                self._fill_store(store, state, [binding.device_of(layer) for layer in store.layers])
+            cohorts.append(cohort)
+        batch.cohorts = cohorts
+        for layer, held in zip(others, described["others"], strict=True):
+            for key, value in held.items():
+                setattr(layer, key, restored(value, self._get))
+
+    def _fill_store(self, store: Store, state: Mapping[str, Any], devices: Sequence[torch.device]) -> None:
+        stage = store.plan.transform.stage if store.plan.transform else None
+        if state["fitted"] != _fitted(store):
+            raise UseError(
+                f"{self.name!r} was saved with another calibration than {stage!r} has here. "
+                f"Keep the calibration with the cache: {type(stage).__name__}(calibration=PATH)."
+            )
+        size = store.plan.stored_together
+        bases = state.get("bases") or [{}] * len(store.codecs)
+        parts: list[dict[str, Any]] = [
+            {"codes": [], "bases": bases[i] if bases else {}} for i in range(len(store.sealed))
+        ]
+        for entry in state["sealed"]:
+            parts[entry["slot"] // size]["codes"].append(entry)
+        tracks = {**state, "sealed": parts, "kept": [state["kept"]]}
+        gets = [partial(self._get, device=device) for device in devices]
+        store.restore(tracks, state["sealed_tokens"], gets)
+
+    def _get(self, key: str | None, device: torch.device) -> Tensor | None:
+        return None if key is None else self.tensors[key].to(device)
 
 
-def read(stack: KVStack, described: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
-    """Fill an empty, bound stack."""
-    model = stack._model
-    assert model is not None
-
-    def get(key: str | None, device: torch.device) -> Tensor | None:
-        return None if key is None else tensors[key].to(device)
-
-    if dict(described.get("shares", [])) != stack._shares:
-        raise UseError(
-            f"{name!r} was saved where other layers shared keys and values than {stack!r} lets share here. Keep what "
-            "it was made with beside the cache."
-        )
-    stack._batch = described["batch"]
-    stack._columns = dict(described["columns"])
-    stack._shapes = {layer: (numbers, size) for layer, numbers, size in described["shapes"]}
-    stack._scaling = dict(described["scaling"])
-    stack._direct = set(described["direct"])
-    cohorts = []
-    for entry in described["cohorts"]:
-        cohort = stack._new_cohort()
-        cohort.rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
-        cohort.seen = entry["seen"]
-        for store, held in zip(cohort.stores, entry["stores"], strict=True):
-            if held["fitted"] != _fitted(store):
-                transform = store.plan.transform
-                raise UseError(
-                    f"{name!r} was saved with another calibration than {transform!r} has here. "
-                    f"Keep the calibration with the cache: {type(transform).__name__}(calibration=PATH)."
-                )
-            _fill(store, held, [stack._device_of(layer) for layer in store.layers], get)
-        cohorts.append(cohort)
-    stack._cohorts = cohorts
-    for layer, held in zip(stack._others(), described["others"], strict=True):
-        for key, value in held.items():
-            setattr(layer, key, _restored(value, get))
-
-
-def _fill(store: Store, held: Mapping[str, Any], devices: list[torch.device], get: Any) -> None:
-    for buffers, names, device in zip(store.raw, held["raw"], devices, strict=True):
-        for buffer, key in zip(buffers, names, strict=True):
-            if key is not None:
-                buffer.replace(get(key, device))
-    for entry in held["sealed"]:
-        device = devices[entry["slot"]]
-        known = entry["channels"]
-        store.sealed[entry["slot"], entry["role"]] = Packed(
-            {name: get(key, device) for name, key in entry["parts"].items()},
-            tokens=entry["tokens"],
-            width=entry["width"],
-            exact=entry["exact"],
-            dtype=getattr(torch, entry["dtype"]),
-            channels=known and Channels(*(get(key, device) for key in known)),
-        )
-    store.sealed_tokens = held["sealed_tokens"]
-    fitted = held.get("bases") or [{}] * len(store.transforms)
-    for (start, stage), bases in zip(list(store.transforms.items()), fitted, strict=True):
-        if bases:
-            store.transforms[start] = stage.hold({name: get(key, devices[start]) for name, key in bases.items()})
-    store.kept = get(held["kept"], devices[0])
-    store.memory = [
-        {name: get(key, d) for name, key in m.items()} for m, d in zip(held["memory"], devices, strict=True)
-    ]
-    store.recent = [get(key, device) for key, device in zip(held["recent"], devices, strict=True)]
-
-
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a saved cache."""
+def load(path: str | os.PathLike[str]) -> Saved:
+    """Read a file that `write` wrote."""
     again = "Save it again."
     metadata, tensors = read_tensors(Path(path), UseError, "cache", again)
     if metadata.get("format") != FORMAT:
@@ -235,4 +235,4 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     described = json.loads(metadata["cache"])
     for key, (dtype, shape) in described.get("deflated", {}).items():
         tensors[key] = _inflated(tensors[key], dtype, shape)
-    return described, tensors
+    return Saved(os.fspath(path), described, tensors)

@@ -59,10 +59,10 @@ def read_tensors(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as problem:
         raise error(f"{name!r} is damaged or no {what}: {problem}. {again}") from None
-    found = metadata.pop(CHECKSUM, None)
-    if found is None:
+    written = metadata.pop(CHECKSUM, None)
+    if written is None:
         raise error(f"{name!r} is no {what} of this version of kvstack. {again}")
-    if found != _checksum(tensors, metadata):
+    if written != _checksum(tensors, metadata):
         raise error(f"{name!r} is damaged: its checksum is another. {again}")
     return metadata, tensors
 

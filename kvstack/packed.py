@@ -1,7 +1,7 @@
 """What an encoder leaves behind: a few tensors whose third axis runs along the tokens.
 
 Because every part has the layout (B, H, units, ...), where a unit is a fixed number of tokens, the store can
-append, crop, evict and reorder encoded tokens without knowing the codec:
+append, crop, evict and reorder encoded tokens without knowing the encoder:
 
     tokens    | t0 t1 t2 t3 | t4 t5 t6 t7 | ...       granule = 4: these four stay together
     codes     |      u0     |      u1     | ...       one unit per granule
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .types import Channels, take_tokens
+from .types import take_tokens
 
 __all__ = ["Packed", "storage_bytes"]
 
@@ -31,15 +31,13 @@ class Packed:
         tokens: tokens held.
         width: channels of the decoded tensor.
         dtype: type of the decoded tensor.
-        channels: what `Encode.encode` was told of the channels; it belongs to the model, not to these tokens.
-        exact: stored as it was, not by the stack's encoder.
+        exact: whether they are stored as they were, without an encoder.
     """
 
     parts: dict[str, Tensor]
     tokens: int
     width: int
     dtype: torch.dtype
-    channels: Channels | None = None
     exact: bool = False
 
     def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
@@ -47,7 +45,7 @@ class Packed:
         return replace(self, parts=parts, tokens=self.tokens if tokens is None else tokens)
 
     def append(self, newer: Packed) -> Packed:
-        """This, followed by `newer` tokens of the same codec."""
+        """This, followed by `newer` tokens of the same encoder."""
         parts = {name: torch.cat([part, newer.parts[name]], dim=2) for name, part in self.parts.items()}
         return replace(self, parts=parts, tokens=self.tokens + newer.tokens)
 

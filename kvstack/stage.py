@@ -1,18 +1,25 @@
-"""The contracts: the three kinds of stage, each with one thing to write.
+"""The contracts of the four kinds of stage. A stage is settings: frozen, equal, printable; it holds nothing else.
 
-    Select.score(kv, context)            which tokens stay        -> (B, H, T), higher stays
-    Transform.forward(group) / .inverse  layers -> named latents -> layers
-    Encode.encode(x, role) / .decode     one tensor -> packed parts -> one tensor
+    kind        write                                        it decides
+    share       Share.bind(model)                            which layers read another layer's keys and values
+    select      Score.score(kv, context), given to Evict     which tokens stay
+    transform   Transform.forward(group), .inverse           how adjacent layers become named latents, and back
+    encode      Encode.encode(x, role), .decode              how one tensor is stored in fewer bytes
 
-Stages are frozen settings: equal settings, equal stage, and `repr` is the line that builds it. They hold no
-state; what must be remembered per token lives in the store. Stages never name each other: each states plain
-facts about itself and the stack settles the rest.
+What depends on the model is made when a stack is bound to it, and lives in objects of its own:
+
+    CommonKV(keep=0.5)           settings
+      .bind(model, layers)   ->  BoundTransform     how layers are grouped, and what they may spend
+        .for_group(layers)   ->  Codec              forward and inverse of one group, a plain object
+
+What else a codec or a bound transform can do is in `abilities.py`. Stages never name each other: each states plain
+facts about itself, and the stack settles the rest.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -27,28 +34,43 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Encode", "Score", "Select", "Settings", "Stage", "Transform", "check", "hold_path"]
+__all__ = [
+    "BoundTransform",
+    "ChannelEncoder",
+    "Codec",
+    "Encode",
+    "Encoder",
+    "Score",
+    "Settings",
+    "Share",
+    "Stage",
+    "Transform",
+    "as_path",
+    "check",
+]
 
-Kind = Literal["select", "transform", "encode"]
-Turn = Callable[[Tensor, Tensor], Tensor]
+Kind = Literal["share", "select", "transform", "encode"]
 
 
 def check(condition: bool, stage: object, problem: str, fix: str) -> None:
-    """Raise a `StageError` that names the stage, what is wrong and what to write instead."""
+    """Raise a `StageError` that names the stage, the problem and what to write instead."""
     if not condition:
         raise StageError(f"{stage!r}: {problem} {fix}")
 
 
-def hold_path(stage: object, name: str, thing: type) -> None:
-    """Hold the setting `name` of a frozen stage, a path, as the string it travels as; refuse what is neither None, nor
-    a path, nor a `thing`."""
+def as_path(stage: object, name: str, thing: type) -> Any:
+    """The setting `name` of a stage, which is a path, None or a `thing`: a path comes back as the string it travels as.
+
+    Raises:
+        StageError: the setting is something else.
+    """
     value = getattr(stage, name)
     if isinstance(value, os.PathLike):
-        object.__setattr__(stage, name, os.fspath(value))
-        return
+        return os.fspath(value)
     quoted = "/".join(map(str, value)) if isinstance(value, tuple) else "FILE"  # a/b in a spec is a pair
     fits = value is None or isinstance(value, str | thing)
     check(fits, stage, f"{name} is no path.", f"Quote it in a spec: {name}={quoted!r}.")
+    return value
 
 
 class Settings:
@@ -72,200 +94,71 @@ class Settings:
 
 
 class Stage(Settings):
-    """Base of all stages. Subclass one of the three kinds, not this."""
+    """Base of all stages. Subclass one of the kinds, not this."""
 
     kind: ClassVar[Kind]
     saves: ClassVar[str] = ""
-    """What is smaller afterwards, in a few words, for the catalogue."""
+    """What becomes smaller, in a few words, for the catalogue."""
 
-    def bind(self, model: PreTrainedModel) -> Self:
-        """A copy of this stage fitted to `model`; raise `BindError` where the two cannot work together."""
-        return self
+
+# ---- select
 
 
 class Score(Settings):
-    """What ranks tokens: give it to `Evict(keep, score=...)`.
+    """Ranks tokens: give it to `Evict(keep, score=...)`.
 
     Any object with a `score` method works; this base only holds the defaults.
     """
 
     queries: int = 0
-    """How many of the most recent queries `score` wants in `Context.queries`; -1 for all of the running forward."""
+    """How many of the newest queries `score` wants in `Context.queries`; -1 for all of the running forward."""
     tracks: ClassVar[bool] = False
-    """True where `track` keeps a per-token memory."""
+    """Whether `track` keeps a memory per token."""
     layers: int = 1
-    """Adjacent layers that should keep the same tokens where neither the user nor a transform says how many."""
+    """Adjacent layers that keep the same tokens where neither the user nor a transform says how many."""
 
     def score(self, kv: KV, context: Context) -> Tensor:
         """Rank all held tokens of one layer: (B, H, T), higher stays. Sinks and window are kept whatever it says."""
         raise NotImplementedError  # the one method a score must write
 
     def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
-        """Per-token memory (B, H, T) after a forward, from `context.memory` and the forward's queries."""
+        """Memory per token (B, H, T) after a forward, from `context.memory` and the forward's queries."""
         return {}
 
 
-class Select(Stage):
-    """Chooses which tokens stay. The stack pools the scores to the coarsest token set a stage needs, cuts to the
-    budget and gathers; a selector never sees indices."""
+# ---- share
 
-    kind = "select"
-    keep: float | int
-    layers: int | None = None
-    """Adjacent layers that share one token set; None leaves it to the transform, or to `usual_layers`."""
-    share_heads: bool = False
-    """Whether all kv heads of a layer keep the same tokens."""
 
-    @property
-    def usual_layers(self) -> int:
+class Share(Stage):
+    """Lets some layers hold nothing: they read the keys and values of an earlier layer."""
+
+    kind = "share"
+
+    def bind(self, model: PreTrainedModel) -> Mapping[int, int]:
+        """Layer -> the earlier layer whose keys and values it reads, for full-attention layers of `model`.
+
+        Raises:
+            BindError: the stage and the model cannot work together.
+        """
+        raise NotImplementedError  # the one method such a stage must write
+
+
+# ---- encode
+
+
+class Encoder:
+    """Stores one tensor in fewer bytes, and gives it back. `Encode` is one; `Encode.allot` may make others."""
+
+    def granule(self, width: int) -> int:
+        """Tokens that are encoded, and dropped, together when a token has `width` channels."""
         return 1
-
-    @property
-    def queries(self) -> int:
-        return 0
-
-    @property
-    def tracks(self) -> bool:
-        return False
-
-    def score(self, kv: KV, context: Context) -> Tensor:
-        """(B, H, T), higher stays."""
-        raise NotImplementedError  # the one method a selector must write
-
-    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
-        """Per-token memory after a forward; only called where `tracks` is true."""
-        return {}
-
-    def pool(self, scores: Sequence[Tensor]) -> Tensor:
-        """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree."""
-        return torch.cat(list(scores), dim=1).mean(dim=1, keepdim=True)
-
-
-class Transform(Stage):
-    """Turns the keys and values of a group of adjacent layers into named latents, and back."""
-
-    kind = "transform"
-    layers: int | None
-    """Adjacent layers that are stored together; None: chosen when the stage is bound."""
-    share_heads: bool = True
-    """Whether a token must be kept by all heads of the group or by none."""
-    unrotated: bool = False
-    """Whether keys are wanted without rotary embedding; the stack re-rotates what `inverse` gives back."""
-    hidden: bool = False
-    """Whether `KV.hidden` is wanted; it is held for all tokens that are still raw."""
-    granule: int = 1
-    """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
-    allotted: ClassVar[bool] = False
-    """Whether its `channels` come with their bits. The stack packs them so, and takes no encoder beside it."""
-    unit: int = 1
-    """A latent holds all tokens of a granule, or a multiple of this number."""
-    shares: Mapping[int, int] | None = None
-    """For a transform that leaves layers out, once bound: layer -> the earlier layer whose keys and values it attends
-    to. The other layers are held as they come, so `forward` and `inverse` are not asked for. None: layers attend to
-    their own."""
-    once: bool = False
-    """Whether only the first block of a text is sealed, and tokens that come later stay raw."""
-
-    def of(self, layers: Sequence[int]) -> Self:
-        """This stage for the group of `layers` (indices in the model), where groups differ."""
-        return self
-
-    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
-        """Latents of one block of tokens; `group` holds one `KV` per layer, in layer order."""
-        raise NotImplementedError  # one of the two methods a transform must write
-
-    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
-        """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
-        raise NotImplementedError  # the other method a transform must write
-
-    # ---- optional: fitted to the text
-
-    def first(self, group: Sequence[KV]) -> int:
-        """How many tokens the first block of a text needs; fewer stay raw. `group` holds what is raw: its shapes tell
-        how much there is to fit."""
-        return 0
-
-    def fit(self, group: Sequence[KV], decoded: int = 0) -> Self:
-        """A copy fitted to these tokens: the first that are sealed or, where `strays` asked for it, all that are. Of
-        those the first `decoded` ones were sealed before."""
-        return self
-
-    def strays(self, group: Sequence[KV]) -> bool:
-        """Whether what was fitted serves these new tokens so badly that it should be fitted anew: to the decoded tokens
-        and these. The decoded ones are then encoded a second time. Not for a transform with `hidden`: no hidden states
-        of theirs are held."""
-        return False
-
-    @property
-    def fitted(self) -> Mapping[str, Tensor]:
-        """What `fit` made, each (B, ...). It belongs to the text: the store counts, moves and saves it."""
-        return {}
-
-    def hold(self, fitted: Mapping[str, Tensor]) -> Self:
-        """A copy with `fitted` in the place of its own: rows of it, or what was saved. Empty: not fitted any more."""
-        return self
-
-    # ---- optional: read without rebuilding
-
-    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        """The keys alone (B, H, T, D), as `inverse` gives them."""
-        return self.inverse(latents, layer).keys
-
-    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        """`weights` (B, H, G, T) times the values: (B, H, G, D). Override to weigh the latents first."""
-        return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
-
-    def pick(
-        self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn
-    ) -> tuple[Mapping[str, Tensor], Tensor] | None:
-        """Which sealed tokens a scaled query (B, H, G, D) is answered from: their latents, for `keys` and `weigh`, and
-        their places among all (B, H, n). None (the default): all. `turn(keys, places)` rotates un-rotated keys
-        (B, H, n, D) to the positions of the tokens at `places` (B or 1, H or 1, n). Only asked where attention is
-        answered from latents."""
-        return None
-
-    # ---- optional: a budget over all groups
-
-    @property
-    def numbers(self) -> int:
-        """Numbers kept per token in all groups together, where `channels` says what there is to choose from."""
-        return 0
-
-    @property
-    def channels(self) -> Sequence[Channels]:
-        """The channels of every group, once bound; empty where nothing is known of them."""
-        return ()
-
-    def trim(self, channels: Sequence[Channels]) -> Self:
-        """A copy that emits just the leading channels of each group that are named here."""
-        return self
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """What was fitted to the model for this group; all caches of the model share it."""
+        """What it knows about the channels of one latent. It belongs to the model: all its caches share it."""
         return ()
 
-    @property
-    def mark(self) -> str:
-        """What was fitted, in a few words: a saved cache is refused where this has changed."""
-        return ""
-
-
-class Encode(Stage):
-    """Stores one tensor in fewer bytes."""
-
-    kind = "encode"
-
-    def granule(self, width: int, channels: Channels | None = None) -> int:
-        """Tokens that are encoded together when a token has `width` channels."""
-        return 1
-
-    def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[Channels] | None:
-        """Spread the bits of `numbers` numbers over the channels of all groups: the leading channels that got any,
-        with their `bits`. None (the default) where every number takes the same."""
-        return None
-
-    def encode(self, x: Tensor, role: str, channels: Channels | None = None) -> Packed:
+    def encode(self, x: Tensor, role: str) -> Packed:
         """Pack `x` (B, H, T, R), T a multiple of the granule. `role` is `keys`, `values` or a latent's name."""
         raise NotImplementedError  # one of the two methods an encoder must write
 
@@ -282,5 +175,126 @@ class Encode(Stage):
         return torch.matmul(weights, self.decode(packed, role).to(weights.dtype))
 
 
-def is_stage(thing: Any) -> bool:
-    return isinstance(thing, Select | Transform | Encode)
+class ChannelEncoder(Encoder):
+    """An encoder for the leading channels of one latent."""
+
+    @property
+    def rank(self) -> int:
+        """How many channels it stores."""
+        raise NotImplementedError
+
+
+class Encode(Stage, Encoder):
+    """The stage that stores tensors in fewer bytes: write `encode` and `decode`, side by side."""
+
+    kind = "encode"
+
+    def bind(self, model: PreTrainedModel) -> Self:
+        """This stage, for `model`; raise `BindError` where the two cannot work together."""
+        return self
+
+    def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[ChannelEncoder] | None:
+        """Spread the bits of `numbers` numbers a token over the channels of all groups: one encoder for each group's
+        latent. None (the default) where every number takes the same."""
+        return None
+
+
+# ---- transform
+
+
+class Codec:
+    """Turns the keys and values of one group of layers into named latents, and back. A plain object, and read-only:
+    all caches of a model share it."""
+
+    granule: int = 1
+    """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
+    latent_multiple: int = 1
+    """A latent that an encoder packs holds all tokens of a granule, or a multiple of this number."""
+    encoders: Mapping[str, Encoder] = {}
+    """Encoders of its own by the name of the latent. Name all latents that are not exact, or none."""
+    tensors: Sequence[Tensor] = ()
+    """What was fitted to the model for this group; all caches of the model share it."""
+    fingerprint: str = ""
+    """What was fitted, in a few words: a saved cache is refused where this has changed."""
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        """Latents of one block of tokens; `group` holds one `KV` per layer, in layer order."""
+        raise NotImplementedError  # one of the two methods a codec must write
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
+        raise NotImplementedError  # the other method a codec must write
+
+
+class BoundTransform:
+    """A transform for one model: how its layers are grouped, and the codec of each group.
+
+    Args:
+        stage: the settings.
+        layers: adjacent layers that are stored together.
+        unrotated: whether keys are wanted without rotary embedding; the stack rotates what `inverse` gives back.
+        codec: the codec of all groups, where they need none of their own.
+    """
+
+    def __init__(self, stage: Transform, layers: int, *, unrotated: bool = False, codec: Codec | None = None) -> None:
+        self.stage, self.layers, self.unrotated = stage, layers, unrotated
+        self._codec = codec
+
+    def for_group(self, layers: Sequence[int]) -> Codec:
+        """The codec for the group of `layers` (indices in the model)."""
+        assert self._codec is not None, "a bound transform has one codec for all groups, or writes for_group"
+        return self._codec
+
+
+class Transform(Stage):
+    """Stores the keys and values of adjacent layers together, as named latents.
+
+    Write `forward` and `inverse`; such a transform is the same for every model. One that looks at the text or reads
+    without rebuilding writes `codec`, one that is fitted to the model writes `bind`.
+    """
+
+    kind = "transform"
+    layers: int | None
+    """Adjacent layers that are stored together; None: settled when the stack is bound."""
+    share_heads: bool = True
+    """Whether a token must be kept by all heads of the group or by none."""
+    unrotated: bool = False
+    """Whether keys are wanted without rotary embedding."""
+    encodes_itself: ClassVar[bool] = False
+    """Whether it packs its latents itself, so that no encoder can stand beside it."""
+
+    def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
+        """This transform for `model`.
+
+        Args:
+            layers: the full-attention layers that hold keys and values; None: all.
+
+        Raises:
+            BindError: the stage and the model cannot work together.
+        """
+        return BoundTransform(self, self.layers or 1, unrotated=self.unrotated, codec=self.codec())
+
+    def codec(self) -> Codec:
+        """One codec for every group of every model."""
+        return StageCodec(self)
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        """Latents of one block of tokens, see `Codec.forward`."""
+        raise NotImplementedError  # one of the two methods of a plain transform
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        """Keys and values of one layer, see `Codec.inverse`."""
+        raise NotImplementedError  # the other method of a plain transform
+
+
+class StageCodec(Codec):
+    """The codec of a plain transform: its own `forward` and `inverse`."""
+
+    def __init__(self, stage: Transform) -> None:
+        self.stage = stage
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        return self.stage.forward(group)
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        return self.stage.inverse(latents, layer)

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from . import registry
+from .abilities import FitsText, NeedsHidden, ReadsDirectly
 from .cache import KVStack
 from .packed import Packed, storage_bytes
 from .select.evict import Evict
-from .stage import Encode, Select, Stage, Transform
+from .spec import parse, to_dict, to_spec
+from .stage import Codec, Encode, Encoder, Share, Stage, Transform
 from .types import KV, Context
 from .workspace import Workspace
 
-__all__ = ["check_encode", "check_score", "check_select", "check_stage", "check_transform", "tiny_model"]
+__all__ = ["check_encode", "check_score", "check_select", "check_share", "check_stage", "check_transform", "tiny_model"]
 
 ROLES = ("keys", "values", "latent")
 
@@ -77,14 +78,16 @@ def check_stage(stage: Stage, model: Any = None) -> None:
         check_encode(stage)
     elif isinstance(stage, Transform):
         check_transform(stage, model)
-    elif isinstance(stage, Select):
+    elif isinstance(stage, Share):
+        check_share(stage, model)
+    elif isinstance(stage, Evict):
         check_select(stage)
     else:
-        raise AssertionError(f"{stage!r} is of no kind: subclass Select, Transform or Encode")
+        raise AssertionError(f"{stage!r} is of no kind: subclass Share, Transform or Encode, or give a Score to Evict")
     check_in_stack(stage, model)
 
 
-def check_encode(stage: Encode) -> None:
+def check_encode(stage: Encoder) -> None:
     """Packed parts have the layout the store needs, and take, append, rows and decode agree."""
     for role in ROLES:
         for width in (16, 64):
@@ -105,7 +108,7 @@ def check_encode(stage: Encode) -> None:
             _check_products(stage, packed, role, whole)
 
 
-def _check_packed(stage: Encode, packed: Packed, role: str, x: Tensor) -> None:
+def _check_packed(stage: Encoder, packed: Packed, role: str, x: Tensor) -> None:
     assert packed.tokens == x.shape[2], f"{stage!r}: packed.tokens is {packed.tokens}, not {x.shape[2]} ({role})"
     for name, part in packed.parts.items():
         lead = part.shape[:2]
@@ -113,7 +116,7 @@ def _check_packed(stage: Encode, packed: Packed, role: str, x: Tensor) -> None:
         assert x.shape[2] % part.shape[2] == 0, f"{stage!r}: units of {name!r} do not divide the tokens ({role})"
 
 
-def _check_moves(stage: Encode, packed: Packed, role: str, whole: Tensor, granule: int) -> None:
+def _check_moves(stage: Encoder, packed: Packed, role: str, whole: Tensor, granule: int) -> None:
     decode = stage.decode
     half = 2 * granule
     first, last = packed.first(half), packed.take(torch.tensor([2, 3])[None, None], granule)
@@ -127,17 +130,17 @@ def _check_moves(stage: Encode, packed: Packed, role: str, whole: Tensor, granul
     assert torch.equal(rows, whole[[1, 1, 0]]), f"{stage!r}: rows() changes tokens ({role})"
 
 
-def _check_products(stage: Encode, packed: Packed, role: str, whole: Tensor) -> None:
+def _check_products(stage: Encoder, packed: Packed, role: str, whole: Tensor) -> None:
     query = _numbers(2, 3, 2, whole.shape[3], seed=1)
     weights = _numbers(2, 3, 2, whole.shape[2], seed=2).softmax(-1)
     dot, mix = stage.dot, stage.mix
     if role != "values":
         expected = query @ whole.transpose(-1, -2)
-        found = dot(query, packed, role, Workspace())
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: dot is not query @ decode ({role})"
+        product = dot(query, packed, role, Workspace())
+        assert torch.allclose(product, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: dot is not query @ decode ({role})"
     if role == "values":
-        found = mix(weights, packed, role, Workspace())
-        assert torch.allclose(found, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
+        product = mix(weights, packed, role, Workspace())
+        assert torch.allclose(product, weights @ whole, atol=1e-4, rtol=1e-3), f"{stage!r}: mix is not weights @ decode"
 
 
 def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
@@ -153,16 +156,16 @@ def _layer_of(model: Any, layer: int, tokens: int, hidden: bool) -> KV:
     return KV(keys, values, _numbers(2, 1, tokens, width, seed=100 + layer) if hidden else None)
 
 
-def _check_granules(stage: Transform, group: list[KV]) -> None:
+def _check_granules(stage: Transform, codec: Codec, group: list[KV]) -> None:
     """Granules that were transformed in two goes are read in one."""
-    parts = [[_tokens_of(kv, part) for kv in group] for part in (slice(0, stage.granule), slice(stage.granule, None))]
-    found = [{name: latent.data for name, latent in stage.forward(part).items()} for part in parts]
-    joined = {name: torch.cat([data[name] for data in found], dim=2) for name in found[0]}
+    parts = [[_tokens_of(kv, part) for kv in group] for part in (slice(0, codec.granule), slice(codec.granule, None))]
+    blocks = [{name: latent.data for name, latent in codec.forward(part).items()} for part in parts]
+    joined = {name: torch.cat([data[name] for data in blocks], dim=2) for name in blocks[0]}
     for i in range(len(group)):
-        apart = [stage.inverse(data, i) for data in found]
+        apart = [codec.inverse(data, i) for data in blocks]
         for what in ("keys", "values"):
             expected = torch.cat([getattr(kv, what) for kv in apart], dim=2)
-            same = torch.allclose(getattr(stage.inverse(joined, i), what), expected, atol=1e-4, rtol=1e-3)
+            same = torch.allclose(getattr(codec.inverse(joined, i), what), expected, atol=1e-4, rtol=1e-3)
             assert same, f"{stage!r}: {what} of layer {i} change when latents of later granules stand behind theirs"
 
 
@@ -170,52 +173,56 @@ def _tokens_of(kv: KV, part: slice) -> KV:
     return KV(kv.keys[:, :, part], kv.values[:, :, part], None if kv.hidden is None else kv.hidden[:, :, part])
 
 
+def check_share(stage: Share, model: Any = None) -> None:
+    """Each layer that holds nothing reads an earlier one that does."""
+    shares = stage.bind(tiny_model() if model is None else model)
+    for layer, source in shares.items():
+        earlier = 0 <= source < layer and source not in shares
+        assert earlier, f"{stage!r}: layer {layer} reads layer {source}, which is not earlier or reads another"
+
+
 def check_transform(stage: Transform, model: Any = None) -> None:
-    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; `keys` and
-    `weigh` agree with it. Where layers are left out, each of them reads an earlier one that is not."""
+    """Latents have tokens on axis 2, and `inverse` gives back layers of the right shape, token by token; what reads
+    latents directly agrees with it."""
     bound = stage.bind(tiny_model() if model is None else model)
-    if bound.shares is not None:
-        for layer, source in bound.shares.items():
-            earlier = 0 <= source < layer and source not in bound.shares
-            assert earlier, f"{stage!r}: layer {layer} reads layer {source}, which is not earlier or reads another"
-        return
     assert bound.layers, f"{stage!r}: once bound, `layers` must be a number"
-    stage = bound.of(list(range(bound.layers)))
-    tokens = max(2, -(-64 // stage.granule)) * stage.granule
-    group = [_layer_of(model, i, tokens, stage.hidden) for i in range(bound.layers)]
-    stage = stage.fit(group)
-    latents = stage.forward(group)
+    codec = bound.for_group(list(range(bound.layers)))
+    tokens = max(2, -(-64 // codec.granule)) * codec.granule
+    group = [_layer_of(model, i, tokens, isinstance(codec, NeedsHidden)) for i in range(bound.layers)]
+    if isinstance(codec, FitsText):
+        codec = codec.fit(group)
+    latents = codec.forward(group)
     assert latents, f"{stage!r}: forward gave no latents"
     for name, latent in latents.items():
         assert latent.data.dim() == 4, f"{stage!r}: latent {name!r} is not (B, H or 1, T, R)"
-        if latent.channels is not None:
-            energy = latent.channels.energy
-            assert energy.shape == latent.data.shape[-1:], f"{stage!r}: the energy of {name!r} is not (R,)"
+        named = latent.exact or not codec.encoders or name in codec.encoders
+        assert named, f"{stage!r}: other latents have encoders of their own, and {name!r} has none"
     data = {name: latent.data for name, latent in latents.items()}
-    _check_granules(stage, group)
+    _check_granules(stage, codec, group)
     for i, kv in enumerate(group):
-        back = stage.inverse(data, i)
+        back = codec.inverse(data, i)
         assert back.keys.shape == kv.keys.shape, f"{stage!r}: keys of layer {i} came back as {tuple(back.keys.shape)}"
         assert back.values.shape == kv.values.shape, f"{stage!r}: values of layer {i} have another shape"
-        assert torch.equal(stage.keys(data, i), back.keys), f"{stage!r}: keys() of layer {i} differ from inverse()"
-        weights = _numbers(2, kv.keys.shape[1], 3, tokens, seed=100 + i).softmax(-1)
-        found, expected = stage.weigh(weights, data, i), weights @ back.values
-        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
-        _check_fitted(stage, data, i, back)
+        if isinstance(codec, ReadsDirectly):
+            assert torch.equal(codec.keys(data, i), back.keys), f"{stage!r}: keys() of layer {i} differ from inverse()"
+            weights = _numbers(2, kv.keys.shape[1], 3, tokens, seed=100 + i).softmax(-1)
+            weighed, expected = codec.weigh(weights, data, i), weights @ back.values
+            assert torch.allclose(weighed, expected, atol=1e-4, rtol=1e-3), f"{stage!r}: weigh is not weights @ values"
+        if isinstance(codec, FitsText):
+            _check_fitted(stage, codec, data, i, back)
 
 
-def _check_fitted(stage: Transform, data: dict[str, Tensor], layer: int, back: KV) -> None:
+def _check_fitted(stage: Transform, codec: FitsText, data: dict[str, Tensor], layer: int, back: KV) -> None:
     """What was fitted to a text has a first axis of rows, and goes with them."""
-    swapped = stage.hold({name: x[[1, 0]] for name, x in stage.fitted.items()})
+    swapped = codec.with_fitted({name: x[[1, 0]] for name, x in codec.fitted.items()})
     again = swapped.inverse({name: x[[1, 0]] for name, x in data.items()}, layer)
     same = torch.allclose(again.keys[[1, 0]], back.keys, atol=1e-5)
-    assert same, f"{stage!r}: hold() with rows swapped does not give the rows swapped"
+    assert same, f"{stage!r}: with_fitted() with rows swapped does not give the rows swapped"
 
 
-def check_select(stage: Select) -> None:
+def check_select(stage: Evict) -> None:
     """Scores are finite, one per row, kv head and token, and do not change what they look at."""
-    score, track = stage.score, stage.track if stage.tracks else None
-    _check_scores(stage, stage.queries, score, track)
+    _check_scores(stage, stage.queries, stage.ranking.score, stage.ranking.track if stage.tracks else None)
 
 
 def check_score(score: Any, model: Any = None) -> None:
@@ -243,10 +250,12 @@ def _check_scores(who: Any, wants: int, score: Any, track: Any) -> None:
         for name, x in memory.items():
             assert x.shape[:3] == kv.keys.shape[:3], f"{who!r}: memory {name!r} is not one entry per token"
         context = dataclasses.replace(context, memory=memory)
-    found = score(kv, context)
-    assert found.shape == kv.keys.shape[:3], f"{who!r}: score gave {tuple(found.shape)}, not {tuple(kv.keys.shape[:3])}"
-    assert torch.isfinite(found).all(), f"{who!r}: scores are not finite"
-    assert torch.equal(found, score(kv, context)), f"{who!r}: the same tokens score differently the second time"
+    ranking = score(kv, context)
+    assert ranking.shape == kv.keys.shape[:3], (
+        f"{who!r}: score gave {tuple(ranking.shape)}, not {tuple(kv.keys.shape[:3])}"
+    )
+    assert torch.isfinite(ranking).all(), f"{who!r}: scores are not finite"
+    assert torch.equal(ranking, score(kv, context)), f"{who!r}: the same tokens score differently the second time"
     unchanged = torch.equal(before[0], kv.keys) and torch.equal(before[1], kv.values)
     assert unchanged, f"{who!r}: score wrote into the keys or values"
 
@@ -259,7 +268,7 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
     with torch.no_grad():
         model.generate(ids, past_key_values=stack, max_new_tokens=40, do_sample=False)
     assert stack.seen == 339, f"{stage!r}: {stack.seen} tokens seen, not 339"
-    held = storage_bytes([tensor for *_, tensor in stack._parts()])
+    held = storage_bytes(stack.tensors())
     assert stack.nbytes == held, f"{stage!r}: nbytes {stack.nbytes} is not what the tensors hold, {held}"
     for layer in range(model.config.num_hidden_layers):
         positions = stack.positions(layer).long()
@@ -268,7 +277,7 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
         kept = torch.isin(ends, positions).all() and all(torch.isin(ends, head).all() for head in positions)
         assert bool(kept), f"{stage!r}: sinks or window of layer {layer} are gone"
         assert stack.read(layer, 1).keys.shape[2] == stack.held, f"{stage!r}: layer {layer} does not hold `held` tokens"
-    if isinstance(stage, Select):
+    if isinstance(stage, Evict):
         budget = stage.keep if isinstance(stage.keep, int) else stage.keep * (339 - 19)
         assert stack.held <= budget + 19, f"{stage!r}: holds {stack.held} tokens, {budget} beside sinks and window fit"
     stack.batch_select_indices(torch.tensor([1]))
@@ -278,7 +287,7 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
 
 def check_registered(stage: Stage) -> None:
     """A stage that is installed is found by its name and travels through a spec string and a dict."""
-    spec = registry.to_spec([stage])
-    assert registry.parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
-    data = {"stages": [registry.to_dict(stage)]}
-    assert registry.parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"
+    spec = to_spec([stage])
+    assert parse(spec)[0] == [stage], f"{stage!r}: {spec!r} describes something else"
+    data = {"stages": [to_dict(stage)]}
+    assert parse(data)[0] == [stage], f"{stage!r}: {data!r} describes something else"

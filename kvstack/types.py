@@ -14,16 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model.rope import Rope
+__all__ = ["KV", "Channels", "Context", "Latent", "Rotation", "positions_between", "take_tokens"]
 
-__all__ = ["KV", "Channels", "Context", "Latent"]
+
+class Rotation(Protocol):
+    """The rotary embedding of one layer."""
+
+    def rotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
+        """Rotate `x` (B, H, T, D) to `positions` (B or 1, H or 1, T)."""
+
+    def unrotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
+        """The inverse of `rotate`."""
+
+    def remember(self, positions: Tensor, /) -> None:
+        """Keep the tables for this very tensor of positions until `forget`."""
+
+    def forget(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class KV:
     """Keys and values of one layer.
 
     Keys are as the model caches them (after rotary embedding) unless a transform asked for them un-rotated.
-    `hidden` is what the attention module was given, where a transform asked for it (`Transform.hidden`).
+    `hidden` is what the attention module was given, where a transform asked for it (`NeedsHidden`).
     """
 
     keys: Tensor  # (B, H, T, D)
@@ -54,16 +65,16 @@ class KV:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may know about the tokens it is given, beside their keys and values.
+    """What a score may know about the tokens it is given, next to their keys and values.
 
     Attributes:
         layer: index of the layer in the model.
         seen: tokens this sequence has fed through the model so far.
         positions: (B or 1, H or 1, T) true position of every candidate token, ascending.
-        queries: (B, H*G, Q, D) queries of the newest Q tokens as attention used them, or None where the stage
-            did not ask for any (`Select.queries`).
+        queries: (B, H*G, Q, D) queries of the newest Q tokens as attention used them, or None if the score
+            did not ask for any (`Score.queries`).
         scaling: the factor attention multiplies `q @ k` with.
-        memory: per-token tensors (B, H, T) that the stage's own `track` returned last time.
+        memory: per-token tensors (B, H, T) that the score's own `track` returned last time.
         rope: rotates and un-rotates keys of this layer, or None where the model has no rotary embedding.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
     """
@@ -74,44 +85,42 @@ class Context:
     queries: Tensor | None = None
     scaling: float = 1.0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
-    rope: Rope | None = None
+    rope: Rotation | None = None
     sinks: int = 0
     window: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """What is known of a latent's channels before any token is: part of the fitted stage, not of a cache.
+    """The channels of one group's latent, before any token is read. They belong to the model, not to a cache.
 
-    `energy` is the variance of each channel, descending. `bits` is how many bits each is worth to an encoder that
-    spends them unevenly (`Encode.allot`), None before that.
+    Attributes:
+        energy: (R,) variance of each channel, falling.
     """
 
-    energy: Tensor  # (R,)
-    bits: Tensor | None = None  # (R,), descending
+    energy: Tensor
 
-    def to(self, device: torch.device) -> Channels:
-        return Channels(self.energy.to(device), None if self.bits is None else self.bits.to(device))
-
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """(bits, channels that have as many), in the order of the channels."""
-        assert self.bits is not None
-        widths, counts = self.bits.unique_consecutive(return_counts=True)
-        return tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+    def __len__(self) -> int:
+        return len(self.energy)
 
 
 @dataclass(frozen=True)
 class Latent:
-    """One named tensor a transform wants stored: channels last, tokens before them.
+    """One named tensor that a transform wants stored: channels last, tokens before them.
 
-    It may hold fewer tokens than the block, the same number for every `Transform.granule` of them. What is `exact` is
-    stored as it is, whatever encoder the stack has.
+    Attributes:
+        data: (B, H or 1, T, R). It may hold fewer tokens than the block, the same number in every granule of the
+            codec (`Codec.granule`).
+        exact: store it as it is, without any encoder.
     """
 
-    data: Tensor  # (B, H or 1, T, R)
-    channels: Channels | None = None
+    data: Tensor
     exact: bool = False
+
+
+def positions_between(start: int, stop: int, device: torch.device) -> Tensor:
+    """Positions as int32: they are stored, and four bytes reach any text."""
+    return torch.arange(start, stop, dtype=torch.int32, device=device)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Every transform with every encoder and with eviction, plugins that are installed included: a stack of them generates,
-holds fewer bytes than the dense cache and as many tokens as it should, or is refused with the sentence named here."""
+"""Every stage with those of all other kinds, plugins that are installed included: a stack of them generates, holds
+fewer bytes than the dense cache and as many tokens as it should, or is refused with the sentence named here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from kvstack import KVStack, KVStackError, SpecError, StageError, registry
+from kvstack.spec import parse
+from tests import tiny
 
-from . import tiny
-
+KINDS = ("share", "transform", "encode", "select")
 SPECS = {
     "commonkv": "commonkv:0.5,layers=2",
     "evict": "evict:0.4",
-    "kvsharer": "kvsharer",
+    # half the layers are left, of 4 and of 8: pairs of them divide
+    "kvsharer": "kvsharer:0.5,threshold=-1.0",
     "kvtc": "kvtc",
     "minicache": "minicache",
     "quant": "quant:4",
@@ -45,14 +47,14 @@ def refusal(names: tuple[str, ...]) -> str | None:
     return next((REFUSED[pair] for pair in combinations(sorted(names), 2) if pair in REFUSED), None)
 
 
-CHOICES = product(*([*named(kind), ""] for kind in ("transform", "encode", "select")))
+CHOICES = product(*([*named(kind), ""] for kind in KINDS))
 STACKS = [names for choice in CHOICES if (names := tuple(filter(None, choice)))]
 
 
 @pytest.mark.parametrize("name", registry.stage_names())
 def test_every_stage_that_is_installed_takes_part(name):
     assert name in SPECS, f"{name!r} has no line in SPECS: write how it is built, so that its compositions are tested"
-    assert registry.parse(SPECS[name])[0][0].name == name
+    assert parse(SPECS[name])[0][0].name == name
 
 
 @pytest.mark.parametrize("layers", [4, 8])
@@ -64,12 +66,13 @@ def test_a_stack_of(names, layers):
         with pytest.raises(KVStackError, match=words):
             KVStack.from_spec(spec, model=model)
         return
-    stack = KVStack(registry.parse(spec)[0], model=model, sinks=SINKS, window=WINDOW, block=BLOCK)
+    stack = KVStack(parse(spec)[0], model=model, sinks=SINKS, window=WINDOW, block=BLOCK)
     out = model.generate(tiny.tokens(2, TOKENS), past_key_values=stack, max_new_tokens=NEW, do_sample=False)
     assert out.shape == (2, TOKENS + NEW)
     assert stack.seen == TOKENS + NEW - 1
     assert stack.nbytes < 0.9 * stack.dense_nbytes
     assert KVStack.from_spec(stack.spec).stages == stack.stages
+    assert len(stack.binding.shares) == (layers // 2 if "kvsharer" in names else 0)
     ends = SINKS + WINDOW
     assert stack.held <= ((stack.seen - ends) * 0.4 + ends if "evict" in names else stack.seen)
     for layer, row in product(range(layers), range(2)):
@@ -79,7 +82,7 @@ def test_a_stack_of(names, layers):
         assert torch.isfinite(kv.values).all()
 
 
-@pytest.mark.parametrize("kind", ["transform", "encode", "select"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_of_one_kind_are_refused(kind):
     for one, other in product(named(kind), repeat=2):
         with pytest.raises(StageError, match=f"are both of the kind '{kind}'"):

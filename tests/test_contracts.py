@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvstack import CommonKV, Encode, Evict, KVStack, Latent, Packed, Quant, Score, Transform, registry
+from kvstack import CommonKV, Encode, Evict, KVStack, Packed, Quant, Score, registry
+from kvstack.authoring import NeedsHidden
+from kvstack.spec import make_score
 from kvstack.testing import check_registered, check_score, check_settings, check_stage, check_transform, tiny_model
 from kvstack.types import KV
+from tests.stages import Pairs
 
 STAGES = [Quant(bits) for bits in (2, 3, 4, 8)]
 STAGES += [Quant(4, group=8), Quant(4, codec="nf4"), Quant(4, codec="fp4"), Quant(8, codec="int8")]
@@ -23,30 +26,10 @@ def test_stage(stage):
 
 @pytest.mark.parametrize("name", registry.BUILT_IN["scores"])
 def test_score(name):
-    score = registry.make_score(name)
+    score = make_score(name)
     check_score(score)
     check_settings(score)
     check_registered(Evict(0.2, score))
-
-
-@dataclass(frozen=True, repr=False)
-class Pairs(Transform):
-    """Two layers as mean and half difference: lossless, so that any loss is the pipeline's."""
-
-    layers: int = 2
-    unrotated: bool = True
-    name = "pairs"
-
-    def forward(self, group):
-        one, other = group
-        flat = [torch.cat([kv.keys, kv.values], -1).transpose(1, 2).flatten(2).unsqueeze(1) for kv in (one, other)]
-        return {"mean": Latent((flat[0] + flat[1]) / 2), "half": Latent((flat[0] - flat[1]) / 2)}
-
-    def inverse(self, latents, layer):
-        sign = 1 if layer == 0 else -1
-        both = (latents["mean"] + sign * latents["half"])[:, 0]  # (B, T, H * 2D)
-        both = both.unflatten(-1, (2, -1)).transpose(1, 2)
-        return KV(*both.chunk(2, dim=-1))
 
 
 def test_transform():
@@ -56,13 +39,18 @@ def test_transform():
 def test_transform_under_another_model():
     """The shapes are the model's, and hidden states are there for a transform that asks for them."""
 
-    class Asks(Pairs):
-        hidden = True
-
+    class AsksCodec(NeedsHidden):
         def forward(self, group):
             assert [kv.hidden.shape[3] for kv in group] == [128, 128]
             assert group[0].keys.shape[1:] == (2, group[0].tokens, 32)
-            return super().forward(group)
+            return Pairs().forward(group)
+
+        def inverse(self, latents, layer):
+            return Pairs().inverse(latents, layer)
+
+    class Asks(Pairs):
+        def codec(self):
+            return AsksCodec()
 
     model = tiny_model(hidden_size=128)
     check_transform(Asks(), model)
@@ -76,7 +64,7 @@ def test_a_lossless_transform_loses_nothing(unrotated):
     for chunk in ids.split([100, 1, 1, 48], dim=1):
         expected = model(chunk, past_key_values=plain).logits
         torch.testing.assert_close(model(chunk, past_key_values=stack).logits, expected, atol=1e-3, rtol=1e-3)
-    assert {role for _, role in stack._cohorts[0].stores[0].sealed} == {"mean", "half"}
+    assert {role for _, role in stack.batch.cohorts[0].stores[0].packed} == {"mean", "half"}
 
 
 def test_three_kinds_in_any_order():
@@ -103,7 +91,7 @@ def test_checks_can_fail():
     class Forgetful(Encode):
         name = "forgetful"
 
-        def encode(self, x, role, channels=None):
+        def encode(self, x, role):
             return Packed({"data": x}, tokens=x.shape[2], width=x.shape[3], dtype=x.dtype)
 
         def decode(self, packed, role, out=None):

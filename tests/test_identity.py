@@ -5,11 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from kvstack import Evict, KVStack, Quant
+from tests import tiny
 
-from . import tiny
-
-# deepseek_v3 attends to something else than it caches, so scores that look at queries refuse it
-ARCHITECTURES = sorted(tiny.MODELS.keys() - {"deepseek_v3"})
 ATTENTION = ["sdpa", "eager"]
 
 
@@ -22,7 +19,7 @@ def logits(model, ids, cache, **kwargs):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_prefill_and_decode(name, attention):
     model = tiny.model(name, attention)
     ids = tiny.tokens(2, 50)
@@ -34,7 +31,7 @@ def test_prefill_and_decode(name, attention):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_chunks(name, attention):
     model = tiny.model(name, attention)
     ids = tiny.tokens(2, 60)
@@ -44,7 +41,7 @@ def test_chunks(name, attention):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_left_padding(name, attention):
     model = tiny.model(name, attention)
     ids, mask = tiny.left_padded([30, 21, 9])
@@ -58,30 +55,20 @@ def test_left_padding(name, attention):
         assert torch.equal(one, other)
 
 
-MODES = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 5},
-    "return_sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"do_sample": False, "num_beams": 3},
-    "chunked_prefill": {"do_sample": False, "prefill_chunk_size": 7},
-    "prompt_lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("mode", tiny.MODES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_generate(name, mode):
     model = tiny.model(name)
     ids = tiny.tokens(1, 25).repeat(1, 2)
     found = []
     for cache in pair(model):
         torch.manual_seed(3)
-        found.append(model.generate(ids, past_key_values=cache, max_new_tokens=15, **MODES[mode]))
+        found.append(model.generate(ids, past_key_values=cache, max_new_tokens=15, **tiny.MODES[mode]))
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("stage", [Evict(1.0), Evict(10_000), Evict(1.0, score="h2o")], ids=repr)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_keeping_everything_changes_nothing(name, stage):
     model = tiny.model(name)
     ids = tiny.tokens(2, 90)

@@ -14,8 +14,7 @@ import torch
 
 from kvstack import Evict, KVStack, Quant
 from kvstack.errors import KVStackError, UseError
-
-from . import tiny
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 LOSSY = {"stack": "quant:2+evict:0.3", "window": 8}

@@ -9,10 +9,9 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, T5Config, 
 from transformers.cache_utils import EncoderDecoderCache
 
 from kvstack import BindError, Evict, KVStack, Quant, SnapKV, SpecError, StageError, UseError
-from kvstack.select import ExpectedAttention
-
-from . import tiny
-from .test_contracts import Pairs
+from kvstack.select.expected import ExpectedAttention
+from tests import tiny
+from tests.stages import Pairs
 
 BUILD = [
     (lambda: Evict(0.0), "Evict(keep=0.0): keep is what stays: a share in (0, 1]"),

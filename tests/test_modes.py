@@ -7,10 +7,8 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvstack import CommonKV, Evict, KVStack, Quant, UseError
-
-from . import tiny
-from .test_contracts import Pairs
-from .test_identity import ARCHITECTURES, MODES
+from tests import tiny
+from tests.stages import Pairs
 
 STACKS = {
     "quant": [Quant(4, group=8)],
@@ -26,19 +24,19 @@ def small(name):
     return KVStack(STACKS[name], **SETTINGS)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tiny.MODES)
 @pytest.mark.parametrize("stack", STACKS)
 def test_runs_and_compresses(stack, mode):
     model = tiny.model("llama")
     cache = small(stack)
     ids = tiny.tokens(1, 30).repeat(1, 3)
-    model.generate(ids, past_key_values=cache, max_new_tokens=20, **MODES[mode])
+    model.generate(ids, past_key_values=cache, max_new_tokens=20, **tiny.MODES[mode])
     assert cache.seen >= 90 + 15
     if mode != "prompt_lookup":  # what the last forward brought is compressed when it has been verified
         assert cache.compression > (0.2 if stack != "three" else 0.1)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_architectures(name):
     model = tiny.model(name)
     cache = small("both")
@@ -129,7 +127,7 @@ def test_inference_mode_and_back():
     with torch.enable_grad():
         logits = model(tiny.tokens(1, 1), past_key_values=cache).logits
     assert logits.requires_grad
-    assert not any(x.requires_grad for *_, x in cache._parts())
+    assert not any(x.requires_grad for *_, x in cache.parts())
 
 
 def deepseek():

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Evict, KVStack, Quant, SnapKV, UseError
-
-from . import tiny
+from tests import tiny
 
 LENGTHS = [96, 61, 96, 5]
 STACKS = {

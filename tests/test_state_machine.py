@@ -21,11 +21,8 @@ from hypothesis.stateful import (
 )
 
 from kvstack import CommonKV, Evict, KVStack, Quant, Transform
-
-from . import tiny
-from .test_contracts import Pairs
-from .test_fit import Centred
-from .test_shares import Third
+from tests import tiny
+from tests.stages import Centred, Pairs, Third
 
 SINKS, WINDOW, BLOCK = 2, 6, 8
 LAYERS = 2
@@ -181,7 +178,7 @@ class Conversation(RuleBasedStateMachine):
             return
         for row, layers in enumerate(self.stack.rows):
             for layer in range(LAYERS):
-                tokens = layers[self.stack._shares.get(layer, layer)]
+                tokens = layers[self.stack.binding.shares.get(layer, layer)]
                 held = self.stack.positions(layer, row).long()
                 kv = self.stack.read(layer, row)
                 assert held.shape[-1] == kv.tokens
@@ -229,13 +226,15 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def bytes_are_those_of_its_tensors(self):
         if hasattr(self, "stack"):
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(self.stack._cohorts)}
+            storages = {
+                t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(self.stack.batch.cohorts)
+            }
             assert self.stack.nbytes == sum(storage.nbytes() for storage in storages.values())
 
 
 def tensors_in(thing, seen=None):
     """All tensors reachable from `thing`, found without kvstack's help; row numbers are not what is cached, and what
-    was fitted to the model (stages, channels), not to the text, belongs to all its caches."""
+    was fitted to the model (codecs), not to the text, belongs to all its caches."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return
@@ -244,10 +243,9 @@ def tensors_in(thing, seen=None):
         yield thing
     elif isinstance(thing, dict):
         for name, value in thing.items():
-            if name == "transforms":
-                for stage in value.values():
-                    yield from stage.fitted.values()
-            elif name not in ("rows", "ropes", "plan", "channels"):
+            if name == "codec":
+                yield from getattr(value, "fitted", {}).values()
+            elif name not in ("rows", "ropes", "plan", "codecs"):
                 yield from tensors_in(value, seen)
     elif isinstance(thing, list | tuple):
         for value in thing:

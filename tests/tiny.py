@@ -81,6 +81,19 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
 }
 
+# deepseek_v3 attends to something else than it caches, so scores that look at queries refuse it
+ARCHITECTURES = sorted(MODELS.keys() - {"deepseek_v3"})
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 5},
+    "return_sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "chunked_prefill": {"do_sample": False, "prefill_chunk_size": 7},
+    "prompt_lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+"""Ways to generate."""
+
 
 @functools.cache
 def model(name: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -96,6 +109,11 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids (rows, length), none of them the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    """Normal numbers of a shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

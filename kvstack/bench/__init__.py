@@ -1,13 +1,12 @@
-"""Benchmarks: what each stack costs and gives, beside the caches it would replace.
+"""Benchmarks: the cost and the gain of each stack, next to the caches it would replace.
 
-    quality   how far the next tokens drift from the dense cache
-    budgets   the same at equal bytes: the best stack beside the best peer
-    needles   whether facts hidden in a long text are still found
-    memory    bytes held, by stage, and the peaks of prefill and decoding
-    decode    time to the first token and per decoded token
-    matrix    every combination of a grid, with its Pareto front
-    layers    how alike the layers of a group are
+In come a `Run` and the specs of caches, out go figures as JSON lines (`results`) and what people read of them.
 
-Each is a command of `kvstack bench` and prints tables. With `--out DIR` its figures stay as JSON lines, an interrupted
-run goes on where it stopped, and `kvstack bench report DIR` draws them.
+    measure/   runs models and yields figures
+    show/      turns recorded figures into tables, pictures and a page; runs no model
+    peers/     other projects' caches behind one small interface
+    tasks/     makes questions about long texts and scores the answers
+
+The folders meet in `results` and `terminal` only; `kvstack.cli.bench` joins measuring and showing. Nothing outside
+`kvstack.bench` and `kvstack.cli` may know that there are benchmarks.
 """

@@ -17,36 +17,34 @@ layers, first those of the keys, then those of the values. No gradients are take
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-import logging
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..errors import BindError, CalibrationError
-from ..model.layers import Grouping
+from ..model.fingerprint import fingerprint
+from ..model.layers import LayerGroups
+from ..model.probing import SINKS, at_rest, observe
 from ..model.rope import Rope
 from ..types import KV
+from . import keep
 from .axes import flat
-from .calibration import Calibration, Group, Metric, identity, loaded
-from .windows import SINKS, at_rest, observe, windows_of
+from .calibration import Calibration, GroupAxes, Metric, loaded
+from .windows import windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..stage import Stage
 
-__all__ = ["TOKENS", "calibrate", "calibrated", "fitting", "kept", "usual_path"]
-
-log = logging.getLogger("kvstack")
+__all__ = ["TOKENS", "calibrate", "calibration_for", "default_path"]
 
 TOKENS = 10_240
 """Tokens read by default, scored ones not counted."""
@@ -54,8 +52,6 @@ RIDGE = 1e-3
 """Least weight of a number, as a share of the mean weight of its layer's keys or values."""
 
 SCALE = 256.0
-
-NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: %s"
 
 Progress = Callable[[int, int], None]
 
@@ -70,6 +66,7 @@ def calibrate(
     *,
     layers: int | None = None,
     metric: Metric = "fisher",
+    only: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -85,6 +82,7 @@ def calibrate(
         metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes
             for a group's keys and values together. `variance` weighs all the same, and finds axes for the keys and
             others for the values.
+        only: the full-attention layers to find axes for, where others hold nothing of their own; default all.
         tokenizer: the model's; default the one in the folder the model was loaded from. With no tokenizer at all the
             model is calibrated on text that it writes itself.
         progress: called with (windows read, windows in all).
@@ -101,141 +99,101 @@ def calibrate(
             "Pass the causal model it is part of: KVStack([...], model=...)."
         )
     if layers is None and metric == "variance":
-        layers = len(Grouping(model, 1).full)
-    plan = Grouping(model, layers)
+        layers = len(LayerGroups(model, 1, only).full)
+    groups = LayerGroups(model, layers, only)
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
-        sums: list[_Sums]
+        sums: list[Sums]
         if metric == "variance":
-            sums = [_OneKind(group, kind) for group in plan.groups for kind in ("keys", "values")]
+            sums = [_OneKind(group, kind) for group in groups.groups for kind in ("keys", "values")]
         else:
-            sums = [_Sums(group, plan.ropes) for group in plan.groups]
+            sums = [Sums(group, groups.ropes) for group in groups.groups]
         for number, (ids, prompt) in enumerate(windows):
             if metric == "variance":
-                cache = gradients = observe(model, plan, ids[:, :prompt])
-                _check_tokens(model, plan, cache, sum(prompt for _, prompt in windows))
+                cache = gradients = observe(model, groups, ids[:, :prompt])
+                _check_tokens(model, groups, cache, sum(prompt for _, prompt in windows))
             else:
-                cache, gradients = _read(model, ids.to(model.device), prompt, plan.full, seed=number)
-            for group in sums:
-                group.add(cache, gradients)
+                cache, gradients = read_window(model, ids.to(model.device), prompt, groups.full, seed=number)
+            for each in sums:
+                each.add(cache, gradients)
             if progress is not None:
                 progress(number + 1, len(windows))
-        groups = _finish(sums)
+        axes = _finish(sums)
     manifest = {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
-        "identity": identity(model),
+        "identity": fingerprint(model),
         "metric": metric,
         "texts": source,
         "tokens": str(sum(prompt for _, prompt in windows)),
         "kvstack": importlib.metadata.version("kvstack"),
         "torch": torch.__version__,
     }
-    return Calibration(tuple(groups), manifest)
+    return Calibration(tuple(axes), manifest)
 
 
-def fitting(
+def calibration_for(
     stage: Stage,
     given: str | os.PathLike[str] | Calibration | None,
     model: PreTrainedModel,
-    layers: int,
+    groups: LayerGroups,
     metric: Metric,
 ) -> Calibration:
-    """The calibration of `model` for groups of `layers` that was `given` to `stage`, or the usual one."""
+    """Return the calibration passed by the user to `stage`, or load or create the default one for this model.
+
+    Raises:
+        CalibrationError, BindError: the user's is for another model, metric or grouping.
+    """
     if given is None:
-        return calibrated(model, layers, metric, type(stage).__name__)
-    found = given if isinstance(given, Calibration) else loaded(given)
-    found.check(model, metric, layers)
-    if found.layers != layers:
+        return _default(model, groups, metric, type(stage).__name__)
+    calibration = given if isinstance(given, Calibration) else loaded(given)
+    calibration.check(model, metric, groups.size)
+    if calibration.layers != groups.size:
         raise BindError(
-            f"{stage!r}: the calibration is for groups of {found.layers} layers, not of {layers}. "
-            f"Use layers={found.layers}, or calibrate with layers={layers}."
+            f"{stage!r}: the calibration is for groups of {calibration.layers} layers, not of {groups.size}. "
+            f"Use layers={calibration.layers}, or calibrate with layers={groups.size}."
         )
-    return found
+    if not calibration.covers(groups.groups):
+        raise BindError(
+            f"{stage!r}: the calibration is for other groups than {groups.groups}, the layers that hold keys and "
+            f"values here. Calibrate for them: kvstack.calibrate(model, layers={groups.size}, only={groups.full})."
+        )
+    return calibration
 
 
-def calibrated(model: PreTrainedModel, layers: int, metric: Metric = "fisher", who: str = "CommonKV") -> Calibration:
-    """The calibration of `model` for groups of `layers`: made before in this process, kept in the user's cache
-    folder, or made now (for the stage `who`) and kept there."""
+def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: str) -> Calibration:
+    """Known in this process, loaded from the user's cache folder, or made now (for the stage `who`) and kept there."""
     notice = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
 
     def read(path: Path) -> Calibration:
-        found = Calibration.load(path)
-        found.check(model, metric, layers)
-        return found
+        calibration = Calibration.load(path)
+        calibration.check(model, metric, groups.size)
+        return calibration
 
-    make = partial(calibrate, model, layers=layers, metric=metric)
-    return kept(model, usual_path(model, layers, metric), read, make, notice)
-
-
-class Fitted(Protocol):
-    """What was fitted to a model and can be kept on disk."""
-
-    def save(self, path: Path) -> None: ...
+    every = LayerGroups(model, 1).full
+    only = None if groups.full == every else groups.full
+    make = partial(calibrate, model, layers=groups.size, metric=metric, only=only)
+    return keep.load_or_make(model, default_path(model, groups.size, metric, only).name, read, make, notice)
 
 
-F = TypeVar("F", bound=Fitted)
-_known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
-
-
-def kept(model: PreTrainedModel, path: Path, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
-    """What this process knows already, what `read` finds in the file at `path`, or what is made now and kept there, by
-    one process for all. `read` raises CalibrationError for what does not fit `model`; `notice` is logged before it is
-    made."""
-    known: dict[str, F] = _known.setdefault(model, {})
-    found = known.get(path.name) or _read_kept(path, read)
-    if found is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # the lock goes when its process goes; a second process waits here and finds the work done
-            with FileLock(path.with_suffix(".lock")):
-                found = _read_kept(path, read) or _made(path, make, notice)
-        except OSError as error:
-            log.warning(NOT_KEPT, error)
-            found = make()
-    known[path.name] = found
-    return found
-
-
-def _read_kept(path: Path, read: Callable[[Path], F]) -> F | None:
-    if not path.exists():
-        return None
-    try:
-        return read(path)
-    except CalibrationError as error:
-        log.warning("%s It is made anew.", error)
-        return None
-
-
-def _made(path: Path, make: Callable[[], F], notice: str) -> F:
-    log.warning("%s Kept in %s", notice, path)
-    found = make()
-    try:
-        found.save(path)
-    except OSError as error:
-        log.warning(NOT_KEPT, error)
-    return found
-
-
-def usual_path(model: PreTrainedModel, layers: int, metric: Metric = "fisher") -> Path:
-    """Where stages look for a calibration of `model`."""
+def default_path(
+    model: PreTrainedModel, layers: int, metric: Metric = "fisher", only: Sequence[int] | None = None
+) -> Path:
+    """Where stages look for a calibration of `model` for groups of `layers`."""
     kind = "" if metric == "fisher" else f"-{metric}"
-    return folder() / f"{model.config.model_type}-{identity(model)}-{layers}{kind}.safetensors"
-
-
-def folder() -> Path:
-    """Where calibrations are kept between runs."""
-    from ..models import cache_dir
-
-    return cache_dir() / "calibrations"
+    if only is not None:
+        kind += f"-{hashlib.sha256(repr(list(only)).encode()).hexdigest()[:8]}"
+    return keep.folder() / f"{model.config.model_type}-{fingerprint(model)}-{layers}{kind}.safetensors"
 
 
 # ---- reading it
 
 
-def _read(
+def read_window(
     model: PreTrainedModel, ids: Tensor, prompt: int, full: Sequence[int], seed: int
 ) -> tuple[dict[int, KV], dict[int, KV]]:
     """What the prompt leaves in the cache of the `full` layers, and the gradient of the rest with regard to it."""
+    from transformers import DynamicCache
+
     cache = DynamicCache(config=model.config)
     model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     held: dict[int, KV] = {}
@@ -250,26 +208,26 @@ def _read(
         # a common factor makes no difference, and float16 would lose small gradients
         likelihood = logits.gather(-1, drawn).sum() * SCALE
         leaves = [x for kv in held.values() for x in (kv.keys, kv.values)]
-        found = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
-    gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
+        slopes = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
+    gradients = {i: KV(slopes[2 * n], slopes[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
 
 
-def _check_tokens(model: PreTrainedModel, plan: Grouping, cache: Mapping[int, KV], tokens: int) -> None:
+def _check_tokens(model: PreTrainedModel, groups: LayerGroups, cache: Mapping[int, KV], tokens: int) -> None:
     """A covariance of N numbers has no more axes than tokens, and its N^2 sums and N^3 steps grow beyond bounds."""
     each = max(x.shape[1] * x.shape[3] for kv in cache.values() for x in (kv.keys, kv.values))
-    if each * plan.size <= tokens:
+    if each * groups.size <= tokens:
         return
-    count = len(plan.full)
-    fewer = [n for n in range(1, plan.size) if count % n == 0 and n * each <= tokens]
+    count = len(groups.full)
+    fewer = [n for n in range(1, groups.size) if count % n == 0 and n * each <= tokens]
     raise CalibrationError(
-        f"{plan.size} layers of {type(model).__name__} cache {each * plan.size} numbers a token of keys or of values, "
-        f"and {tokens} tokens tell of no more axes than that many. Use {f'layers= one of {fewer}, or ' * bool(fewer)}"
-        f"tokens={4 * each * plan.size} or more."
+        f"{groups.size} layers of {type(model).__name__} cache {each * groups.size} numbers a token of keys or of "
+        f"values, and {tokens} tokens tell of no more axes than that many. Use "
+        f"{f'layers= one of {fewer}, or ' * bool(fewer)}tokens={4 * each * groups.size} or more."
     )
 
 
-class _Sums:
+class Sums:
     """What is added up for one group of layers."""
 
     def __init__(self, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
@@ -280,8 +238,8 @@ class _Sums:
         self.shapes: tuple[tuple[int, int, int], ...] = ()
 
     def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
-        x = self._flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
-        g = self._flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
+        x = self.flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
+        g = self.flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
         self._add([cache[i] for i in self.layers], x)
         self.gradient = self.gradient + g.square().sum(0)
 
@@ -296,24 +254,24 @@ class _Sums:
         self.total += x.sum(0)
         self.square.addmm_(x.T, x)
 
-    def _flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
+    def flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
         """(T, N) without the sinks."""
-        found = []
+        unrotated = []
         for i in self.layers:
             kv, rope = kvs[i], self.ropes[i]
             if rope is not None:
                 positions = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
                 kv = KV(turn(rope, kv.keys, positions), kv.values)
-            found.append(kv)
-        return flat(found)[0, SINKS:]
+            unrotated.append(kv)
+        return flat(unrotated)[0, SINKS:]
 
     def weight(self) -> Tensor:
         """(N,) mean square of the gradient, never far below the mean of the same layer's keys or values."""
         assert isinstance(self.gradient, Tensor)
-        found = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
-        return torch.cat([part + RIDGE * part.mean() for part in found])
+        parts = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
+        return torch.cat([part + RIDGE * part.mean() for part in parts])
 
-    def group(self, weight: Tensor) -> Group:
+    def group(self, weight: Tensor) -> GroupAxes:
         assert self.origin is not None
         mean = self.total / self.count
         covariance = self.square / self.count - torch.outer(mean, mean)
@@ -321,10 +279,10 @@ class _Sums:
         energy, axes = torch.linalg.eigh(root[:, None] * covariance * root)
         energy, axes = energy.flip(0).clamp_min(LEAST), axes.T.flip(0)
         tensors = [(self.origin + mean), weight, axes.half(), energy]
-        return Group(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
+        return GroupAxes(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
 
 
-class _OneKind(_Sums):
+class _OneKind(Sums):
     """The keys alone or the values alone of a group of layers, all numbers of one weight."""
 
     def __init__(self, layers: Sequence[int], kind: str) -> None:
@@ -339,7 +297,7 @@ class _OneKind(_Sums):
         return torch.ones_like(self.total)
 
 
-def _finish(sums: Sequence[_Sums]) -> list[Group]:
+def _finish(sums: Sequence[Sums]) -> list[GroupAxes]:
     weights = [group.weight() for group in sums]
     # one factor for all groups, so that latents are numbers of ordinary size
     power = sum(float((w * g.square.diagonal() / g.count).sum()) for w, g in zip(weights, sums, strict=True))

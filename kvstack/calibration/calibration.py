@@ -6,10 +6,8 @@ versions, and a checksum over all tensors. A file that is damaged, or made for a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,27 +20,22 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..files import read_tensors, write_tensors
+from ..model.fingerprint import fingerprint, sampled
 from ..types import Channels
 from .axes import Basis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Calibration", "Group", "Metric", "identity", "loaded", "sampled"]
+__all__ = ["Calibration", "GroupAxes", "Metric", "loaded"]
 
 Metric = Literal["fisher", "variance"]
 
 FORMAT = "kvstack calibration 1"
-MANY = 4096
-"""Numbers of each tensor that go into a fingerprint."""
-NOT_THE_MODEL = re.compile(
-    r"_.*|transformers_version|.*dtype|use_cache|quantization_config|output_.*|.*_token_ids?|architectures"
-)
-"""Settings of a config that change without the model changing."""
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class GroupAxes:
     """The axes of a group of adjacent layers.
 
     Attributes:
@@ -85,7 +78,7 @@ class Calibration:
         manifest: model, metric, texts, tokens and versions it was made with.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[GroupAxes, ...]
     manifest: Mapping[str, str]
     _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
 
@@ -108,18 +101,24 @@ class Calibration:
         """Groups of axes for each group of layers."""
         return 2 if self.metric == "variance" else 1
 
-    @property
-    def channels(self) -> tuple[Channels, ...]:
-        return tuple(Channels(group.energy) for group in self.groups)
+    def channels_of(self, layers: Sequence[int], part: int = 0) -> Channels:
+        """The channels of the group that is `layers`."""
+        return Channels(self._axes_of(layers, part).energy)
+
+    def _axes_of(self, layers: Sequence[int], part: int) -> GroupAxes:
+        return next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
+
+    def covers(self, groups: Sequence[Sequence[int]]) -> bool:
+        """Whether there are axes for each of these groups of layers."""
+        return {tuple(layers) for layers in groups} <= {group.layers for group in self.groups}
 
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
         """The leading axes of the group that is `layers`; stacks that need the same share one copy."""
         key = (tuple(layers), rank, device, dtype, part)
-        found = self._bases.get(key)
-        if found is None:
-            group = next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
-            found = self._bases[key] = group.basis(rank, device, dtype)
-        return found
+        made = self._bases.get(key)
+        if made is None:
+            made = self._bases[key] = self._axes_of(layers, part).basis(rank, device, dtype)
+        return made
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
         """What is held for the group that is `layers`."""
@@ -127,7 +126,7 @@ class Calibration:
         return [x for group in mine for x in (group.mean, group.weight, group.axes, group.energy)]
 
     @cached_property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         """Tells this calibration from any other, wherever its file is read."""
         return sampled(self._tensors())[:24]
 
@@ -194,7 +193,7 @@ class Calibration:
         described = json.loads(metadata.pop("groups"))
         del metadata["format"]
         groups = [
-            Group(
+            GroupAxes(
                 tuple(entry["layers"]),
                 tuple(tuple(shape) for shape in entry["shapes"]),
                 *(tensors[f"{i}.{name}"] for name in ("mean", "weight", "axes", "energy")),
@@ -211,10 +210,10 @@ class Calibration:
             raise CalibrationError(
                 f"{self!r} was made with metric={self.metric!r}, and {metric!r} is needed. Make one with it: {wanted}."
             )
-        mine, theirs = self.manifest.get("identity"), identity(model)
+        mine, theirs = self.manifest.get("identity"), fingerprint(model)
         if mine != theirs:
             raise CalibrationError(
-                f"{self!r} was made for another model than this {type(model).__name__} (identity {mine}, not "
+                f"{self!r} was made for another model than this {type(model).__name__} (fingerprint {mine}, not "
                 f"{theirs}). Make one for it: {wanted}."
             )
 
@@ -229,32 +228,7 @@ def loaded(path: str | os.PathLike[str]) -> Calibration:
         return Calibration.load(path)  # says so
     stat = place.stat()
     key = (place.resolve(), stat.st_mtime_ns, stat.st_size)
-    found = _loaded.get(key)
-    if found is None:
-        found = _loaded[key] = Calibration.load(path)
-    return found
-
-
-def identity(model: PreTrainedModel) -> str:
-    """A fingerprint of a model's config and weights, whatever folder it came from, the same in
-    float32 and bfloat16.
-
-    Weights are sampled, 4,096 of each tensor, so that a large model is recognised in a moment.
-    """
-    config = model.config.get_text_config(decoder=True).to_dict()
-    plain = {name: value for name, value in config.items() if not NOT_THE_MODEL.fullmatch(name)}
-    head = json.dumps(plain, sort_keys=True, default=str)
-    return hashlib.sha256(f"{head} {sampled(model.state_dict())}".encode()).hexdigest()[:24]
-
-
-def sampled(tensors: Mapping[Any, Tensor]) -> str:
-    """A fingerprint of 4,096 numbers of each tensor, in bfloat16 whatever type they have."""
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(x.shape)}".encode())
-        flat = x.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // MANY)]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16)
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    known = _loaded.get(key)
+    if known is None:
+        known = _loaded[key] = Calibration.load(path)
+    return known

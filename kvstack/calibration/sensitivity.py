@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from ..model.layers import Grouping
-from .windows import PROMPT, at_rest, windows_of
+from ..model.layers import LayerGroups
+from ..model.probing import at_rest
+from .windows import PROMPT, windows_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["sensitivity"]
 
@@ -34,9 +34,11 @@ def sensitivity(
 
     Source: CommonKV's published code. Differs from it: text of its own, never the text that is compressed later.
     """
-    plan = Grouping(model, 1)
+    from transformers import DynamicCache
+
+    groups = LayerGroups(model, 1)
     windows, _ = windows_of(model, texts, tokens, tokenizer)
-    lost = torch.zeros(len(plan.full), dtype=torch.float64)
+    lost = torch.zeros(len(groups.full), dtype=torch.float64)
     with at_rest(model):
         for number, (window, prompt) in enumerate(windows):
             ids = window.to(model.device)
@@ -44,7 +46,7 @@ def sensitivity(
             model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
             exact = _likelihood(model, ids, prompt, cache)
             generator = torch.Generator().manual_seed(number)
-            for n, i in enumerate(plan.full):
+            for n, i in enumerate(groups.full):
                 layer: Any = cache.layers[i]
                 keys = layer.keys
                 noise = torch.randn(keys.shape, generator=generator).to(keys)

@@ -44,12 +44,12 @@ def code(modules: tuple[str, ...]) -> Iterator[str]:
 
 def docstrings(modules: tuple[str, ...]) -> str:
     """All docstrings of some modules."""
-    found = []
+    texts = []
     for source in code(modules):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found.append(ast.get_docstring(node) or "")
-    return "\n\n".join(filter(None, found))
+                texts.append(ast.get_docstring(node) or "")
+    return "\n\n".join(filter(None, texts))
 
 
 def numbers(seed: int = 0) -> str:

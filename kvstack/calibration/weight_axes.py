@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BindError
+from ..model.fingerprint import fingerprint
+from ..model.probing import observe
 from ..types import KV
 from .axes import Basis
-from .calibration import identity
-from .windows import observe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..model.layers import Grouping
+    from ..model.layers import LayerGroups
 
 __all__ = ["WeightAxes", "weight_axes"]
 
@@ -36,34 +36,34 @@ TOLERANCE = 0.05
 NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], WeightAxes]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], WeightAxes]] = weakref.WeakKeyDictionary()
 
 
-def weight_axes(model: PreTrainedModel, grouping: Grouping) -> WeightAxes:
+def weight_axes(model: PreTrainedModel, groups: LayerGroups) -> WeightAxes:
     """The axes of `model`, made once for all its stacks.
 
     Raises:
         BindError: its keys and values are not the projections of hidden states that kvstack finds.
     """
-    mark = identity(model)
-    known = _known.setdefault(model, {})
-    if (mark, grouping.size) not in known:
-        found = WeightAxes(model, {i: grouping.modules[i] for i in grouping.full}, grouping.groups)
-        found.mark = f"weights of {mark}"
+    whose = fingerprint(model)
+    known, key = _known.setdefault(model, {}), (whose, str(groups.groups))
+    if key not in known:
+        axes = WeightAxes(model, {i: groups.modules[i] for i in groups.full}, groups.groups)
+        axes.fingerprint = f"weights of {whose}"
         ids = torch.arange(1, 33)[None] % model.config.get_text_config(decoder=True).vocab_size
-        found.check(model, observe(model, grouping, ids))
-        known[mark, grouping.size] = found
-    return known[mark, grouping.size]
+        axes.check(model, observe(model, groups, ids))
+        known[key] = axes
+    return known[key]
 
 
 class WeightAxes:
     """Axes of every group of layers, from the projection weights of `modules` (layer -> attention module)."""
 
-    mark = ""
+    fingerprint = ""
 
     def __init__(self, model: PreTrainedModel, modules: dict[int, nn.Module], groups: Sequence[Sequence[int]]) -> None:
         self._bases: weakref.WeakValueDictionary[Any, Basis] = weakref.WeakValueDictionary()
-        self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int, int], ...]]] = {}
+        self.singular: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int, int], ...]]] = {}
         for group in groups:
             weights, biases, shapes = [], [], []
             for layer in group:
@@ -77,20 +77,20 @@ class WeightAxes:
             signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
             u, v = u * signs, v * signs.T
             bias = torch.cat([b.to(device) for b in biases])
-            self.found[tuple(group)] = u.T.contiguous(), s[:, None] * v, bias, tuple(shapes)
+            self.singular[tuple(group)] = u.T.contiguous(), s[:, None] * v, bias, tuple(shapes)
 
     def check(self, model: PreTrainedModel, seen: Mapping[int, KV]) -> None:
         """Raise `BindError` where keys or values of the tokens in `seen` are not what the projections make of their
         hidden states: some models scale, clip, or rotate in ways of their own."""
-        for layers, (axes, down, bias, shapes) in self.found.items():
+        for layers, (axes, down, bias, shapes) in self.singular.items():
             basis = Basis(axes, bias, None, shapes)
             for slot, layer in enumerate(layers):
                 kv = seen[layer]
                 assert kv.hidden is not None
                 z = kv.hidden[:, 0].to(down.device).float() @ down.T
-                for name, found in (("keys", basis.keys(z, slot)), ("values", basis.values(z, slot))):
-                    exact = getattr(kv, name).to(found)
-                    if not float((found - exact).norm()) <= TOLERANCE * float(exact.norm()):
+                for name, rebuilt in (("keys", basis.keys(z, slot)), ("values", basis.values(z, slot))):
+                    exact = getattr(kv, name).to(rebuilt)
+                    if not float((rebuilt - exact).norm()) <= TOLERANCE * float(exact.norm()):
                         raise BindError(
                             f"CommonKV(basis='weights'): {name} of layer {layer} of {type(model).__name__} are not its "
                             "projection of the hidden state. Use basis='calibrated'."
@@ -98,28 +98,28 @@ class WeightAxes:
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
         """What is held for the group that is `layers`."""
-        return list(self.found[tuple(layers)][:3])
+        return list(self.singular[tuple(layers)][:3])
 
     @property
     def full_rank(self) -> int:
-        return min(len(axes) for axes, *_ in self.found.values())
+        return min(len(axes) for axes, *_ in self.singular.values())
 
     @property
     def numbers(self) -> int:
         """Numbers of keys and values per token in all groups."""
-        return sum(axes.shape[1] for axes, *_ in self.found.values())
+        return sum(axes.shape[1] for axes, *_ in self.singular.values())
 
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
         key = (tuple(layers), rank, device, dtype)
-        found = self._bases.get(key)
-        if found is None:
-            axes, _, bias, shapes = self.found[tuple(layers)]
-            found = self._bases[key] = Basis(axes[:rank].to(device), bias.to(device), None, shapes, dtype)
-        return found
+        made = self._bases.get(key)
+        if made is None:
+            axes, _, bias, shapes = self.singular[tuple(layers)]
+            made = self._bases[key] = Basis(axes[:rank].to(device), bias.to(device), None, shapes, dtype)
+        return made
 
     def down(self, layers: Sequence[int], rank: int, device: torch.device) -> Tensor:
         """(R, d): hidden states to latents."""
-        return self.found[tuple(layers)][1][:rank].to(device)
+        return self.singular[tuple(layers)][1][:rank].to(device)
 
 
 Pair = tuple[Tensor, Tensor | None]

@@ -1,31 +1,25 @@
-"""What a model is fitted on: windows of text, and how it is run over them without being changed."""
+"""Windows of text: the token ids that a model is fitted on."""
 
 from __future__ import annotations
 
 import hashlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
 from ..errors import CalibrationError
-from ..model.layers import Grouping
-from ..types import KV
-from . import texts as samples
+from ..model.probing import at_rest
+from .texts import mixed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "SAMPLED_TOKENS", "SINKS", "at_rest", "held_by", "observe", "windows_of", "written_by"]
+__all__ = ["PROMPT", "SAMPLED_TOKENS", "sample_ids", "tokenizer_of", "windows_of", "written_by"]
 
 PROMPT, SCORED = 1024, 128
 SAMPLED_TOKENS, SAMPLED_WINDOW = 2048, 160
-SINKS = 4
-"""First tokens of a text, which are unlike all others and stay raw in any stack."""
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -66,7 +60,7 @@ def windows_of(
 
 def _kinds(texts: Iterable[str] | Mapping[str, str] | None) -> dict[str, str]:
     if texts is None:
-        return samples.mixed()
+        return mixed()
     if isinstance(texts, str):
         return {"text": texts}
     return dict(texts) if isinstance(texts, Mapping) else {str(i): text for i, text in enumerate(texts)}
@@ -93,9 +87,9 @@ def _cut(kinds: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, tokens: i
     ids = {}
     for name, text in kinds.items():
         # no tokenizer makes more than some 12 characters of ordinary text into one token
-        found = tokenizer(text[: 12 * (tokens + length)], return_tensors="pt", verbose=False)["input_ids"]
-        if found.shape[1] >= length:
-            ids[name] = found
+        tokenized = tokenizer(text[: 12 * (tokens + length)], return_tensors="pt", verbose=False)["input_ids"]
+        if tokenized.shape[1] >= length:
+            ids[name] = tokenized
     if not ids:
         raise CalibrationError(f"no text has {length} tokens, which one window of calibration takes. Give longer ones.")
     names = list(ids)
@@ -110,6 +104,8 @@ def _cut(kinds: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, tokens: i
 
 def written_by(model: PreTrainedModel, tokens: int) -> Windows:
     """Windows that the model writes, from random first tokens."""
+    from transformers import DynamicCache
+
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     length = min(SAMPLED_WINDOW, _longest(model))
@@ -124,68 +120,7 @@ def written_by(model: PreTrainedModel, tokens: int) -> Windows:
     return [(row[None], length * PROMPT // (PROMPT + SCORED)) for row in ids]
 
 
-@contextmanager
-def at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off."""
-    training = model.training
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
-        model.train(training)
-
-
-def observe(model: PreTrainedModel, plan: Grouping, ids: Tensor | None = None) -> dict[int, KV]:
-    """Un-rotated keys, values and hidden states of every full-attention layer, on `ids` (1, T) or one window of the
-    usual texts."""
-    hidden: dict[int, Tensor] = {}
-
-    def listen(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
-
-        return hook
-
-    if ids is None:
-        (ids, _), *_ = windows_of(model, None, PROMPT, None)[0]
-    with at_rest(model):
-        handles = [plan.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in plan.full]
-        cache = DynamicCache(config=model.config)
-        try:
-            model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-    found = {}
-    for i in plan.full:
-        layer: Any = cache.layers[i]
-        keys, rope = layer.keys, plan.ropes[i]
-        if rope is not None:
-            keys = rope.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None, None])
-        found[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
-    return found
-
-
-_held: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
-
-
-def held_by(model: PreTrainedModel) -> dict[int, str]:
-    """Full-attention layer -> the shape of what it caches, in words; seen by running one token through the model."""
-    if model not in _held:
-        cache = DynamicCache(config=model.config)
-        with at_rest(model):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            model.base_model(ids, past_key_values=cache, use_cache=True)
-        layers: Any = cache.layers
-        _held[model] = {i: _shape(layers[i].keys, layers[i].values) for i in Grouping(model, 1).full}
-    return _held[model]
-
-
-def _shape(keys: Tensor, values: Tensor) -> str:
-    return f"{keys.shape[1]} heads of {keys.shape[3]} + {values.shape[3]} numbers"
+def sample_ids(model: PreTrainedModel) -> Tensor:
+    """Token ids (1, T) of one window of the usual texts."""
+    (ids, _), *_ = windows_of(model, None, PROMPT, None)[0]
+    return ids

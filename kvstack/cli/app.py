@@ -21,16 +21,17 @@ from .bench import bench_app
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
     from ..cache import KVStack
-    from ..calibration.calibration import Metric
+    from ..calibration.calibration import Calibration, Metric
     from ..stage import Settings
 
 __all__ = ["app"]
 
 
-class Group(TyperGroup):
-    """Prints kvstack's own errors as one line: they are letters to the user, and need no traceback."""
+class OneLineErrors(TyperGroup):
+    """Print kvstack's own errors as one line: they tell the user what to do, and need no traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,7 +42,7 @@ class Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Group,
+    cls=OneLineErrors,
     help="A transformers KV cache that is a pipeline of compressing stages.",
     no_args_is_help=True,
     add_completion=False,
@@ -144,9 +145,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _stack(spec: str, settings: dict[str, int]) -> KVStack:
-    from .. import KVStack, registry
+    from .. import KVStack
+    from ..spec import parse
 
-    stages, given = registry.parse(spec)
+    stages, given = parse(spec)
     return KVStack(stages, **given | settings)
 
 
@@ -184,28 +186,28 @@ def calibrate(
     from rich.progress import Progress
 
     from .. import models
-    from ..calibration import calibrate as calibrator
+    from ..calibration.calibrate import TOKENS, calibrate, default_path
 
     given = None if texts is None else _texts(texts)
     lm, tokenizer = models.load(None if model == models.DEFAULT_MODEL else model)
     lm = lm.to(_device(device))
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading", total=None)
-        found = calibrator.calibrate(
+        calibration = calibrate(
             lm,
             given,
-            tokens or calibrator.TOKENS,
+            tokens or TOKENS,
             layers=layers,
             metric=cast("Metric", metric),  # checked there
             tokenizer=tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    path = out or calibrator.usual_path(lm, found.layers, cast("Metric", metric))
-    found.save(path)
+    path = out or default_path(lm, calibration.layers, cast("Metric", metric))
+    calibration.save(path)
     if plot is not None:
-        found.plot(plot)
-    table = _spectra(found)
-    Console().print(table, f"{path}, {found.nbytes / 2**20:.1f} MiB", sep="\n", highlight=False, soft_wrap=True)
+        calibration.plot(plot)
+    table = spectra(calibration)
+    Console().print(table, f"{path}, {calibration.nbytes / 2**20:.1f} MiB", sep="\n", highlight=False, soft_wrap=True)
 
 
 def _texts(paths: list[Path]) -> dict[str, str]:
@@ -215,15 +217,15 @@ def _texts(paths: list[Path]) -> dict[str, str]:
     return {str(file): file.read_text(encoding="utf-8") for file in files}
 
 
-def _spectra(found: Any) -> Any:
+def spectra(calibration: Calibration) -> Table:
     from rich.table import Table
 
     shares = (0.9, 0.99, 0.999)
     table = Table("layers", "axes", *(f"for {share:.1%} of the energy" for share in shares))
-    for part in range(found.parts):
-        ranks = [found.rank(share, part) for share in shares]
-        kind = ("keys ", "values ")[part] if found.parts > 1 else ""
-        for layers, energy in found.spectrum(part).items():
+    for part in range(calibration.parts):
+        ranks = [calibration.rank(share, part) for share in shares]
+        kind = ("keys ", "values ")[part] if calibration.parts > 1 else ""
+        for layers, energy in calibration.spectrum(part).items():
             axes = (str(rank[layers]) for rank in ranks)
             table.add_row(f"{kind}{layers[0]} to {layers[-1]}", str(len(energy)), *axes)
     return table
@@ -269,13 +271,13 @@ def new_stage(
 def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[str]:
     """A row of the catalogue; a plugin that cannot be loaded has its error there."""
     try:
-        found = find(name)
+        cls = find(name)
     except KVStackError as error:
         return [name, "", kind, "", "", f"error: {error}"]
-    told = (getattr(found, what, default) for what, default in (("kind", kind), ("saves", ""), ("source", "")))
-    return [name, found.__qualname__, *map(str, told), _first_sentence(found)]
+    told = (getattr(cls, what, default) for what, default in (("kind", kind), ("saves", ""), ("source", "")))
+    return [name, cls.__qualname__, *map(str, told), _first_sentence(cls)]
 
 
-def _first_sentence(found: type[Settings]) -> str:
-    paragraph = (inspect.getdoc(found) or "").partition("\n\n")[0]
+def _first_sentence(cls: type[Settings]) -> str:
+    paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
     return " ".join(paragraph.split()).partition(". ")[0]

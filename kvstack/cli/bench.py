@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -132,8 +134,10 @@ def quality(
 ) -> None:
     """Drift of the next tokens from the dense cache, on three kinds of text."""
     from ..bench.measure import quality as bench
+    from ..bench.show import tables
 
-    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score, feed)
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score, feed):
+        tables.quality(figures)
 
 
 @_command
@@ -144,8 +148,14 @@ def budgets(
 ) -> None:
     """At equal bytes: the best stack beside the best peer, from a half of the dense bytes down."""
     from ..bench.measure import budgets as bench
+    from ..bench.measure.quality import run as qualities
+    from ..bench.show import tables
 
-    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), windows, score)
+    contexts = []
+    for figures in qualities(run.usually(bench.CONTEXTS, bench.STACKS), windows, score):
+        tables.quality(figures)
+        contexts.append(figures)
+    tables.budgets(contexts)
 
 
 @_command
@@ -168,6 +178,7 @@ def needles(
 ) -> None:
     """Whether facts hidden in a long text are still found."""
     from ..bench.measure import needles as bench
+    from ..bench.show import tables
     from ..bench.tasks import TASKS as RULER
 
     if tasks and longbench:
@@ -178,7 +189,8 @@ def needles(
     modes = tuple(each for each in bench.MODES if each in (mode or (Mode.aware, Mode.agnostic)))
     folder = tasks or longbench
     asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
-    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), asking)
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), asking):
+        tables.needles(figures)
 
 
 @_command
@@ -189,8 +201,10 @@ def memory(
 ) -> None:
     """Bytes held, by stage, and the peaks of prefill and decoding."""
     from ..bench.measure import memory as bench
+    from ..bench.show import tables
 
-    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), decode, peak)
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), decode, peak):
+        tables.memory(figures)
 
 
 @_command
@@ -202,8 +216,10 @@ def decode(
 ) -> None:
     """Time to the first token and per decoded token, the caches taking turns."""
     from ..bench.measure import decode as bench
+    from ..bench.show import tables
 
-    bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds, steps, burst)
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds, steps, burst):
+        tables.decode(figures)
 
 
 @_command
@@ -211,7 +227,7 @@ def matrix(
     run: Run,
     transform: Annotated[list[str] | None, typer.Option(help="A transform or `none`, may be repeated.")] = None,
     encode: Annotated[list[str] | None, typer.Option(help="An encoder or `none`, may be repeated.")] = None,
-    evict: Annotated[list[str] | None, typer.Option(help="A selector or `none`, may be repeated.")] = None,
+    evict: Annotated[list[str] | None, typer.Option(help="An eviction or `none`, may be repeated.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
     score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
     steps: Annotated[int, typer.Option(min=0, help="Tokens decoded for the speed; 0 leaves it out.")] = 16,
@@ -219,9 +235,11 @@ def matrix(
 ) -> None:
     """Every combination of transform, encode and evict: bytes, quality, speed, and the Pareto front."""
     from ..bench.measure import matrix as bench
+    from ..bench.show import tables
 
     grid = bench.combinations(transform or bench.TRANSFORMS, encode or bench.ENCODES, evict or bench.EVICTS)
-    bench.run(run.usually(bench.CONTEXTS), grid, windows, score, steps, burst)
+    for qualities, speeds in bench.run(run.usually(bench.CONTEXTS), grid, windows, score, steps, burst):
+        tables.matrix(qualities, speeds)
 
 
 @_command
@@ -231,16 +249,32 @@ def layers(
 ) -> None:
     """How alike the layers of a group are: keys, values, hidden states and the paper's latents."""
     from ..bench.measure import layers as bench
+    from ..bench.show import tables
 
-    bench.run(run, layers)
+    for figures in bench.run(run, layers):
+        tables.layers(figures)
 
 
 @_command
 def all_(run: Run) -> None:
-    """Everything with its usual settings, then the report; about an hour for the default model on two cores."""
-    from ..bench.measure import everything
+    """Everything with fewer samples, then the report; about an hour for the default model on two cores."""
+    from ..bench.measure.decode import CONTEXTS as DECODE
+    from ..bench.measure.memory import CONTEXTS as MEMORY
+    from ..bench.measure.needles import TASKS
+    from ..bench.show.report import write
+    from ..bench.terminal import say
 
-    everything.run(run)
+    with tempfile.TemporaryDirectory() as scratch:  # without a folder for the figures no report is written
+        told = replace(run, out=run.out or Path(scratch))
+        quality(told)
+        budgets(told)
+        needles(told, list(TASKS[:2]), samples=3)
+        # bytes are those of the dtype that models are served in
+        memory(replace(told, dtype="bfloat16").usually(MEMORY[:2]), decode=16, peak=not run.tiny)
+        decode(told.usually(DECODE[:2]), rounds=1 if run.tiny else 2, steps=32)
+        matrix(told)
+        if run.out is not None:
+            say(f"report: {write(run.out)}")
 
 
 @bench_app.command()

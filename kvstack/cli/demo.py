@@ -16,18 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from .. import models
 from ..bench.measure.run import hardware
-from ..bench.measure.variants import held_bytes
-from ..bench.show.tables import console, mib
+from ..bench.measure.sizes import held_bytes
+from ..bench.show.units import mib
+from ..bench.terminal import console
 from ..cache import KVStack
 from ..errors import KVStackError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["STACK", "Drift", "Outcome", "build_prompt", "drift", "generate", "run"]
 
@@ -166,6 +166,8 @@ def drift(model: PreTrainedModel, inputs: Any, dense: Outcome, stack: KVStack) -
 
 def run(model_name: str | None, spec: str, tokens: int, new_tokens: int) -> None:
     """The whole demo, printed. A stack that does not fit the model says so before anything is generated."""
+    from transformers import DynamicCache
+
     out, busy = console(), Console(stderr=True)
     with busy.status("loading the model"):
         KVStack.from_spec(spec)
@@ -186,10 +188,10 @@ def run(model_name: str | None, spec: str, tokens: int, new_tokens: int) -> None
     out.print(_comparison(spec, dense, compressed), stack.report())
     stack.reset()
     with busy.status("comparing token by token"):
-        found = drift(model, inputs, dense, stack)
+        apart = drift(model, inputs, dense, stack)
     out.print(
-        f"Fed the dense cache's continuation, the stack is {found.kl:.3g} nats of KL(dense || stack) away on average; "
-        f"its likeliest next token is the same for {found.same} of {found.tokens} tokens.",
+        f"Fed the dense cache's continuation, the stack is {apart.kl:.3g} nats of KL(dense || stack) away on average; "
+        f"its likeliest next token is the same for {apart.same} of {apart.tokens} tokens.",
         highlight=False,
     )
 

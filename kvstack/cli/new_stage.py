@@ -64,9 +64,9 @@ def _check_name(name: str) -> None:
     reserved = keyword.iskeyword(name) or keyword.iskeyword(_class_of(name))  # none would make a class None
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or reserved:
         raise KVStackError(f"{name!r} is no name for a stage: it is written in specs. Use a word such as 'my_stage'.")
-    for group, kind in (("stage", registry.stage_names()), ("score", registry.score_names())):
-        if name in kind:
-            raise KVStackError(f"there is a {group} called {name!r} already. `kvstack stages` lists them; use another.")
+    for kind, names in (("stage", registry.stage_names()), ("score", registry.score_names())):
+        if name in names:
+            raise KVStackError(f"there is a {kind} called {name!r} already. `kvstack stages` lists them; use another.")
     if _class_of(name) in IMPORTED or hasattr(kvstack, _class_of(name)):
         raise KVStackError(f"{name!r} would make a class {_class_of(name)}, a word of kvstack's own. Use another.")
 

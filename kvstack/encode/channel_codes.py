@@ -14,17 +14,20 @@ equal width has a gain, for each token the one of four that leaves the least err
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import UseError
 from ..packed import Packed
-from ..types import Channels
+from ..stage import ChannelEncoder
 from .bits import pack, unpack
 from .waterfilling import STEPS
 
-__all__ = ["GRANULE", "decode", "encode", "gain_bits"]
+__all__ = ["GAIN_BITS", "GRANULE", "ChannelCodes", "gain_bits"]
 
 GRANULE = 8
 """Tokens whose codes fill whole bytes at any width."""
@@ -38,20 +41,76 @@ def gain_bits(groups: int) -> int:
     return groups * GAIN_BITS * len(STEPS)
 
 
-def encode(x: Tensor, channels: Channels) -> Packed:
-    b, h, t, _ = x.shape
-    unit = x.float() / _deviation(channels)
-    if not bool(torch.isfinite(unit.sum())):
-        raise UseError("latents hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
-    codes, gains, start = [], [], 0
-    for bits, count in channels.runs:
-        run_codes, run_gains = _quantize(unit[..., start : start + count], bits)
-        codes.append(pack(run_codes.view(b, h, t // GRANULE, GRANULE, count), bits, 3).flatten(3))
-        gains.append(run_gains)
-        start += count
-    gain = torch.cat(gains, dim=-1).view(b, h, t // GRANULE, GRANULE, len(gains))
-    parts = {"codes": torch.cat(codes, dim=-1), "gains": pack(gain, GAIN_BITS, 3).flatten(3)}
-    return Packed(parts, tokens=t, width=x.shape[3], dtype=x.dtype, channels=channels)
+@dataclass(frozen=True, eq=False)
+class ChannelCodes(ChannelEncoder):
+    """Codes for one latent.
+
+    Args:
+        energy: (R,) variance of each channel, falling.
+        bits: (R,) uint8, how many bits each takes: 1 to 8, falling.
+    """
+
+    energy: Tensor
+    bits: Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.bits)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.energy, self.bits)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(bits, channels that have as many), in the order of the channels."""
+        widths, counts = self.bits.unique_consecutive(return_counts=True)
+        return tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """(R,) standard deviation of each channel, above zero."""
+        deviation = self.energy.sqrt()
+        return torch.maximum(deviation, TINY * deviation.max() + torch.finfo(deviation.dtype).tiny)
+
+    def to(self, device: torch.device) -> ChannelCodes:
+        return ChannelCodes(self.energy.to(device), self.bits.to(device))
+
+    def granule(self, width: int) -> int:
+        return GRANULE
+
+    def encode(self, x: Tensor, role: str) -> Packed:
+        b, h, t, _ = x.shape
+        unit = x.float() / self.deviation
+        if not bool(torch.isfinite(unit.sum())):
+            raise UseError("latents hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
+        codes, gains, start = [], [], 0
+        for bits, count in self.runs:
+            run_codes, run_gains = _quantize(unit[..., start : start + count], bits)
+            codes.append(pack(run_codes.view(b, h, t // GRANULE, GRANULE, count), bits, 3).flatten(3))
+            gains.append(run_gains)
+            start += count
+        gain = torch.cat(gains, dim=-1).view(b, h, t // GRANULE, GRANULE, len(gains))
+        parts = {"codes": torch.cat(codes, dim=-1), "gains": pack(gain, GAIN_BITS, 3).flatten(3)}
+        return Packed(parts, tokens=t, width=x.shape[3], dtype=x.dtype)
+
+    def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
+        codes, gains = packed.parts["codes"], packed.parts["gains"]
+        b, h, units, _ = codes.shape
+        n = len(self.runs)
+        table = torch.tensor(GAINS, device=codes.device)
+        chosen = unpack(gains.view(b, h, units, GAIN_BITS, n), GAIN_BITS, 3, GRANULE)
+        gain = table[chosen.long()]  # (B, H, T/8, 8, runs)
+        unit = torch.empty(b, h, units, GRANULE, packed.width, device=codes.device)
+        channel = byte = 0
+        for number, (bits, count) in enumerate(self.runs):
+            run = codes[..., byte : byte + bits * count].unflatten(3, (bits, count))
+            numbers = unit[..., channel : channel + count]
+            numbers.copy_(unpack(run, bits, 3, GRANULE)).sub_((2**bits - 1) / 2)
+            numbers.mul_(gain[..., number : number + 1] * STEPS[bits - 1])
+            channel, byte = channel + count, byte + bits * count
+        x = unit.mul_(self.deviation).flatten(2, 3)
+        return x.to(packed.dtype) if out is None else out.copy_(x)
 
 
 def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -70,28 +129,3 @@ def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     assert best is not None
     assert chosen is not None
     return best.to(torch.uint8), chosen.to(torch.uint8)
-
-
-def decode(packed: Packed, out: Tensor | None = None) -> Tensor:
-    channels = packed.channels
-    assert channels is not None
-    codes, gains = packed.parts["codes"], packed.parts["gains"]
-    b, h, units, _ = codes.shape
-    n = len(channels.runs)
-    table = torch.tensor(GAINS, device=codes.device)
-    gain = table[unpack(gains.view(b, h, units, GAIN_BITS, n), GAIN_BITS, 3, GRANULE).long()]  # (B, H, T/8, 8, runs)
-    unit = torch.empty(b, h, units, GRANULE, packed.width, device=codes.device)
-    channel = byte = 0
-    for number, (bits, count) in enumerate(channels.runs):
-        run = codes[..., byte : byte + bits * count].unflatten(3, (bits, count))
-        numbers = unit[..., channel : channel + count]
-        numbers.copy_(unpack(run, bits, 3, GRANULE)).sub_((2**bits - 1) / 2)
-        numbers.mul_(gain[..., number : number + 1] * STEPS[bits - 1])
-        channel, byte = channel + count, byte + bits * count
-    x = unit.mul_(_deviation(channels)).flatten(2, 3)
-    return x.to(packed.dtype) if out is None else out.copy_(x)
-
-
-def _deviation(channels: Channels) -> Tensor:
-    deviation = channels.energy.sqrt()
-    return torch.maximum(deviation, TINY * deviation.max() + torch.finfo(deviation.dtype).tiny)

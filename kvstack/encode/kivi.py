@@ -98,11 +98,11 @@ class Kivi:
         b, h = codes.shape[:2]
         query = query.float()
         scaled = scale.unsqueeze(3) * query.unsqueeze(2)  # (B, H, T/g, G, D), float32
-        found: dict[int, Tensor] = {}  # first token of a run -> (B, H, T/g, G, run)
+        products: dict[int, Tensor] = {}  # first token of a run -> (B, H, T/g, G, run)
         for start, piece, shift, width, weight in runs(codes, self.bits, 3, self.group):
             part = torch.matmul(scaled, as_floats(piece, shift, width, work).transpose(-1, -2))
-            add_to(found, start, part, weight, piece.shape[3])
-        out = torch.cat([found[start] for start in sorted(found)], dim=-1)
+            add_to(products, start, part, weight, piece.shape[3])
+        out = torch.cat([products[start] for start in sorted(products)], dim=-1)
         out += torch.matmul(low.float(), query.transpose(-1, -2)).unsqueeze(-1)
         return out.transpose(2, 3).reshape(b, h, query.shape[2], packed.tokens)
 

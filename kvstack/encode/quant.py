@@ -14,8 +14,8 @@ from ..packed import Packed
 from ..stage import Encode, check
 from ..types import Channels
 from ..workspace import Workspace
-from . import channel_codes as waterfill
 from .blockwise import Blockwise
+from .channel_codes import ChannelCodes, gain_bits
 from .kivi import Kivi
 from .waterfilling import spread
 
@@ -89,31 +89,26 @@ class Quant(Encode):
             )
         return self
 
-    def granule(self, width: int, channels: Channels | None = None) -> int:
-        if _allotted(channels):
-            return waterfill.GRANULE
+    def granule(self, width: int) -> int:
         # both kinds of tensor are cut at the same tokens
         return max(self.coder.granule(width, "keys"), self.coder.granule(width, "values"))
 
-    def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[Channels] | None:
+    def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[ChannelCodes] | None:
         if self.codec != "kivi":
             return None
         # the gains are part of what the bits pay for; a latent without any channel could not be stored
-        bits = max(len(channels), self.bits * numbers - waterfill.gain_bits(len(channels)))
-        found = []
-        for known, widths in zip(channels, spread([known.energy for known in channels], bits), strict=True):
+        bits = max(len(channels), self.bits * numbers - gain_bits(len(channels)))
+        energies = [known.energy for known in channels]
+        encoders = []
+        for energy, widths in zip(energies, spread(energies, bits), strict=True):
             rank = max(1, int((widths > 0).sum()))
-            found.append(Channels(known.energy[:rank].clone(), widths[:rank].clamp_min(1)))
-        return found
+            encoders.append(ChannelCodes(energy[:rank].clone(), widths[:rank].clamp_min(1)))
+        return encoders
 
-    def encode(self, x: Tensor, role: str, channels: Channels | None = None) -> Packed:
-        if channels is not None and _allotted(channels):
-            return waterfill.encode(x, channels)
+    def encode(self, x: Tensor, role: str) -> Packed:
         return self.coder.encode(x, role)
 
     def decode(self, packed: Packed, role: str, out: Tensor | None = None) -> Tensor:
-        if _allotted(packed.channels):
-            return waterfill.decode(packed, out)
         return self.coder.decode(packed, role, out)
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
@@ -121,7 +116,3 @@ class Quant(Encode):
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         return self.coder.mix(weights, packed, role, work)
-
-
-def _allotted(channels: Channels | None) -> bool:
-    return channels is not None and channels.bits is not None

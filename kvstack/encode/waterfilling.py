@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DISTORTION", "STEPS", "spread"]
+__all__ = ["DISTORTION", "STEPS", "leading", "spread"]
 
 STEPS = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Step of the best uniform quantizer of 1, 2, ... 8 bits for a Gaussian of variance 1 (Max 1960, table II; its
@@ -35,3 +35,13 @@ def spread(energies: Sequence[Tensor], bits: int) -> list[Tensor]:
     best = gains.sort(descending=True, stable=True).indices[:bits]
     counts = torch.bincount(best % len(flat), minlength=len(flat)).to(torch.uint8)
     return [part.to(energy.device) for part, energy in zip(counts.split(lengths), energies, strict=True)]
+
+
+def leading(energies: Sequence[Tensor], numbers: int) -> list[int]:
+    """How many leading channels each of `energies` (R,) keeps when all together keep the `numbers` of most energy; at
+    least one each. For encoders that spend the same bits on every channel."""
+    lengths = [len(energy) for energy in energies]
+    flat = torch.cat([energy.cpu() for energy in energies])
+    best = flat.sort(descending=True, stable=True).indices[:numbers]
+    kept = torch.bincount(best, minlength=len(flat)).split(lengths)
+    return [max(1, int(part.sum())) for part in kept]

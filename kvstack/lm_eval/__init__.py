@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import registry
 from ..cache import KVStack
 from ..errors import KVStackError, UseError
+from ..spec import parse
 
 try:
     from lm_eval.api.registry import register_model
@@ -94,7 +94,7 @@ class KVStackLM(HFLM):
         if str(kwargs.get("batch_size")).startswith("auto"):
             raise KVStackError("batch_size='auto' is tried out with a dense cache, which says nothing. Give a number.")
         given = {"sinks": sinks, "window": window, "block": block, "fused": fused}
-        self._stages, settings = registry.parse("" if stack == DENSE else stack)
+        self._stages, settings = parse("" if stack == DENSE else stack)
         self._settings = settings | {name: value for name, value in given.items() if value is not None}
         KVStack(self._stages, **self._settings)  # what is wrong with it is said before the model is loaded
         super().__init__(pretrained, **kwargs)
@@ -136,7 +136,7 @@ class KVStackLM(HFLM):
         shared: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             shared.setdefault(self._fit(context, continuation), []).append(i)
-        found: dict[int, tuple[float, bool]] = {}
+        likelihoods: dict[int, tuple[float, bool]] = {}
         size = override_bs or self.batch_size
         # texts of like length are batched together: little padding
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="log likelihoods") as bar:
@@ -150,11 +150,11 @@ class KVStackLM(HFLM):
                     rows = torch.tensor([row for row, _ in few], device=self.device)
                     answers = self._score(read, rows, [requests[i][2] for _, i in few])
                     for (_, i), answer in zip(few, answers, strict=True):
-                        found[i] = answer
+                        likelihoods[i] = answer
                         if requests[i][0] is not None:  # a rolling window has no key
                             self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
                     bar.update(len(few))
-        return [found[i] for i in range(len(requests))]
+        return [likelihoods[i] for i in range(len(requests))]
 
     def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
         """The end of the context that fits before the continuation, as `hf` cuts it; the last token is never fed."""

@@ -1,44 +1,56 @@
-"""The one file that knows attention modules: how a stack learns whose cache it is, and what its attention does.
+"""Hooks on attention modules: how a stack learns what its model's attention does.
 
 transformers hands a cache nothing but keys, values and a layer index. So, once a stack is bound, each attention
-module of its model carries two hooks. They do nothing unless the cache in the call is a `KVStack`; then, for
-the length of that one call, the attention function that the modelling file looks up is ours. It passes the
-queries on to the stack and answers from the store where a plain call would need a dense copy.
+module of its model carries two hooks. They do nothing unless the cache in the call has an `attention_listener`; then,
+for the length of that one call, the attention function that the modelling file looks up is ours. It passes the
+queries on to the listener, which answers where a plain call would need a dense copy.
 
 Nothing of this exists before a stack is made, and nothing is left when the last stack of a model is gone.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import BindError, UseError
+from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-    from ..cache import KVStack
+__all__ = ["Call", "Listener", "ModelHooks", "install", "running"]
 
-__all__ = ["Call", "arm", "attention_modules", "expands", "gives_queries", "install", "running"]
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+class Listener(Protocol):
+    """Whom the hooks talk to."""
+
+    def reads_another(self, layer: int) -> bool:
+        """Whether a layer reads another's keys and values, so that its own are not needed."""
+
+    def enter(self, call: Call) -> None:
+        """An attention module begins."""
+
+    def attention(
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Mapping[str, Any], plain: Any
+    ) -> Any:
+        """Stand in for the attention function; `plain(query, key, value, mask, **changes)` is the model's own."""
+
+    def leave(self, call: Call) -> None:
+        """An attention module has ended, without an error."""
 
 
 @dataclass
 class Call:
-    """One running call of an attention module whose cache is a stack."""
+    """One running call of an attention module whose cache has a listener."""
 
-    stack: KVStack
+    listener: Listener
     module: nn.Module
     layer: int
     implementation: str
@@ -56,45 +68,8 @@ _running = _Running()
 
 
 def running() -> Call | None:
-    """The attention call this thread is in, where its cache is a stack."""
+    """The attention call this thread is in, where its cache has a listener."""
     return _running.call
-
-
-# ---- attention modules
-
-
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(module.forward).parameters)
-
-
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Layer index -> the innermost module of that layer that takes a cache."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and any(name in _parameters(module) for name in CACHE_ARGUMENTS):
-            found[layer] = module  # modules() goes from the outside in
-    return found
-
-
-def _interface(module: nn.Module) -> Any:
-    """The registry of attention functions that this module's file looks into, or None."""
-    return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
-
-
-def gives_queries(module: nn.Module) -> bool:
-    """Whether this module calls its attention through transformers' interface."""
-    return _interface(module) is not None
-
-
-def expands(module: nn.Module) -> bool:
-    """Whether this module caches latents and makes keys and values of them after reading (DeepSeek V2 and V3)."""
-    return hasattr(module, "expand_kv")
-
-
-def implementation(module: nn.Module) -> str:
-    config = getattr(module, "config", None)
-    return getattr(config, "_attn_implementation", None) or "eager"
 
 
 # ---- standing in for the attention function during one call
@@ -145,7 +120,7 @@ def _stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
         def plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, **changes: Any) -> Any:
             return original(module, q, k, v, mask, *args, **(kwargs | changes))
 
-        return call.stack._attention(call, query, key, value, attention_mask, kwargs, plain)
+        return call.listener.attention(call, query, key, value, attention_mask, kwargs, plain)
 
     return attention
 
@@ -153,13 +128,13 @@ def _stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
 # ---- hooks on one model, shared by all stacks bound to it
 
 
-class _ModelHooks:
+class ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
         self.resting: set[int] = set()
         for module in attention_modules(model).values():
-            names = list(_parameters(module))
+            names = list(parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
             # always_call: an exception in attention must not leave our function in transformers' registry
             self.handles.append(module.register_forward_hook(_leaving, always_call=True))
@@ -168,9 +143,9 @@ class _ModelHooks:
         """Let these layers compute no keys and values in a call that reads another layer's."""
         for layer in modules.keys() - self.resting:
             self.resting.add(layer)
-            found = [getattr(modules[layer], name, None) for name in ("k_proj", "v_proj")]
-            projections = [projection for projection in found if isinstance(projection, nn.Linear)]
-            if len(projections) == len(found):
+            projected = [getattr(modules[layer], name, None) for name in ("k_proj", "v_proj")]
+            projections = [projection for projection in projected if isinstance(projection, nn.Linear)]
+            if len(projections) == len(projected):
                 for projection in projections:
                     self.handles.append(projection.register_forward_pre_hook(_resting))
                     self.handles.append(projection.register_forward_hook(_rested))
@@ -180,20 +155,20 @@ class _ModelHooks:
             handle.remove()
 
 
-_hooked: weakref.WeakKeyDictionary[nn.Module, _ModelHooks] = weakref.WeakKeyDictionary()
+_hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 _binding = threading.RLock()  # a stack may end, and release, while the same thread installs another
 
 
-def install(stack: KVStack, model: PreTrainedModel) -> weakref.finalize[Any, Any]:
+def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> weakref.finalize[Any, Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
-    of the stack does so too."""
+    of `owner` does so too. The layers `resting` need no keys and values of their own."""
     with _binding:
         hooks = _hooked.get(model)
         if hooks is None:
-            hooks = _hooked[model] = _ModelHooks(model)
+            hooks = _hooked[model] = ModelHooks(model)
         hooks.users += 1
-        hooks.rest({layer: stack._modules[layer] for layer in stack._shares})
-        return weakref.finalize(stack, _release, weakref.ref(model))
+        hooks.rest(resting)
+        return weakref.finalize(owner, _release, weakref.ref(model))
 
 
 def _release(reference: weakref.ref[PreTrainedModel]) -> None:
@@ -211,22 +186,22 @@ def _release(reference: weakref.ref[PreTrainedModel]) -> None:
 def _entering(names: list[str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        stack = _cache_in(given)
-        if stack is None:
+        listener = _listener_in(given)
+        if listener is None:
             return
         layer = module.layer_idx
         assert isinstance(layer, int)
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
-        _running.call = call = Call(stack, module, layer, how, mask, hidden, layer in stack._shares)
+        _running.call = call = Call(listener, module, layer, how, mask, hidden, listener.reads_another(layer))
         try:
-            stack._enter(call)
+            listener.enter(call)
         except BaseException:
             # the module's own hook is not called for a call that never began
             _running.call = None
             raise
-        interface = _interface(module)
-        if interface is not None:
-            _swap_in(interface, call.implementation, module)
+        registry = interface(module)
+        if registry is not None:
+            _swap_in(registry, call.implementation, module)
 
     return hook
 
@@ -236,11 +211,11 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
     if call is None or call.module is not module:
         return
     _running.call = None
-    interface = _interface(module)
-    if interface is not None:
-        _swap_out(interface, call.implementation)
+    registry = interface(module)
+    if registry is not None:
+        _swap_out(registry, call.implementation)
     if output is not None:  # None: the call failed, and what it wrote must not be settled
-        call.stack._leave(call)
+        call.listener.leave(call)
 
 
 def _resting(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -260,105 +235,10 @@ def _rested(projection: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     return output.new_zeros((*asked, output.shape[-1]))  # real memory: some models clamp it in place
 
 
-def _cache_in(given: dict[str, Any]) -> KVStack | None:
-    from ..cache import KVStack
-
+def _listener_in(given: Mapping[str, Any]) -> Listener | None:
+    """Who wants to hear of this call: what its cache names as `attention_listener`."""
     for name in CACHE_ARGUMENTS:
-        if isinstance(given.get(name), KVStack):
-            return given[name]
+        listener: Listener | None = getattr(given.get(name), "attention_listener", None)
+        if listener is not None:
+            return listener
     return None
-
-
-# ---- finding the model
-
-
-def arm(stack: KVStack) -> Callable[[], None]:
-    """Bind `stack` to the model in whose forward it first appears. Returns what disarms it.
-
-    torch's hook for all modules has no keyword arguments, so it puts a probe with keyword arguments on every
-    transformers model it meets and on their layers (a model that is already running starts calling its own new
-    hooks only with its next forward, but its layers' ones at once). The model is told by the cache it was given:
-    another model may well run first.
-    """
-    from transformers import PreTrainedModel
-
-    reference = weakref.ref(stack)
-    handles: list[RemovableHandle] = []
-    probed: set[int] = set()
-
-    def disarm() -> None:
-        while handles:
-            handles.pop().remove()
-        probed.clear()
-
-    def probe(root: weakref.ref[PreTrainedModel]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            waiting, model = reference(), root()
-            if waiting is None or model is None:
-                return
-            for value in (*args, *kwargs.values()):
-                if value is waiting:
-                    waiting.bind(model)
-                    return
-                if getattr(value, "self_attention_cache", None) is waiting:
-                    raise BindError(
-                        f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
-                        "Use transformers' own cache for encoder-decoder models."
-                    )
-
-        return hook
-
-    def meet(module: nn.Module, args: Any) -> None:
-        if not isinstance(module, PreTrainedModel) or id(module) in probed:
-            return
-        root = weakref.ref(module)
-        for inner in module.modules():
-            takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
-            takes_cache = takes_cache or any(name in _parameters(inner) for name in CACHE_ARGUMENTS)
-            if takes_cache and id(inner) not in probed:
-                probed.add(id(inner))
-                handles.append(inner.register_forward_pre_hook(probe(root), with_kwargs=True))
-
-    handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
-    weakref.finalize(stack, disarm)
-    return disarm
-
-
-# ---- masks
-
-
-def new_tokens(mask: Any, length: int) -> Tensor | None:
-    """Which of the `length` new tokens are real, (B, length) bool, read from the mask that attention was given;
-    None where all are, or where the mask cannot tell."""
-    if not isinstance(mask, Tensor):
-        if mask is None:
-            return None
-        raise UseError(
-            f"the attention mask is a {type(mask).__name__}, which does not tell padding. "
-            "Use attn_implementation='sdpa', 'eager' or a flash attention with a KVStack."
-        )
-    if mask.dim() == 2:  # flash attention: (B, all tokens)
-        real = mask[:, -length:].bool()
-    else:  # (B, 1, queries, tokens): the newest query sees all real tokens
-        row = mask[:, 0, -1, -length:]
-        real = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-    return None if bool(real.all()) else real
-
-
-def causal_mask(name: str, new: int, held: int, like: Tensor) -> Tensor | None:
-    """The mask `name` needs for the newest `new` of `held` unpadded tokens, (1, 1, new, held) or None."""
-    if new == 1 or "flash" in name or (name == "sdpa" and new == held):
-        return None
-    queries = torch.arange(held - new, held, device=like.device)
-    visible = torch.arange(held, device=like.device)[None] <= queries[:, None]
-    if name == "sdpa":
-        return visible[None, None]
-    if name == "eager":
-        hidden = torch.finfo(like.dtype).min
-        return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(~visible, hidden)[
-            None, None
-        ]
-    raise UseError(
-        f"padded batches need a mask of a form kvstack can make, and attn_implementation={name!r} has another. "
-        "Use 'sdpa' or 'eager'."
-    )

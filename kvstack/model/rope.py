@@ -66,8 +66,8 @@ class Rope:
         `rotate`."""
         with torch.enable_grad():
             start = torch.zeros_like(gradient, requires_grad=True)
-            found: Tensor = torch.autograd.grad(self.rotate(start, positions), start, gradient)[0]
-        return found
+            pulled: Tensor = torch.autograd.grad(self.rotate(start, positions), start, gradient)[0]
+        return pulled
 
     def _turn(self, x: Tensor, positions: Tensor, backwards: bool) -> Tensor:
         b, h, t, d = x.shape
@@ -106,14 +106,14 @@ def find_ropes(
     model: PreTrainedModel, modules: Mapping[int, nn.Module], types: Sequence[str]
 ) -> dict[int, Rope | None]:
     """The rotary embedding of every layer; layers that rotate alike share one."""
-    found: dict[int, Rope | None] = {}
+    ropes: dict[int, Rope | None] = {}
     alike: dict[Any, Rope | None] = {}
     for layer, attention in modules.items():
         key = (type(attention), types[layer])
         if key not in alike:
             alike[key] = find_rope(model, attention, types[layer])
-        found[layer] = alike[key]
-    return found
+        ropes[layer] = alike[key]
+    return ropes
 
 
 def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> Rope | None:
@@ -128,8 +128,3 @@ def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> 
             # multi-head latent attention puts the rotated channels last, all others first
             return Rope(rotary, apply, layer_type if takes_type else None, hasattr(attention, "qk_rope_head_dim"))
     return None
-
-
-def arange(start: int, stop: int, device: torch.device) -> Tensor:
-    """Positions as int32: they are stored, and four bytes reach any text."""
-    return torch.arange(start, stop, dtype=torch.int32, device=device)

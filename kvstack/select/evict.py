@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from .. import registry
-from ..stage import Score, Select, check
-from ..types import KV, Context
+from ..registry import score_names
+from ..spec import make_score
+from ..stage import Score, Stage, check
 
 __all__ = ["Evict"]
 
 DEFAULT = "snapkv"
 
 
-@dataclass(frozen=True, repr=False, init=False)
-class Evict(Select):
+@dataclass(frozen=True, repr=False)
+class Evict(Stage):
     """Keep the tokens that score highest, of those between the stack's sinks and window.
 
     Args:
@@ -41,78 +42,75 @@ class Evict(Select):
     """
 
     keep: float | int
-    by: Score
-    layers: int | None = None
-    share_heads: bool = False
-    how: Literal["mean", "max"] = "mean"
+    score: Score | str = DEFAULT
+    layers: int | None = field(default=None, kw_only=True)
+    share_heads: bool = field(default=False, kw_only=True)
+    pool: Literal["mean", "max"] = field(default="mean", kw_only=True)
 
+    kind = "select"
     name = "evict"
     source = "one paper a score"
     saves = "tokens"
 
-    def __init__(
-        self,
-        keep: float | int,
-        score: str | Score | Any = DEFAULT,
-        *,
-        layers: int | None = None,
-        share_heads: bool = False,
-        pool: Literal["mean", "max"] = "mean",
-    ) -> None:
-        # written out because the argument is called like the method that every selector has
-        for name, value in (("keep", keep), ("layers", layers), ("share_heads", share_heads), ("how", pool)):
-            object.__setattr__(self, name, value)
-        if isinstance(score, str):
-            score = registry.make_score(score)
-        object.__setattr__(self, "by", score)
-        share = isinstance(keep, float) and 0 < keep <= 1
-        count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    def __post_init__(self) -> None:
+        if isinstance(self.score, str):
+            object.__setattr__(self, "score", make_score(self.score))
+        share = isinstance(self.keep, float) and 0 < self.keep <= 1
+        count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
         check(
             share or count,
             self,
             "keep is what stays: a share in (0, 1] or a count of tokens, an int of 1 or more.",
             "Use keep=0.2 for a fifth of the tokens.",
         )
+        layers = self.layers
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more.")
-        check(pool in ("mean", "max"), self, f"{pool!r} is no way to pool.", 'Use "mean" or "max".')
+        check(self.pool in ("mean", "max"), self, f"{self.pool!r} is no way to pool.", 'Use "mean" or "max".')
         check(
-            callable(getattr(score, "score", None)) and not isinstance(score, type),
+            callable(getattr(self.score, "score", None)) and not isinstance(self.score, type),
             self,
             "a score is a name or an object with a method score(kv, context).",
-            f"Use one of: {', '.join(registry.score_names())}.",
+            f"Use one of: {', '.join(score_names())}.",
         )
 
     def settings(self) -> dict[str, Any]:
-        found = super().settings()
-        by, how = found.pop("by"), found.pop("how", None)
-        keep = {"keep": found.pop("keep")}
-        given = keep | ({} if by == registry.make_score(DEFAULT) else {"score": by}) | found
-        return given | ({"pool": how} if how else {})
+        settings = super().settings()
+        if settings["score"] == make_score(DEFAULT):
+            del settings["score"]
+        return settings
 
     @property
+    def ranking(self) -> Score:
+        """The score itself."""
+        return cast(Score, self.score)
+
+    # A score may be any object with a `score` method: what it does not say about itself has the default of `Score`.
+
+    @cached_property
     def usual_layers(self) -> int:
-        return int(getattr(self.by, "layers", 1))
+        """Adjacent layers that share one token set where nobody says how many."""
+        return int(getattr(self.score, "layers", Score.layers))
 
-    @property
+    @cached_property
     def queries(self) -> int:
-        return int(getattr(self.by, "queries", 0))
+        """Newest queries that the score looks at; -1 for all of the running forward."""
+        return int(getattr(self.score, "queries", Score.queries))
 
-    @property
+    @cached_property
     def tracks(self) -> bool:
-        return bool(getattr(self.by, "tracks", False))
+        """Whether the score keeps a memory per token."""
+        return bool(getattr(self.score, "tracks", Score.tracks))
 
-    def score(self, kv: KV, context: Context) -> Tensor:
-        scores: Tensor = self.by.score(kv, context)
-        return scores
+    @cached_property
+    def looks_at_queries(self) -> bool:
+        return self.queries != 0 or self.tracks
 
-    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
-        return self.by.track(kv, context)
-
-    def pool(self, scores: Sequence[Tensor]) -> Tensor:
+    def pooled(self, scores: Sequence[Tensor]) -> Tensor:
+        """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree."""
         heads = torch.cat(list(scores), dim=1)  # (B, heads of all layers, T)
         # scores of one head are comparable with each other, those of two heads are not: some are attention
         # weights that sum to one, some are distances
         spread = heads.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
         heads = (heads - heads.mean(-1, keepdim=True)) / spread
-        return heads.amax(1, keepdim=True) if self.how == "max" else heads.mean(1, keepdim=True)
+        return heads.amax(1, keepdim=True) if self.pool == "max" else heads.mean(1, keepdim=True)

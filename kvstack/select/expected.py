@@ -38,10 +38,7 @@ class ExpectedAttention(Score):
     def __post_init__(self) -> None:
         for value in (self.window, self.future):
             check(isinstance(value, int) and value >= 1, self, "window and future count tokens.", "Use 1 or more.")
-
-    @property
-    def queries(self) -> int:  # type: ignore[override]
-        return self.window
+        object.__setattr__(self, "queries", self.window)
 
     def score(self, kv: KV, context: Context) -> Tensor:
         assert context.queries is not None

@@ -49,10 +49,7 @@ class SnapKV(Score):
         check(odd, self, "kernel must be an odd number of tokens.", "Use 5, or 1 for no smoothing.")
         for value in (self.pool, self.over):
             check(value in ("mean", "max"), self, f"{value!r} is no way to reduce.", 'Use "mean" or "max".')
-
-    @property
-    def queries(self) -> int:  # type: ignore[override]
-        return self.window
+        object.__setattr__(self, "queries", self.window)
 
     def score(self, kv: KV, context: Context) -> Tensor:
         assert context.queries is not None

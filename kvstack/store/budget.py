@@ -1,17 +1,13 @@
-"""How many tokens stay, and which: the part of eviction that no score should have to think about. And which channels
-stay, where an encoder gives all the same bits."""
+"""How many tokens stay, and which: the part of eviction that no score should have to think about."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..types import Channels
-
-__all__ = ["Cut", "allowance", "choose", "how_many", "leading"]
+__all__ = ["Choice", "allowance", "choose", "how_many"]
 
 
 def allowance(keep: float | int, seen: int, sinks: int, window: int) -> int:
@@ -22,7 +18,7 @@ def allowance(keep: float | int, seen: int, sinks: int, window: int) -> int:
     return int(keep * max(0, seen - sinks - window) + 1e-9)
 
 
-def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> int:
+def how_many(middle: int, raw: int, budget: int, granule: int, block: int) -> int:
     """How many of the `middle` tokens (those between sinks and window) must go now.
 
     Never leaves more than the budget. Where tokens can go one by one it cuts a little deeper, so that the next
@@ -31,7 +27,7 @@ def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> 
     on counts that are equal in all layers, because one attention mask serves them all.
 
     Args:
-        fresh: how many of them surely are raw, in every layer.
+        raw: how many of them surely are raw, in every layer.
     """
     excess = middle - budget
     if excess <= 0:
@@ -39,13 +35,13 @@ def how_many(middle: int, fresh: int, budget: int, granule: int, block: int) -> 
     if granule == 1:
         return min(middle, excess + min(block, budget // 8))
     whole = middle - (budget - budget % granule if budget >= granule else budget)
-    if whole <= fresh:
+    if whole <= raw:
         return whole  # leaves whole granules, nothing raw
     return min(middle, -(-excess // granule) * granule)
 
 
 @dataclass(frozen=True)
-class Cut:
+class Choice:
     """Which tokens stay, as ascending indices that broadcast over rows and heads.
 
     granules: (B, H or 1, n) of the encoded granules; raw: (B, H or 1, n) of the raw middle tokens.
@@ -55,7 +51,7 @@ class Cut:
     raw: Tensor
 
 
-def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Cut:
+def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Choice:
     """Which tokens stay when `drop` of them go.
 
     Args:
@@ -79,17 +75,7 @@ def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Cut:
         single_loss = torch.nn.functional.pad(single_order.values.sum((0, 1)).cumsum(-1), (1, 0))
         counts = torch.arange(fewest, most + 1, device=scores.device)
         n = int(counts[(run_loss[counts] + single_loss[drop - counts * granule]).argmin()])
-    return Cut(
+    return Choice(
         granules=run_order.indices[..., n:].sort(dim=-1).values,
         raw=single_order.indices[..., drop - n * granule :].sort(dim=-1).values,
     )
-
-
-def leading(channels: Sequence[Channels], numbers: int) -> list[Channels]:
-    """The `numbers` channels of most energy of all groups, at least one in each."""
-    lengths = [len(known.energy) for known in channels]
-    energies = torch.cat([known.energy.cpu() for known in channels])
-    best = energies.sort(descending=True, stable=True).indices[:numbers]
-    kept = torch.bincount(best, minlength=len(energies)).split(lengths)
-    counts = [max(1, int(part.sum())) for part in kept]
-    return [Channels(known.energy[:count].clone()) for known, count in zip(channels, counts, strict=True)]

@@ -30,6 +30,17 @@ class Buffer:
         return self._data[:, :, : self.length]
 
     @property
+    def width(self) -> int:
+        """Channels of a token."""
+        assert self._data is not None
+        return self._data.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        assert self._data is not None
+        return self._data.device
+
+    @property
     def tensors(self) -> list[Tensor]:
         return [] if self._data is None else [self._data]
 
@@ -61,7 +72,3 @@ class Buffer:
 
     def truncate(self, length: int) -> None:
         self.length = length
-
-    def rows(self, index: Tensor) -> None:
-        if self._data is not None:
-            self._data = self.view.index_select(0, index.to(self._data.device))

@@ -1,5 +1,2 @@
-"""Transforms: layers that are stored together. The contract is `kvstack.stage.Transform`."""
-
-from .commonkv import CommonKV
-
-__all__ = ["CommonKV"]
+"""Keys and values of adjacent layers come in, named latents go out, and back: tokens that are evicted, codes and
+positions must not be known here."""

@@ -1,25 +1,32 @@
-"""CommonKV: one latent per token for the keys and values of a whole group of layers."""
+"""CommonKV: one latent per token for the keys and values of a whole group of layers.
+
+CommonKV                    settings
+Calibrated, OfWeights       bound to a model: where the axes of each group come from, what the groups may spend
+Project, Mean               the codec of one group: how its layers become one latent, and back
+"""
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
 
+from ..abilities import Allotment, Budgeted, NeedsHidden, ReadsDirectly
 from ..calibration.axes import Basis, flat
-from ..calibration.calibrate import fitting
+from ..calibration.calibrate import calibration_for
 from ..calibration.calibration import Calibration
-from ..calibration.weight_axes import WeightAxes, weight_axes
-from ..calibration.windows import observe
+from ..calibration.weight_axes import weight_axes
+from ..calibration.windows import sample_ids
+from ..encode.channel_codes import ChannelCodes
+from ..encode.waterfilling import leading
 from ..errors import BindError
-from ..model.layers import Grouping
-from ..stage import Transform, check, hold_path
-from ..store.budget import leading
+from ..model.layers import LayerGroups
+from ..model.probing import observe
+from ..stage import BoundTransform, Transform, as_path, check
 from ..types import KV, Channels, Latent, take_tokens
 
 if TYPE_CHECKING:
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CommonKV"]
 
-LATENT, PLAIN, WHERE = "latent", "unmerged", "places"
+LATENT, UNMERGED, WHERE = "latent", "unmerged", "places"
 TOGETHER, STEP = 256, 32
 """Tokens of which each group keeps the same number apart, and the unit of that number."""
 
@@ -82,24 +89,9 @@ class CommonKV(Transform):
     calibration: str | os.PathLike[str] | Calibration | None = None
     rebuild: Literal["float32", "bfloat16"] | None = None
 
-    _dtype: torch.dtype = field(init=False, repr=False, compare=False)
-    _plan: Grouping = field(init=False, repr=False, compare=False)
-    _axes: Calibration | WeightAxes = field(init=False, repr=False, compare=False)
-    _numbers: int = field(init=False, repr=False, compare=False)
-    _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
-    _rank: int = field(init=False, repr=False, compare=False, default=0)
-    _apart: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
-    _layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _m: int = field(init=False, repr=False, compare=False, default=0)
-    _down: Tensor | None = field(init=False, repr=False, compare=False, default=None)
-    _shares: Tensor = field(init=False, repr=False, compare=False)
-    _basis: Basis = field(init=False, repr=False, compare=False)
-    _mine: Channels | None = field(init=False, repr=False, compare=False, default=None)
-
     name = "commonkv"
     source = "arXiv 2508.16134"
     saves = "layers: one latent for several"
-    unrotated = True
 
     def __post_init__(self) -> None:
         share = isinstance(self.keep, float) and 0 < self.keep <= 1
@@ -133,90 +125,41 @@ class CommonKV(Transform):
             check(
                 min(self.weights) >= 0 < sum(self.weights), self, "weights are shares, none below 0.", "Use 1.0 each."
             )
-        hold_path(self, "calibration", Calibration)
+        object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
         known = self.rebuild in (None, "float32", "bfloat16")
         check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
 
-    # ---- fitted to a model
-
-    @property
-    def hidden(self) -> bool:  # type: ignore[override]
-        return self.merge == "mean"
-
-    def bind(self, model: PreTrainedModel) -> Self:
-        plan = Grouping(model, self.layers)
+    def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
+        groups = LayerGroups(model, self.layers, layers)
         dtype = model.dtype if self.rebuild is None else getattr(torch, self.rebuild)
-        fitted = self._with(layers=plan.size, unrotated=plan.rotates, _plan=plan, _dtype=dtype)
-        fitted = fitted._bind_weights(model) if self.basis == "weights" else fitted._bind_calibrated(model)
-        return fitted._settle_apart(model) if self.unmerged else fitted
+        bound = Calibrated if self.basis == "calibrated" else OfWeights
+        return bound(self, model, groups, dtype)
 
-    def _bind_calibrated(self, model: PreTrainedModel) -> Self:
-        found = fitting(self, self.calibration, model, self._plan.size, "fisher")
-        numbers = [len(group.energy) for group in found.groups]
-        self._check_rank(min(numbers))
-        budget = int(self.keep * sum(numbers)) if isinstance(self.keep, float) else self.keep * len(numbers)
-        return self._with(_axes=found, _numbers=budget, _channels=found.channels)
-
-    def _bind_weights(self, model: PreTrainedModel) -> Self:
-        plan = self._plan
-        found = weight_axes(model, plan)
-        self._check_rank(found.full_rank)
-        rank = int(self.keep * found.numbers) // len(plan.groups) if isinstance(self.keep, float) else self.keep
-        # more axes than the weights have rank would be zeros
-        rank = min(max(1, rank), found.full_rank)
-        if self.weights is not None and len(self.weights) != len(plan.full):
-            raise BindError(
-                f"{self!r}: weights holds {len(self.weights)} numbers, and {type(model).__name__} has "
-                f"{len(plan.full)} full-attention layers. Give one for each."
-            )
-        return self._with(_axes=found, _numbers=rank * len(plan.groups), _rank=rank)
-
-    def _check_rank(self, most: int) -> None:
+    def check_rank(self, groups: LayerGroups, most: int) -> None:
+        """Raise `BindError` where `keep` counts more numbers than a group has axes."""
         if isinstance(self.keep, int) and self.keep > most:
-            raise BindError(f"{self!r}: a group of {self.layers} layers has {most} axes. Use keep={most} or less.")
+            raise BindError(f"{self!r}: a group of {groups.size} layers has {most} axes. Use keep={most} or less.")
 
-    def _with(self, **changes: Any) -> Self:
-        fitted = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(fitted, name, value)
-        return fitted
 
-    def _settle_apart(self, model: PreTrainedModel) -> Self:
-        """How many tokens of every `TOGETHER` each group keeps apart: those that are most unlike, over all groups."""
-        seen = observe(model, self._plan)
-        merged = self.trim(leading(self._channels, self._numbers)) if self._channels else self
-        unlike = []
-        for layers in self._plan.groups:
-            stage = merged.of(layers)
-            group = [seen[i] for i in layers]
-            unlike.append(stage._unlike(group, stage._latents_of(group)).flatten().cpu())
-        everything = torch.cat(unlike)
-        least = everything.sort(descending=True).values[max(0, int(self.unmerged * len(everything)) - 1)]
-        steps = TOGETHER // STEP
-        wanted = [float((part >= least).float().mean()) * steps for part in unlike]
-        counts = [min(steps - 1, int(want)) for want in wanted]
-        left = round(self.unmerged * steps * len(wanted)) - sum(counts)
-        for i in sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])[: max(0, left)]:
-            counts[i] = min(steps - 1, counts[i] + 1)
-        return self._with(_apart=tuple(count * STEP for count in counts), granule=TOGETHER, unit=STEP)
+# ---- bound to a model
 
-    # what stacks share must not be an inference tensor, whatever forward the first of them is bound in
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def of(self, layers: Sequence[int]) -> Self:
-        group = self._plan.groups.index(list(layers))
-        device = self._plan.devices[layers[0]]
-        mine = self._channels[group].to(device) if self._channels else None
-        rank = len(mine.energy) if mine else self._rank
-        basis = self._axes.basis(layers, rank, device, self._dtype)
-        apart = self._apart[group] if self._apart else 0
-        fitted = self._with(_basis=basis, _mine=mine, _m=apart, _layers=tuple(layers))
-        if self.merge == "project" or not isinstance(self._axes, WeightAxes):
-            return fitted
-        size, given = len(layers), self.weights or (1.0,) * len(self._plan.full)
-        mine_of = given[group * size : (group + 1) * size]
-        shares = torch.tensor(mine_of if sum(mine_of) > 0 else (1.0,) * size, device=device)
-        return fitted._with(_down=self._axes.down(layers, rank, device), _shares=shares / shares.sum())
+
+class Calibrated(Budgeted):
+    """Axes from a calibration. All groups compete for one budget."""
+
+    def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
+        super().__init__(stage, groups.size, unrotated=groups.rotates)
+        self.groups, self.dtype = groups, dtype
+        self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher")
+        axes = [len(known) for known in self.channels]
+        stage.check_rank(groups, min(axes))
+        self._numbers = int(stage.keep * sum(axes)) if isinstance(stage.keep, float) else stage.keep * len(axes)
+        # without an encoder that spends bits unevenly, places go to the channels of most energy
+        energies = [known.energy for known in self.channels]
+        self.allotments = [Allotment(rank) for rank in leading(energies, self._numbers)]
+        self.apart: list[int] | None = None
+        if stage.unmerged:
+            self.apart = settle_apart(stage.unmerged, model, groups, self.for_group)
 
     @property
     def numbers(self) -> int:
@@ -224,88 +167,200 @@ class CommonKV(Transform):
 
     @property
     def channels(self) -> Sequence[Channels]:
-        return self._channels
+        return [self.calibration.channels_of(layers) for layers in self.groups.groups]
 
-    def trim(self, channels: Sequence[Channels]) -> Self:
-        return self._with(_channels=tuple(channels))
+    def allotted(self, allotments: Sequence[Allotment]) -> Self:
+        other: Self = object.__new__(type(self))
+        vars(other).update(vars(self), allotments=list(allotments))
+        return other
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        known = (self._mine.energy, self._mine.bits) if self._mine else ()
-        own = [*self._basis.tensors, *self._axes.tensors(self._layers)]
-        return own + [x for x in known if x is not None]
+    def for_group(self, layers: Sequence[int]) -> Project:
+        number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
+        allotment = self.allotments[number]
+        basis = self.calibration.basis(layers, allotment.rank, device, self.dtype)
+        codec = Project(basis, None if self.apart is None else self.apart[number])
+        encoder = allotment.encoder
+        if encoder is not None:
+            codec.encoders = {LATENT: encoder.to(device) if isinstance(encoder, ChannelCodes) else encoder}
+        codec.tensors = [*basis.tensors, *self.calibration.tensors(layers)]
+        codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)
+        return codec
 
-    @property
-    def mark(self) -> str:
-        return f"{self._axes.mark} {self._layers} rank {len(self._basis.axes)} unmerged {self._m}"
+
+class OfWeights(BoundTransform):
+    """The paper's axes: singular vectors of the key and value projections. All groups have the same rank."""
+
+    def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
+        super().__init__(stage, groups.size, unrotated=groups.rotates)
+        self.groups, self.dtype, self.merge, self.similarity = groups, dtype, stage.merge, stage.similarity
+        self.axes = weight_axes(model, groups)
+        stage.check_rank(groups, self.axes.full_rank)
+        each = (
+            int(stage.keep * self.axes.numbers) // len(groups.groups) if isinstance(stage.keep, float) else stage.keep
+        )
+        # more axes than the weights have rank would be zeros
+        self.rank = min(max(1, each), self.axes.full_rank)
+        every = LayerGroups(model, 1).full
+        if stage.weights is not None and len(stage.weights) != len(every):
+            raise BindError(
+                f"{stage!r}: weights holds {len(stage.weights)} numbers, and {type(model).__name__} has "
+                f"{len(every)} full-attention layers. Give one for each."
+            )
+        self.weights = dict(zip(every, stage.weights or (1.0,) * len(every), strict=True))
+        self.apart: list[int] | None = None
+        if stage.unmerged:
+            self.apart = settle_apart(stage.unmerged, model, groups, self.for_group)
+
+    def for_group(self, layers: Sequence[int]) -> Project:
+        number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
+        basis = self.axes.basis(layers, self.rank, device, self.dtype)
+        apart = None if self.apart is None else self.apart[number]
+        codec = Project(basis, apart)
+        if self.merge == "mean":
+            mine = [self.weights[layer] for layer in layers]
+            shares = torch.tensor(mine if sum(mine) > 0 else [1.0] * len(layers), device=device)
+            down = self.axes.down(layers, self.rank, device)
+            codec = Mean(basis, apart, down, shares / shares.sum(), self.similarity)
+        codec.tensors = [*basis.tensors, *self.axes.tensors(layers)]
+        codec.fingerprint = _fingerprint(self.axes.fingerprint, layers, codec)
+        return codec
+
+
+def _fingerprint(axes: str, layers: Sequence[int], codec: Project) -> str:
+    return f"{axes} {tuple(layers)} rank {len(codec.basis.axes)} unmerged {codec.apart}"
+
+
+def settle_apart(
+    share: float, model: PreTrainedModel, groups: LayerGroups, for_group: Callable[..., Project]
+) -> list[int]:
+    """How many tokens of every `TOGETHER` each group keeps apart: those that are most unlike, over all groups, on a
+    sample text."""
+    observed = observe(model, groups, sample_ids(model))
+    unlike = []
+    for layers in groups.groups:
+        codec, group = for_group(layers), [observed[i] for i in layers]
+        unlike.append(codec.unlike(group, codec.latents(group)).flatten().cpu())
+    # the threshold that leaves `share` of all groups' tokens above it
+    everything = torch.cat(unlike)
+    least = everything.sort(descending=True).values[max(0, int(share * len(everything)) - 1)]
+    steps = TOGETHER // STEP
+    wanted = [float((part >= least).float().mean()) * steps for part in unlike]
+    # whole steps, and what rounding left over to those that lost most by it
+    counts = [min(steps - 1, int(want)) for want in wanted]
+    left = round(share * steps * len(wanted)) - sum(counts)
+    for i in sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])[: max(0, left)]:
+        counts[i] = min(steps - 1, counts[i] + 1)
+    return [count * STEP for count in counts]
+
+
+# ---- one group
+
+
+class Project(ReadsDirectly):
+    """The latent that leaves the least error in the keys and values of a group.
+
+    Args:
+        basis: the axes.
+        apart: tokens of every `TOGETHER` that keep their plain keys and values; None where no group keeps any.
+    """
+
+    def __init__(self, basis: Basis, apart: int | None) -> None:
+        self.basis, self.apart = basis, apart or 0
+        if apart is not None:
+            self.granule, self.latent_multiple = TOGETHER, STEP
 
     # ---- there and back
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
-        z = self._latents_of(group)
-        data = self._merged(z).to(group[0].keys.dtype).unsqueeze(1)
-        if not self._m:
-            return {LATENT: Latent(data, self._mine)}
-        apart, rest = self._parted(self._unlike(group, z))
+        z = self.latents(group)
+        data = self.merged(z).to(group[0].keys.dtype).unsqueeze(1)
+        if not self.apart:
+            return {LATENT: Latent(data)}
+        apart, rest = self._parted(self.unlike(group, z))
         plain = flat(group).to(data.dtype).unsqueeze(1)
-        found = {PLAIN: Latent(take_tokens(plain, apart.unsqueeze(1)), exact=True)}
-        found[WHERE] = Latent((apart % TOGETHER).to(torch.uint8)[:, None, :, None], exact=True)
-        return found | {LATENT: Latent(take_tokens(data, rest.unsqueeze(1)), self._mine)}
+        return {
+            UNMERGED: Latent(take_tokens(plain, apart.unsqueeze(1)), exact=True),
+            WHERE: Latent((apart % TOGETHER).to(torch.uint8)[:, None, :, None], exact=True),
+            LATENT: Latent(take_tokens(data, rest.unsqueeze(1))),
+        }
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
         z = latents[LATENT].squeeze(1)
-        kv = KV(self._basis.keys(z, layer).to(z.dtype), self._basis.values(z, layer).to(z.dtype))
-        return self._joined(kv, latents, layer) if self._m else kv
+        kv = KV(self.basis.keys(z, layer).to(z.dtype), self.basis.values(z, layer).to(z.dtype))
+        return self._joined(kv, latents, layer) if self.apart else kv
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        if self._m:
+        if self.apart:
             return super().keys(latents, layer)
         z = latents[LATENT].squeeze(1)
-        return self._basis.keys(z, layer).to(z.dtype)
+        return self.basis.keys(z, layer).to(z.dtype)
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        if self._m:
+        if self.apart:
             return super().weigh(weights, latents, layer)
-        return self._basis.weigh(weights, latents[LATENT].squeeze(1), layer)
+        return self.basis.weigh(weights, latents[LATENT].squeeze(1), layer)
 
-    def _latents_of(self, group: Sequence[KV]) -> Tensor:
-        """(B, T, R) projected; with the paper's merge one per layer, (layers, B, T, R), from the hidden states."""
-        if self._down is None:
-            return self._basis.project(flat(group))
-        hidden = [kv.hidden[:, 0].to(self._down.device).float() for kv in group if kv.hidden is not None]
-        return torch.stack([x @ self._down.T for x in hidden])
+    def latents(self, group: Sequence[KV]) -> Tensor:
+        """(B, T, R), or (layers, B, T, R) where each layer gives one."""
+        return self.basis.project(flat(group))
 
-    def _merged(self, z: Tensor) -> Tensor:
-        return z if self._down is None else torch.einsum("l,lbtr->btr", self._shares, z)
+    def merged(self, z: Tensor) -> Tensor:
+        """`latents` -> (B, T, R)."""
+        return z
 
     # ---- tokens that are not merged
 
-    def _unlike(self, group: Sequence[KV], z: Tensor) -> Tensor:
+    def unlike(self, group: Sequence[KV], z: Tensor) -> Tensor:
         """(B, T): how badly a token suits one latent for all layers."""
-        if self._down is None:
-            return self._basis.loss(flat(group), z)
-        unit = torch.nn.functional.normalize(z, dim=-1)
-        if self.similarity == "ends":
-            return -(unit[0] * unit[-1]).sum(-1)
-        return -unit.sum(0).square().sum(-1)  # the sum of all pairs' cosines, up to constants
+        return self.basis.loss(flat(group), z)
 
     def _parted(self, unlike: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the tokens that stay apart and of the others, (B, n) each, ascending: as many in every granule."""
         b, t = unlike.shape
         order = unlike.view(b, t // TOGETHER, TOGETHER).argsort(dim=-1, descending=True, stable=True)
         first = torch.arange(0, t, TOGETHER, device=unlike.device)[:, None]
-        return tuple((part.sort(dim=-1).values + first).flatten(1) for part in order.tensor_split([self._m], dim=-1))  # type: ignore[return-value]
+        apart, rest = order.tensor_split([self.apart], dim=-1)
+        return (apart.sort(dim=-1).values + first).flatten(1), (rest.sort(dim=-1).values + first).flatten(1)
 
     def _joined(self, kv: KV, latents: Mapping[str, Tensor], layer: int) -> KV:
         """Merged and unmerged tokens in their order."""
         within = latents[WHERE][:, 0, :, 0].long()  # (B, n)
         b, n = within.shape
-        t = n // self._m * TOGETHER
-        apart = within + torch.arange(0, t, TOGETHER, device=within.device).repeat_interleave(self._m)
+        t = n // self.apart * TOGETHER
+        apart = within + torch.arange(0, t, TOGETHER, device=within.device).repeat_interleave(self.apart)
         mask = torch.ones(b, t, dtype=torch.bool, device=within.device).scatter_(1, apart, False)
         rest = mask.nonzero()[:, 1].view(b, t - n)
         order = torch.cat([apart, rest], dim=1).argsort(dim=1)[:, None]
-        keys, values = self._basis.split(latents[PLAIN].squeeze(1), layer)
+        keys, values = self.basis.split(latents[UNMERGED].squeeze(1), layer)
         plain = KV(keys.to(kv.keys.dtype), values.to(kv.values.dtype))
         both = KV(torch.cat([plain.keys, kv.keys], dim=2), torch.cat([plain.values, kv.values], dim=2))
         return both.take(order)
+
+
+class Mean(NeedsHidden, Project):
+    """The paper's: the mean of one latent per layer, each read off the layer's hidden state.
+
+    Args:
+        down: (R, hidden size), hidden states to latents.
+        shares: (layers,) how much each layer counts, in all 1.
+        similarity: which layers' latents must be alike for a token to be merged: `ends` or all `pairs`.
+    """
+
+    def __init__(
+        self, basis: Basis, apart: int | None, down: Tensor, shares: Tensor, similarity: Literal["ends", "pairs"]
+    ) -> None:
+        super().__init__(basis, apart)
+        self.down, self.shares, self.similarity = down, shares, similarity
+
+    def latents(self, group: Sequence[KV]) -> Tensor:
+        hidden = [kv.hidden[:, 0].to(self.down.device).float() for kv in group if kv.hidden is not None]
+        return torch.stack([x @ self.down.T for x in hidden])
+
+    def merged(self, z: Tensor) -> Tensor:
+        return torch.einsum("l,lbtr->btr", self.shares, z)
+
+    def unlike(self, group: Sequence[KV], z: Tensor) -> Tensor:
+        unit = torch.nn.functional.normalize(z, dim=-1)
+        if self.similarity == "ends":
+            return -(unit[0] * unit[-1]).sum(-1)
+        return -unit.sum(0).square().sum(-1)  # the sum of all pairs' cosines, up to constants

@@ -13,7 +13,8 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, Context, Score, StageError
-from kvstack.stage import check
+from kvstack.authoring import check
 
 __all__ = ["KVPressScore"]
 
@@ -69,21 +70,19 @@ class KVPressScore(Score):
 
     press: Any
     arguments: tuple[tuple[str, Any], ...] = ()
-    _press: Any = field(init=False, repr=False, compare=False)
 
     name = "kvpress"
     source = "NVIDIA/kvpress"
 
     def __init__(self, press: Any, **arguments: Any) -> None:
-        object.__setattr__(self, "press", press)
-        object.__setattr__(self, "arguments", tuple(sorted(arguments.items())))
+        vars(self).update(press=press, arguments=tuple(sorted(arguments.items())))
         named = isinstance(press, str)
         check(named or not arguments, self, "arguments build a press that is named.", "Give them to the press.")
         self._check_known(press if named else type(press).__name__)
-        object.__setattr__(self, "_press", self._build() if named else press)
-        scores = callable(getattr(self._press, "score", None)) and not isinstance(self._press, type)
+        built = self._built
+        scores = callable(getattr(built, "score", None)) and not isinstance(built, type)
         check(scores, self, "a press has a method score.", 'Use a press that ranks tokens, such as "KnormPress".')
-        ratio = getattr(self._press, "compression_ratio", 0.0)
+        ratio = getattr(built, "compression_ratio", 0.0)
         check(not ratio, self, f"compression_ratio={ratio} has no say here.", "Leave it out: Evict(keep) cuts.")
         self._check_needs()
 
@@ -93,7 +92,7 @@ class KVPressScore(Score):
     def score(self, kv: KV, context: Context) -> Tensor:
         module = _Module(kv, context)
         with _drawn_from(context.layer, kv.keys.device):
-            scores: Tensor = self._press.score(module, module.hidden, kv.keys, kv.values, None, {})
+            scores: Tensor = self._built.score(module, module.hidden, kv.keys, kv.values, None, {})
         return scores
 
     # ---- refused when it is built
@@ -102,7 +101,11 @@ class KVPressScore(Score):
         own = INSTEAD.get(press)
         check(own is None, self, "this press needs what kvstack gives to scores of its own.", f'Use score="{own}".')
 
-    def _build(self) -> Any:
+    @cached_property
+    def _built(self) -> Any:
+        """The press, built once where it is named."""
+        if not isinstance(self.press, str):
+            return self.press
         kind = _find(self)
         try:
             return kind(**dict(self.arguments))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvstack import KV, BindError, Calibration, Channels, Latent, Transform
-from kvstack.calibration.axes import Basis, flat
-from kvstack.calibration.calibrate import fitting
-from kvstack.encode.channel_codes import GAIN_BITS
-from kvstack.encode.waterfilling import DISTORTION
-from kvstack.model.layers import Grouping
-from kvstack.stage import check, hold_path
+from kvstack import KV, BindError, Calibration, Latent, Transform
+from kvstack.authoring import (
+    DISTORTION,
+    GAIN_BITS,
+    Basis,
+    BoundTransform,
+    ChannelCodes,
+    LayerGroups,
+    ReadsDirectly,
+    as_path,
+    calibration_for,
+    check,
+    flat,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,19 +72,11 @@ class KVTC(Transform):
     layers: int | None = None
     calibration: str | os.PathLike[str] | Calibration | None = None
 
-    _plan: Grouping = field(init=False, repr=False, compare=False)
-    _axes: Calibration = field(init=False, repr=False, compare=False)
-    _dtype: torch.dtype = field(init=False, repr=False, compare=False)
-    _channels: tuple[Channels, ...] = field(init=False, repr=False, compare=False, default=())
-    _layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _mine: tuple[Channels, ...] = field(init=False, repr=False, compare=False)
-    _bases: tuple[Basis, ...] = field(init=False, repr=False, compare=False)
-
     name = "kvtc"
     source = "arXiv 2511.01815"
     saves = "layers and bits: codes of principal components"
     unrotated = True
-    allotted = True
+    encodes_itself = True
 
     def __post_init__(self) -> None:
         number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool) and self.ratio > 1
@@ -86,77 +84,99 @@ class KVTC(Transform):
         layers = self.layers
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more, or leave it out for all.")
-        hold_path(self, "calibration", Calibration)
+        object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
 
-    # ---- fitted to a model
-
-    def bind(self, model: PreTrainedModel) -> Self:
-        plan = Grouping(model, self.layers or len(Grouping(model, 1).full))
-        found = fitting(self, self.calibration, model, plan.size, "variance")
-        energies = [group.energy for group in found.groups]
+    def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
+        groups = LayerGroups(model, self.layers or len(LayerGroups(model, 1, layers).full), layers)
+        calibration = calibration_for(self, self.calibration, model, groups, "variance")
+        spectra = [calibration.spectrum(part) for part in range(len(KINDS))]
+        energies = [spectrum[tuple(group)] for group in groups.groups for spectrum in spectra]
         bits = int(16 * sum(map(len, energies)) / self.ratio)
-        spread = widths(energies, bits)
-        if spread is None:
+        spent = widths(energies, bits)
+        if spent is None:
             raise BindError(
                 f"{self!r}: {bits} bits a token are too few for {len(energies)} latents. "
                 "Use a smaller ratio, or more layers in a group."
             )
-        known = []
-        for energy, given in zip(energies, spread, strict=True):
+        codes = []
+        for energy, given in zip(energies, spent, strict=True):
             rank = int((given > 0).sum())
-            known.append(Channels(energy[:rank].clone(), given[:rank].clone()))
-        changes = {"_plan": plan, "_axes": found, "_dtype": model.dtype, "_channels": tuple(known)}
-        return self._with(layers=plan.size, unrotated=plan.rotates, **changes)
+            codes.append(ChannelCodes(energy[:rank].clone(), given[:rank].clone()))
+        return BoundKVTC(self, groups, calibration, codes, model.dtype)
 
-    # what stacks share must not be an inference tensor, whatever forward the first of them is bound in
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def of(self, layers: Sequence[int]) -> Self:
-        first = len(KINDS) * self._plan.groups.index(list(layers))
-        device = self._plan.devices[layers[0]]
-        mine = tuple(known.to(device) for known in self._channels[first : first + len(KINDS)])
-        bases = tuple(
-            self._axes.basis(layers, len(known.energy), device, self._dtype, part) for part, known in enumerate(mine)
-        )
-        return self._with(_layers=tuple(layers), _mine=mine, _bases=bases)
 
-    def _with(self, **changes: Any) -> Self:
-        fitted = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(fitted, name, value)
-        return fitted
+# ---- for a model
 
-    @property
-    def channels(self) -> Sequence[Channels]:
-        return self._channels
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        known = [x for mine in self._mine for x in (mine.energy, mine.bits) if x is not None]
-        return [*known, *(x for basis in self._bases for x in basis.tensors), *self._axes.tensors(self._layers)]
+class BoundKVTC(BoundTransform):
+    """KVTC for one model.
 
-    @property
-    def mark(self) -> str:
-        return f"{self._axes.mark} {self._layers} bits {[mine.runs for mine in self._mine]}"
+    Args:
+        groups: the layers that share axes.
+        calibration: their axes.
+        codes: of the keys of the first group, of its values, of the keys of the second group, ...
+        dtype: the model's.
+    """
 
-    # ---- there and back
+    def __init__(
+        self,
+        stage: KVTC,
+        groups: LayerGroups,
+        calibration: Calibration,
+        codes: Sequence[ChannelCodes],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(stage, groups.size, unrotated=groups.rotates)
+        self.groups, self.calibration, self.codes, self.dtype = groups, calibration, codes, dtype
+
+    def for_group(self, layers: Sequence[int]) -> Components:
+        first = len(KINDS) * self.groups.number_of(layers)
+        device = self.groups.devices[layers[0]]
+        codes = [each.to(device) for each in self.codes[first : first + len(KINDS)]]
+        bases = [self.calibration.basis(layers, each.rank, device, self.dtype, part) for part, each in enumerate(codes)]
+        own = [x for each in codes for x in each.tensors] + [x for basis in bases for x in basis.tensors]
+        tensors = [*own, *self.calibration.tensors(layers)]
+        fingerprint = f"{self.calibration.fingerprint} {tuple(layers)} bits {[each.runs for each in codes]}"
+        return Components(bases, codes, self.dtype, tensors, fingerprint)
+
+
+class Components(ReadsDirectly):
+    """The codec of one group of layers: principal components of its keys, and of its values.
+
+    Args:
+        bases: the axes of the keys, and those of the values.
+        codes: what packs the components along them.
+        dtype: of keys and values.
+        tensors, fingerprint: what was fitted to the model, see `Codec`.
+    """
+
+    def __init__(
+        self,
+        bases: Sequence[Basis],
+        codes: Sequence[ChannelCodes],
+        dtype: torch.dtype,
+        tensors: Sequence[Tensor],
+        fingerprint: str,
+    ) -> None:
+        self.bases, self.dtype, self.tensors, self.fingerprint = bases, dtype, tensors, fingerprint
+        self.encoders = dict(zip(KINDS, codes, strict=True))
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
-        found = {}
-        for kind, basis, mine in zip(KINDS, self._bases, self._mine, strict=True):
+        latents = {}
+        for kind, basis in zip(KINDS, self.bases, strict=True):
             z = basis.project(flat([kv.only(kind) for kv in group]))  # (B, T, R)
-            found[kind] = Latent(z.unsqueeze(1), mine)
-        return found
+            latents[kind] = Latent(z.unsqueeze(1))
+        return latents
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
-        values = self._bases[1].values(latents["values"].squeeze(1), layer).to(self._dtype)
+        values = self.bases[1].values(latents["values"].squeeze(1), layer).to(self.dtype)
         return KV(self.keys(latents, layer), values)
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return self._bases[0].keys(latents["keys"].squeeze(1), layer).to(self._dtype)
+        return self.bases[0].keys(latents["keys"].squeeze(1), layer).to(self.dtype)
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return self._bases[1].weigh(weights, latents["values"].squeeze(1), layer)
+        return self.bases[1].weigh(weights, latents["values"].squeeze(1), layer)
 
 
 # ---- bits
@@ -189,11 +209,11 @@ def widths(energies: Sequence[Tensor], bits: int) -> list[Tensor] | None:
         least = steps[-1].least
     if not bool(torch.isfinite(least[units])):
         return None
-    found: list[Tensor] = []
+    spent: list[Tensor] = []
     for energy, step in zip(reversed(energies), reversed(steps), strict=True):
         given, units = step.back(units)
-        found.append(given.repeat_interleave(size)[: len(energy)].to(energy.device))
-    return found[::-1]
+        spent.append(given.repeat_interleave(size)[: len(energy)].to(energy.device))
+    return spent[::-1]
 
 
 def _power(x: float) -> int:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform
-from kvstack.calibration.windows import held_by
-from kvstack.model.layers import Grouping
-from kvstack.stage import check
-from kvstack.types import take_tokens
+from kvstack.authoring import BoundTransform, LayerGroups, ReadsDirectly, cached_shapes, check, take_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +61,6 @@ class MiniCache(Transform):
     t: float = 0.6
     retain: float = 0.05
 
-    _first: int = field(init=False, repr=False, compare=False, default=0)
-    _merges: bool = field(init=False, repr=False, compare=False, default=True)
-
     name = "minicache"
     source = "arXiv 2405.14366"
     saves = "layers: one direction for two"
@@ -87,52 +80,82 @@ class MiniCache(Transform):
         """Tokens of every 64 that a head retains."""
         return max(1, round(self.retain * TOGETHER)) if self.retain else 0
 
-    @property
-    def granule(self) -> int:  # type: ignore[override]
-        return TOGETHER if self.retained else 1
-
-    @property
-    def unit(self) -> int:  # type: ignore[override]
-        return self.granule  # what an encoder packs has all tokens
-
-    # ---- fitted to a model
-
-    def bind(self, model: PreTrainedModel) -> Self:
-        full, name = Grouping(model, 1).full, type(model).__name__
+    def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
+        full, name = LayerGroups(model, 1, layers).full, type(model).__name__
         if len(full) % 2:
+            hold = "" if full == LayerGroups(model, 1).full else " that hold keys and values"
             raise BindError(
-                f"{self!r} merges pairs of layers, and {name} has {len(full)} full-attention layers. "
+                f"{self!r} merges pairs of layers, and {name} has {len(full)} full-attention layers{hold}. "
                 "Leave it out: it needs an even number."
             )
-        held = held_by(model)
+        shapes = cached_shapes(model)
         for one, other in zip(full[::2], full[1::2], strict=True):
-            if held[one] != held[other]:
+            if shapes[one] != shapes[other]:
                 raise BindError(
-                    f"{self!r} pairs layers {one} and {other} of {name}, and they hold {held[one]} and {held[other]}. "
-                    "Leave it out for this model."
+                    f"{self!r} pairs layers {one} and {other} of {name}, and they hold {shapes[one]} and "
+                    f"{shapes[other]}. Leave it out for this model."
                 )
         alone = 2 * math.ceil(self.start * len(full) / 2 - 1e-9)
-        return self._with(layers=2, _first=full[alone] if alone < len(full) else full[-1] + 1)
+        return BoundMiniCache(self, full[alone] if alone < len(full) else full[-1] + 1)
 
-    def of(self, layers: Sequence[int]) -> Self:
-        return self._with(_merges=layers[0] >= self._first)
 
-    def _with(self, **changes: object) -> Self:
-        fitted = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(fitted, name, value)
-        return fitted
+# ---- for a model
 
-    # ---- there and back
+
+class BoundMiniCache(BoundTransform):
+    """MiniCache for one model: pairs of layers are merged from layer `first` on."""
+
+    def __init__(self, stage: MiniCache, first: int) -> None:
+        super().__init__(stage, 2)
+        self.first = first
+        self._merged, self._alone = Merged(stage), SideBySide(stage)
+
+    def for_group(self, layers: Sequence[int]) -> Pair:
+        return self._merged if layers[0] >= self.first else self._alone
+
+
+class Pair(ReadsDirectly):
+    """The codec of two layers."""
+
+    def __init__(self, stage: MiniCache) -> None:
+        self.granule = self.latent_multiple = TOGETHER if stage.retained else 1
+
+    def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
+        """Keys or values (B, H, T, D) of one layer."""
+        raise NotImplementedError
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        return KV(*(self.rebuilt(latents, role, layer) for role in ROLES))
+
+    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        return self.rebuilt(latents, "keys", layer)
+
+    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        return torch.matmul(weights, self.rebuilt(latents, "values", layer).to(weights.dtype))
+
+
+class SideBySide(Pair):
+    """Two layers that are left alone: the heads of one behind those of the other."""
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        return {role: Latent(torch.cat(_together(group, role), dim=1)) for role in ROLES}
+
+    def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
+        return latents[role].chunk(2, dim=1)[layer]
+
+
+class Merged(Pair):
+    """Two layers with one direction for both and a length for each."""
+
+    def __init__(self, stage: MiniCache) -> None:
+        super().__init__(stage)
+        self.t, self.retained = stage.t, stage.retained
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         latents: dict[str, Latent] = {}
         norms = []
         for role in ROLES:
-            shallow, deep = (getattr(kv, role).to(getattr(group[0], role).device) for kv in group)
-            if not self._merges:
-                latents[role] = Latent(torch.cat([shallow, deep], dim=1))  # side by side, as heads
-                continue
+            shallow, deep = _together(group, role)
             (a, length), (b, other) = parted(shallow), parted(deep)
             merged, angle = slerp(a, b, self.t)
             norms += [length, other]
@@ -142,26 +165,13 @@ class MiniCache(Transform):
                 latents[f"unmerged {role}"] = Latent(take_tokens(shallow, index), exact=True)
                 latents[f"places of {role}"] = Latent(within.to(torch.uint8).unsqueeze(-1), exact=True)
             latents[role] = Latent(merged.to(shallow.dtype))
-        if norms:
-            dtype = group[0].keys.dtype
-            most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)  # float16 would hold infinity
-            latents[NORMS] = Latent(torch.stack(norms, dim=-1).clamp_max(most).to(dtype), exact=True)
+        dtype = group[0].keys.dtype
+        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)  # float16 would hold infinity
+        latents[NORMS] = Latent(torch.stack(norms, dim=-1).clamp_max(most).to(dtype), exact=True)
         return latents
 
-    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
-        return KV(*(self._rebuilt(latents, role, layer) for role in ROLES))
-
-    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return self._rebuilt(latents, "keys", layer)
-
-    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return torch.matmul(weights, self._rebuilt(latents, "values", layer).to(weights.dtype))
-
-    def _rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
-        """Keys or values (B, H, T, D) of one layer."""
+    def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
         data = latents[role]
-        if not self._merges:
-            return data.chunk(2, dim=1)[layer]
         number = 2 * (role == "values") + layer
         x = (data.float() * latents[NORMS][..., number : number + 1].float()).to(data.dtype)
         if layer or not self.retained:
@@ -169,14 +179,18 @@ class MiniCache(Transform):
         index = _in_text(latents[f"places of {role}"].squeeze(-1).long().unflatten(2, (-1, self.retained)))
         return x.scatter(2, _wide(index, x), latents[f"unmerged {role}"].to(x.dtype))
 
-    # ---- tokens that are not merged
-
     def _divergent(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of widest `angle` (B, H, T), as many in every granule: their places in it and their indices,
         (B, H, n) each, ascending. Of equal ones the older."""
         order = angle.unflatten(2, (-1, TOGETHER)).argsort(dim=-1, descending=True, stable=True)
         within = order[..., : self.retained].sort(dim=-1).values
         return within.flatten(2), _in_text(within)
+
+
+def _together(group: Sequence[KV], role: str) -> list[Tensor]:
+    """Keys or values (B, H, T, D) of both layers, on the device of the first."""
+    shallow, deep = (getattr(kv, role) for kv in group)
+    return [shallow, deep.to(shallow.device)]
 
 
 def _in_text(within: Tensor) -> Tensor:

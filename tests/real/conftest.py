@@ -10,3 +10,10 @@ def _all_cores():
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="package")
+def smollm2():
+    from kvstack.models import load
+
+    return load()

@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from kvstack import CommonKV, Evict, KVStack, Quant
-from kvstack.bench.measure.variants import share_of_bfloat16
-
-from .test_smollm2 import check_quality, divergence, smollm2, text
+from kvstack.bench.measure.sizes import share_of_bfloat16
+from tests.real.quality import check_quality, divergence, text
 
 pytestmark = pytest.mark.real
-
-__all__ = ["smollm2"]
 
 
 @pytest.mark.parametrize(

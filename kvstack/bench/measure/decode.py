@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import Cache
 
-from ..show import tables as show
-from . import subject, variants
-from .results import Results
+from .. import terminal
+from ..results import Figures, Results
+from . import sizes, subject, variants
 from .run import Run, environment
 from .variants import DENSE, Variant
 
@@ -70,25 +70,21 @@ class Lane:
         return (time.perf_counter() - start) / steps
 
 
-def run(run: Run, rounds: int, steps: int, burst: int) -> list[dict[str, Any]]:
-    """Measure, print a table for each context, and give its rows."""
-    rows: list[dict[str, Any]] = []
+def run(run: Run, rounds: int, steps: int, burst: int) -> Iterator[Figures]:
+    """Speeds at each context, of all caches. `rounds` prefills with each, then `steps` tokens, `burst` at a time."""
     with subject.opened(run) as opened:
         opened.check(max(run.contexts) + steps + burst)
         caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
-        # caches are measured beside each other, so they are found again only together
+        # caches are measured in turns, so they count for a later run only together
         settings = {"rounds": rounds, "steps": steps, "burst": burst, "beside": [cache.label for cache in caches]}
         results = Results("decode", run.out, environment(run, opened.name, opened.identity))
         for context in run.contexts:
-            keys = [{"context": context, "cache": cache.label, **settings} for cache in caches]
+            keys = [{"context": context, **cache.key, **settings} for cache in caches]
             if any(results.get(**key) is None for key in keys):
-                found = measure(opened.model, opened.tokens(context), caches, rounds, steps, burst)
-                for key, figures in zip(keys, found, strict=True):
+                timed = measure(opened.model, opened.tokens(context), caches, rounds, steps, burst)
+                for key, figures in zip(keys, timed, strict=True):
                     results.add(figures, **key)
-            mine = results.rows(keys)
-            show_table(f"{context:,} tokens: {opened.name}, {run.dtype}, {run.threads} threads", mine)
-            rows += mine
-    return rows
+            yield results.figures(keys)
 
 
 def measure(
@@ -100,7 +96,7 @@ def measure(
     ids = ids.to(model.device)
     lanes = [Lane(cache) for cache in caches]
     turns = -(-steps // burst)
-    with show.steps(f"decode at {ids.shape[1]:,}", (rounds + 1) * len(lanes) + turns) as progress:
+    with terminal.steps(f"decode at {ids.shape[1]:,}", (rounds + 1) * len(lanes) + turns) as progress:
         for lane in lanes:  # what a stage or a library makes once is not counted, nor is the allocator's growth
             lane.prefill(model, ids[:, :WARM_UP] if lane is not lanes[0] else ids)
             progress.step(f"warming up {lane.variant.label}")
@@ -137,34 +133,8 @@ def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dic
         "speed_low": low,
         "speed_high": high,
         "speed_mean": statistics.mean(dense.bursts) / statistics.mean(lane.bursts),
-        "nbytes": variants.held_bytes(lane.cache),
-        "share": variants.share_of_bfloat16(lane.cache, model),
+        "nbytes": sizes.held_bytes(lane.cache),
+        "share": sizes.share_of_bfloat16(lane.cache, model),
         "prefills_ms": [seconds * 1e3 for seconds in lane.first],
         "bursts_ms": [seconds * 1e3 for seconds in lane.bursts],
     }
-
-
-def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    dense = rows[0]["nbytes"]
-    lines = [
-        [
-            row["cache"],
-            f"{row['ttft_ms']:,.0f}",
-            "" if row["cache"] == DENSE else f"{row['ttft_cost']:+.1%}",
-            f"{row['ttft_cost_low']:+.1%} .. {row['ttft_cost_high']:+.1%}",
-            f"{row['ms_typical']:.1f}",
-            f"{row['ms_mean']:.1f}",
-            f"{row['speed_typical']:.2f}x",
-            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
-            f"{row['speed_mean']:.2f}x",
-            show.mib(row["nbytes"]),
-            f"{row['nbytes'] / dense:.1%}",
-        ]
-        for row in rows
-    ]
-    columns = ("cache", "first, ms", "cost", "range", "ms, typical", "ms, mean", "speed", "quartiles", "speed, mean")
-    caption = (
-        f"first: time to the first token, median of {len(rows[0]['prefills_ms'])}; {rows[0]['tokens']} tokens decoded "
-        "with each cache; the mean has the steps in it that seal or quantize anew"
-    )
-    show.table(title, (*columns, "MiB", "of dense"), lines, caption)

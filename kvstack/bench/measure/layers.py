@@ -8,7 +8,7 @@ last layer, as the paper does; `pairs` all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ...calibration.weight_axes import WeightAxes
-from ...calibration.windows import observe
+from ...calibration.windows import sample_ids
 from ...errors import BindError
-from ...model.layers import Grouping
+from ...model.layers import LayerGroups
+from ...model.probing import observe
 from ...types import KV
-from ..show import tables as show
-from .results import Results
+from .. import terminal
+from ..results import Figures, Results
 from .run import Run, environment
 from .subject import Subject, opened
 
@@ -38,39 +39,38 @@ class Likeness:
     pairs: float
 
 
-def run(run: Run, layers: int | None) -> None:
+def run(run: Run, layers: int | None) -> Iterator[Figures]:
+    """Likeness within groups of `layers`, or of the usual size."""
     with opened(run) as subject:
-        with show.working("reading a text"):
-            found = measure(subject, layers)
-        title = f"groups of {found[0].layers} layers: {subject.name}, {run.dtype}"
-        rows = [[row.variant, f"{row.ends:.3f}", f"{row.pairs:.3f}"] for row in found]
-        show.table(title, ("cosine of", "first and last", "all pairs"), rows)
+        with terminal.working("reading a text"):
+            likenesses = measure(subject, layers)
         results = Results("layers", run.out, environment(run, subject.name, subject.identity))
-        for row in found:
-            key = {"variant": row.variant, "layers": row.layers}
+        keys = [{"variant": likeness.variant, "layers": likeness.layers} for likeness in likenesses]
+        for likeness, key in zip(likenesses, keys, strict=True):
             if results.get(**key) is None:
-                results.add({"ends": row.ends, "pairs": row.pairs}, **key)
+                results.add({"ends": likeness.ends, "pairs": likeness.pairs}, **key)
+        yield results.figures(keys)
 
 
 def measure(subject: Subject, layers: int | None) -> list[Likeness]:
-    plan = Grouping(subject.model, layers)
-    seen = observe(subject.model, plan)
-    groups = [[seen[i] for i in group] for group in plan.groups]
+    split = LayerGroups(subject.model, layers)
+    seen = observe(subject.model, split, sample_ids(subject.model))
+    groups = [[seen[i] for i in group] for group in split.groups]
     kinds = {
         "keys": [[_flat(kv.keys) for kv in group] for group in groups],
         "values": [[_flat(kv.values) for kv in group] for group in groups],
         "hidden states": [[_flat(_hidden(kv)) for kv in group] for group in groups],
     }
     try:
-        axes = WeightAxes(subject.model, plan.modules, plan.groups)
+        axes = WeightAxes(subject.model, split.modules, split.groups)
     except BindError as error:  # keys that are normalised have no such latents
-        show.console().print(f"latents of the weights: left out. {error}", highlight=False)
+        terminal.say(f"latents of the weights: left out. {error}")
     else:
         kinds["latents of the weights"] = [
             [_flat(_hidden(kv)) @ axes.down(layers, axes.full_rank, kv.keys.device).T for kv in group]
-            for layers, group in zip(plan.groups, groups, strict=True)
+            for layers, group in zip(split.groups, groups, strict=True)
         ]
-    return [_likeness(name, plan.size, kind) for name, kind in kinds.items()]
+    return [_likeness(name, split.size, kind) for name, kind in kinds.items()]
 
 
 def _likeness(name: str, size: int, groups: Sequence[Sequence[Tensor]]) -> Likeness:

@@ -1,16 +1,15 @@
-"""Every combination of a transform, an encoder and a selector: bytes, quality and speed, the Pareto front marked."""
+"""Every combination of a transform, an encoder and a selector: bytes, quality and speed."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import KVStackError
-from ..show import front
-from ..show import tables as show
-from . import decode, quality, subject, summary, variants
-from .results import Results
+from ..results import Figures, Results
+from ..terminal import say
+from . import decode, quality, subject, variants
 from .run import Run, environment
 
 __all__ = ["CONTEXTS", "ENCODES", "EVICTS", "TRANSFORMS", "combinations", "run"]
@@ -24,17 +23,17 @@ EVICTS = (NONE, "evict:0.5", "evict:0.2")
 
 def combinations(transforms: Sequence[str], encodes: Sequence[str], evicts: Sequence[str]) -> dict[str, dict[str, str]]:
     """Spec of each combination -> its stage of each kind. Those that cannot be built are left out, and said."""
-    found = {}
+    grid = {}
     for transform, encode, evict in itertools.product(transforms, encodes, evicts):
         stages = [stage for stage in (transform, encode, evict) if stage != NONE]
         spec = "+".join(stages) or variants.EMPTY
         try:
             variants.parse([spec])
         except KVStackError as error:
-            show.console().print(f"{spec}: left out. {error}", highlight=False)
+            say(f"{spec}: left out. {error}")
         else:
-            found[spec] = {"transform": transform, "encode": encode, "evict": evict}
-    return found
+            grid[spec] = {"transform": transform, "encode": encode, "evict": evict}
+    return grid
 
 
 def run(
@@ -44,9 +43,11 @@ def run(
     score: int,
     steps: int,
     burst: int,
-) -> list[dict[str, Any]]:
-    """Measure, print a table for each context, and give its rows. `grid` as `combinations` makes it."""
-    rows = []
+) -> Iterator[tuple[Figures, Figures]]:
+    """The figures of quality and the speeds of each context; a speed's `stages` are those of its combination.
+
+    `grid` as `combinations` makes it; the other settings are those of `quality.run` and `decode.run`, with one prefill.
+    """
     with subject.opened(run) as opened:
         opened.check(max(run.contexts) + max(score, steps + burst))
         caches = variants.available(variants.parse(list(grid)), opened.model)
@@ -54,41 +55,13 @@ def run(
         results = Results("quality", run.out, where)
         speeds = Results("matrix", run.out, where)
         for context in run.contexts:
-            found = summary.quality(quality.measure(opened, results, run, context, caches, windows, score), run.seed)
+            qualities = quality.measure(opened, results, run, context, caches, windows, score)
             settings = {"context": context, "steps": steps, "burst": burst, "beside": [c.label for c in caches]}
-            keys = [{**settings, "cache": cache.label} for cache in caches]
+            keys = [{**settings, **cache.key} for cache in caches]
             if any(speeds.get(**key) is None for key in keys):
                 timed: list[dict[str, Any]] = [{"speed_typical": None}] * len(keys)
                 if steps:
                     timed = decode.measure(opened.model, opened.tokens(context), caches, 1, steps, burst)
-                for key, figures in zip(keys, timed, strict=True):
-                    speeds.add({"stages": grid.get(str(key["cache"]), {}), **figures}, **key)
-            mine = [
-                {**grid[row["cache"]], **row, "speed": speeds.rows([key])[0]["speed_typical"]}
-                for row, key in zip(found, keys, strict=True)
-                if row["cache"] in grid
-            ]
-            on_front = front.pareto([(row["share"], row["kl"]) for row in mine])
-            mine = [{**row, "pareto": best} for row, best in zip(mine, on_front, strict=True)]
-            show_table(f"{context:,} tokens: {opened.name}, {run.dtype}", mine)
-            rows += mine
-    return rows
-
-
-def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [
-        [
-            row["transform"],
-            row["encode"],
-            row["evict"],
-            show.share(row["share"]),
-            show.short(row["kl"]),
-            f"{show.short(row['kl_low'])} - {show.short(row['kl_high'])}",
-            f"{row['top1']:.1%}",
-            "" if row["speed"] is None else f"{row['speed']:.2f}x",
-            "yes" if row["pareto"] else "",
-        ]
-        for row in sorted(rows, key=lambda row: -row["share"])
-    ]
-    columns = ("transform", "encode", "evict", "bytes", "KL", "95 %", "top-1", "speed", "front")
-    show.table(title, columns, lines, "front: no other combination holds fewer bytes and drifts less")
+                for cache, key, figures in zip(caches, keys, timed, strict=True):
+                    speeds.add({"stages": grid.get(cache.label, {}), **figures}, **key)
+            yield qualities, speeds.figures(keys)

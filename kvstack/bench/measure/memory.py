@@ -12,19 +12,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import Cache
 
-from ... import KVStack, Report, models
+from ... import KVStack, models
 from ...errors import KVStackError
-from ...report import Part
-from ..show import tables as show
-from . import variants
-from .results import Results
+from .. import terminal
+from ..results import Figures, Results
+from . import sizes, variants
 from .run import Run, environment
 from .subject import Subject, opened, prefill, step
 from .variants import Variant
@@ -46,15 +45,14 @@ WARM_UP = 64
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
-    """Measure, print a table for each context, and give its rows."""
+def run(run: Run, decode: int, peak: bool) -> Iterator[Figures]:
+    """Bytes at each context, `decode` tokens later too; with `peak`, each cache is measured in a process of its own."""
     caches = variants.available(variants.parse(run.stacks), caches_only=True)
     name = models.DEFAULT_MODEL if run.model is None else run.model
     results = Results("memory", run.out, environment(run, "tiny random llama" if run.tiny else name))
-    rows: list[dict[str, Any]] = []
-    with show.steps("memory", len(run.contexts) * len(caches)) as progress:
+    with terminal.steps("memory", len(run.contexts) * len(caches)) as progress:
         for context in run.contexts:
-            keys = [{"context": context, "cache": cache.label, "decode": decode, "peak": peak} for cache in caches]
+            keys = [{"context": context, **cache.key, "decode": decode, "peak": peak} for cache in caches]
             for cache, key in zip(caches, keys, strict=True):
                 if results.get(**key) is None:
                     try:
@@ -68,10 +66,7 @@ def run(run: Run, decode: int, peak: bool) -> list[dict[str, Any]]:
                     progress.step(f"{cache.label} at {context:,}")
                 else:
                     progress.skip()
-            mine = results.rows(keys)
-            show_table(f"memory at {context:,} tokens: {results.environment['model']}, {run.dtype}", mine)
-            rows += mine
-    return rows
+            yield results.figures(keys)
 
 
 def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: bool) -> dict[str, Any]:
@@ -85,7 +80,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
     held = cache.cache(subject.model)
     token = prefill(subject.model, ids, held)
     grown = None if before is None else _resident("VmHWM") - before
-    prefilled = variants.held_bytes(held)
+    prefilled = sizes.held_bytes(held)
     dense = _dense_bytes(subject, held)
     if before is not None:
         gc.collect()
@@ -95,7 +90,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
     return {
         "nbytes_prefill": prefilled,
         "dense_nbytes_prefill": dense,
-        "nbytes": variants.held_bytes(held),
+        "nbytes": sizes.held_bytes(held),
         "dense_nbytes": _dense_bytes(subject, held),
         "peak_prefill": grown,
         "peak_decode": None if before is None else _resident("VmHWM") - before,
@@ -106,7 +101,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
 
 def _dense_bytes(subject: Subject, held: Cache) -> int:
     """What a dense cache of the same tokens holds, in the model's dtype."""
-    return int(variants.dense_bfloat16(held, subject.model) * subject.model.dtype.itemsize / 2)
+    return int(sizes.dense_bfloat16(held, subject.model) * subject.model.dtype.itemsize / 2)
 
 
 # ---- the peak
@@ -114,9 +109,9 @@ def _dense_bytes(subject: Subject, held: Cache) -> int:
 
 def _resident(name: str) -> int:
     """Bytes behind a field of the process' status: VmRSS is resident memory now, VmHWM its high-water mark."""
-    found = re.search(rf"^{name}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    field = re.search(rf"^{name}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert field is not None
+    return int(field[1]) * 1024
 
 
 def _reset_peak() -> int | None:
@@ -143,53 +138,14 @@ def _in_own_process(run: Run, label: str, context: int, decode: int, peak: bool)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         raise KVStackError(f"measuring failed: {''.join(last)}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def _job(job: Mapping[str, Any], peak: bool) -> dict[str, Any]:
     cache = next(v for v in variants.parse([job["label"]]) if v.label == job["label"])
     with opened(Run(**job["run"])) as subject:
         return measure(subject, cache, job["context"], job["decode"], peak)
-
-
-# ---- the table
-
-
-def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [
-        [
-            row["cache"],
-            show.mib(row["nbytes_prefill"]),
-            f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}",
-            f"{row['nbytes_prefill'] / row['context']:,.0f}",
-            show.mib(row["nbytes"]),
-            f"{row['nbytes'] / row['dense_nbytes']:.1%}",
-            *("-" if row[name] is None else show.mib(row[name]) for name in ("peak_prefill", "peak_decode")),
-        ]
-        for row in rows
-    ]
-    later = f"{rows[0]['decode']} later"
-    columns = (
-        "cache",
-        "MiB",
-        "of dense",
-        "bytes a token",
-        f"MiB, {later}",
-        "of dense",
-        "peak of prefill",
-        "of decoding",
-    )
-    caption = (
-        "peaks in MiB: what the process grew by at most, activations and what the allocator keeps included; later: "
-        "tokens decoded"
-    )
-    show.table(title, columns, lines, caption)
-    for row in rows:
-        if row["report"] is not None:
-            parts = [Part(**part) for part in row["report"]["parts"]]
-            kept = {name: row["report"][name] for name in ("stack", "seen", "held", "nbytes", "dense_nbytes")}
-            show.console().print(Report(parts=parts, **kept))
 
 
 if __name__ == "__main__":

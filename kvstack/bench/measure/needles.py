@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +19,15 @@ from torch import Tensor
 from transformers import Cache
 
 from ...errors import KVStackError
-from .. import tasks
-from ..show import tables as show
+from .. import tasks, terminal
+from ..results import Figures, Results
 from ..tasks import Question, Sample
-from . import summary, texts, variants
-from .results import Results
+from . import sizes, texts, variants
 from .run import Run, environment
 from .subject import Subject, opened, prefill
 from .variants import Variant
 
-__all__ = ["CONTEXTS", "MODES", "STACKS", "TASKS", "Asking", "run"]
+__all__ = ["CONTEXTS", "MODES", "STACKS", "TASKS", "Asking", "ask", "run", "shortened"]
 
 Mode = Literal["aware", "agnostic", "turns"]
 MODES: tuple[Mode, ...] = ("aware", "agnostic", "turns")
@@ -71,12 +70,11 @@ class Asking:
     longbench: bool = False
 
 
-def run(run: Run, asking: Asking) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Ask, print a table for each task, and give the rows of `summary.needles` and `summary.heat`."""
+def run(run: Run, asking: Asking) -> Iterator[Figures]:
+    """Answers and scores at each context, for each task and mode."""
     unknown = [name for name in asking.tasks if asking.folder is None and name not in tasks.TASKS]
     if unknown:
         raise KVStackError(f"{unknown[0]!r} is no task. Use one of {', '.join(tasks.TASKS)}.")
-    records: list[dict[str, Any]] = []
     with opened(run) as subject:
         subject.check(max(run.contexts))
         caches = [c for c in variants.parse(run.stacks) if c.label != variants.NOTHING]
@@ -87,11 +85,7 @@ def run(run: Run, asking: Asking) -> tuple[list[dict[str, Any]], list[dict[str, 
                 samples = _samples(subject, run, asking, context, task)
                 for mode in asking.modes:
                     able = variants.without_presses(caches, NO_TURNS) if mode == "turns" else caches
-                    found = measure(subject, results, asking, context, samples, mode, able)
-                    title = f"{task}, {mode}, {context:,} tokens: {subject.name}, {run.dtype}"
-                    show_table(title, summary.needles(found, run.seed))
-                    records += found
-    return summary.needles(records, run.seed), summary.heat(records)
+                    yield measure(subject, results, asking, context, samples, mode, able)
 
 
 def _samples(subject: Subject, run: Run, asking: Asking, context: int, task: str) -> list[Sample]:
@@ -99,12 +93,12 @@ def _samples(subject: Subject, run: Run, asking: Asking, context: int, task: str
         prose = texts.prose(run.texts)
         return tasks.make(task, context, asking.samples, run.seed, subject.count, prose, asking.questions)
     if asking.longbench:
-        found = tasks.longbench_files(asking.folder, task, asking.samples)
-        return [_shortened(subject, sample, context) for sample in found]
+        whole = tasks.longbench_files(asking.folder, task, asking.samples)
+        return [shortened(subject, sample, context) for sample in whole]
     return tasks.ruler_files(asking.folder, context, task, asking.samples)
 
 
-def _shortened(subject: Subject, sample: Sample, length: int) -> Sample:
+def shortened(subject: Subject, sample: Sample, length: int) -> Sample:
     """The sample with the middle of its text left out, so that text, question and answer fit into `length` tokens."""
     asked = max(subject.count(question.text) + question.new_tokens for question in sample.questions)
     room, ids = length - asked, subject.ids(sample.text)[0]
@@ -126,25 +120,25 @@ def measure(
     samples: Sequence[Sample],
     mode: Mode,
     caches: Sequence[Variant],
-) -> list[dict[str, Any]]:
-    """Ask every sample of every cache; records of what was asked now or before."""
+) -> Figures:
+    """Ask every sample of every cache; figures of what was asked now or before."""
     keys, failed = [], set()
-    with show.steps(f"{samples[0].task}, {mode}", len(samples) * len(caches)) as progress:
+    with terminal.steps(f"{samples[0].task}, {mode}", len(samples) * len(caches)) as progress:
         for cache in caches:
             for sample in samples:
                 key = {"context": context, "task": sample.task, "mode": mode, "sample": sample.index}
-                key |= {"text": _digest(sample), "answer_tokens": asking.answer_tokens, "cache": cache.label}
+                key |= {"text": _digest(sample), "answer_tokens": asking.answer_tokens, **cache.key}
                 keys.append(key)
                 if cache.label in failed or results.get(**key) is not None:
                     progress.skip()
                     continue
                 try:
-                    results.add(_ask(subject, cache, sample, mode, asking.answer_tokens), **key)
+                    results.add(ask(subject, cache, sample, mode, asking.answer_tokens), **key)
                 except KVStackError as error:
                     failed.add(cache.label)
                     variants.skipped(cache.label, error)
                 progress.step(cache.label)
-    return results.rows(keys)
+    return results.figures(keys)
 
 
 def _digest(sample: Sample) -> str:
@@ -152,7 +146,8 @@ def _digest(sample: Sample) -> str:
     return hashlib.sha256("\0".join(whole).encode()).hexdigest()[:8]
 
 
-def _ask(subject: Subject, cache: Variant, sample: Sample, mode: Mode, answer_tokens: int) -> dict[str, Any]:
+def ask(subject: Subject, cache: Variant, sample: Sample, mode: Mode, answer_tokens: int) -> dict[str, Any]:
+    """Figures of one sample in one cache: answers, scores, and the mean share of bytes held when they were given."""
     text = subject.ids(sample.text, first=True)
     answers, shares = [], []
     for answer, share in _answers(subject, cache, text, sample, mode, answer_tokens):
@@ -189,14 +184,14 @@ def _answers(
         used = copy.deepcopy(held) if mode == "agnostic" and not last else held
         ids = torch.cat([so_far if mode == "turns" else text, subject.ids(question.text)], dim=1)
         out = _generate(subject, ids, used, question, answer_tokens)
-        yield _words(subject, out[0, ids.shape[1] :]), variants.share_of_bfloat16(used, model)
+        yield _words(subject, out[0, ids.shape[1] :]), sizes.share_of_bfloat16(used, model)
         so_far = out.cpu()
 
 
 def _generate(subject: Subject, ids: Tensor, held: Cache, question: Question, answer_tokens: int) -> Tensor:
     ids = ids.to(subject.model.device)
     limit = _limit(question, answer_tokens)
-    found: Tensor = subject.model.generate(
+    generated: Tensor = subject.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=held,
@@ -206,7 +201,7 @@ def _generate(subject: Subject, ids: Tensor, held: Cache, question: Question, an
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
     )
-    return found
+    return generated
 
 
 def _words(subject: Subject, ids: Any) -> str:
@@ -225,16 +220,5 @@ def _answers_of_peer(
     assert subject.kvpress is not None and cache.press is not None  # noqa: PT018
     for question in sample.questions:
         asked, limit = subject.ids(question.text), _limit(question, answer_tokens)
-        found = subject.kvpress.answer(text, asked, limit, cache.press, blind=mode == "agnostic")
-        yield _words(subject, found.ids), found.share
-
-
-def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
-        return
-    lines = [
-        [row["cache"], f"{row['score']:.2f}", f"{row['low']:.2f} - {row['high']:.2f}", show.share(row["share"])]
-        for row in rows
-    ]
-    caption = f"share of the answers found in {rows[0]['samples']} texts, bootstrap interval"
-    show.table(title, ("cache", "found", "95 %", "bytes of a bf16 cache"), lines, caption)
+        answer = subject.kvpress.answer(text, asked, limit, cache.press, blind=mode == "agnostic")
+        yield _words(subject, answer.ids), answer.share

@@ -17,7 +17,7 @@ the way a single query reads it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ...errors import KVStackError
-from ..show import tables as show
-from . import summary, texts, variants
-from .results import Results
+from .. import terminal
+from ..results import Figures, Results
+from . import sizes, texts, variants
 from .run import Run, environment
 from .subject import Subject, opened, prefill
 from .variants import Variant
@@ -77,9 +77,8 @@ class Reading:
     """Whether the bytes are what the method claims and not what is held."""
 
 
-def run(run: Run, windows: int, score: int, feed: int | None = None) -> list[dict[str, Any]]:
-    """Measure, print a table for each context, and give the rows of `summary.quality`."""
-    rows: list[dict[str, Any]] = []
+def run(run: Run, windows: int, score: int, feed: int | None = None) -> Iterator[Figures]:
+    """The drift after each context, of all caches and windows."""
     with opened(run) as subject:
         subject.check(max(run.contexts) + score)
         caches = variants.available(variants.parse(run.stacks), subject.model)
@@ -87,11 +86,7 @@ def run(run: Run, windows: int, score: int, feed: int | None = None) -> list[dic
             caches = variants.without_presses(caches, "it reads all tokens at once.")
         results = Results("quality", run.out, environment(run, subject.name, subject.identity))
         for context in run.contexts:
-            found = measure(subject, results, run, context, caches, windows, score, feed)
-            mine = summary.quality(found, run.seed)
-            show_table(f"{context:,} tokens compressed, the next {score} scored: {subject.name}, {run.dtype}", mine)
-            rows += mine
-    return rows
+            yield measure(subject, results, run, context, caches, windows, score, feed)
 
 
 def measure(
@@ -103,16 +98,16 @@ def measure(
     windows: int,
     score: int,
     feed: int | None = None,
-) -> list[dict[str, Any]]:
-    """Score what follows the first `context` tokens of every window; records of what was measured now or before."""
+) -> Figures:
+    """Score what follows the first `context` tokens of every window; figures of what was measured now or before."""
     data = windows_of(subject, run, context + score + 1, windows)
     keys, failed = [], set()
-    with show.steps(f"quality at {context:,}", len(data) * len(caches)) as progress:
+    with terminal.steps(f"quality at {context:,}", len(data) * len(caches)) as progress:
         for (domain, number), ids in data.items():
             place = {"context": context, "score": score, "feed": feed, "domain": domain, "window": number}
             place["text"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:8]
-            keys += [{**place, "cache": cache.label} for cache in caches]
-            todo = [c for c in caches if c.label not in failed and results.get(**place, cache=c.label) is None]
+            keys += [{**place, **cache.key} for cache in caches]
+            todo = [c for c in caches if c.label not in failed and results.get(**place, **c.key) is None]
             progress.skip(len(caches) - len(todo))
             reference = read(subject, caches[0], ids, context, feed) if todo else None
             for cache in todo:
@@ -125,9 +120,9 @@ def measure(
                 else:
                     labels = {"kind": cache.kind, "family": cache.family}
                     figures = compare(reading, reference.log_probs, ids[0, context + 1 :])
-                    results.add(labels | figures, **place, cache=cache.label)
+                    results.add(labels | figures, **place, **cache.key)
                 progress.step(f"{domain}, {cache.label}")
-    return results.rows(keys)
+    return results.figures(keys)
 
 
 def windows_of(subject: Subject, run: Run, length: int, count: int) -> dict[tuple[str, int], Tensor]:
@@ -150,19 +145,19 @@ def read(subject: Subject, cache: Variant, ids: Tensor, context: int, feed: int 
         return Reading(*subject.kvpress.read(ids, context, cache.press))
     held = cache.cache(subject.model)
     prefill(subject.model, ids[:, :context], held)
-    share = variants.share_of_bfloat16(held, subject.model)
+    share = sizes.share_of_bfloat16(held, subject.model)
     return Reading(_log_probs(subject.model, ids[:, context:-1], held, context, feed), share)
 
 
 def _log_probs(model: PreTrainedModel, fed: Tensor, cache: Any, start: int, feed: int | None) -> Tensor:
     """Log probabilities (scored, vocabulary) after each true token that has a successor."""
-    found = []
+    scored = []
     for part in fed.to(model.device).split(feed or fed.shape[1], dim=1):
         positions = torch.arange(start, start + part.shape[1], device=model.device)[None]
         use = {"past_key_values": cache, "position_ids": positions, "use_cache": cache is not None}
-        found.append(model(input_ids=part, **use).logits[0].float().log_softmax(-1))
+        scored.append(model(input_ids=part, **use).logits[0].float().log_softmax(-1))
         start += part.shape[1]
-    return torch.cat(found)
+    return torch.cat(scored)
 
 
 def compare(reading: Reading, dense: Tensor, targets: Tensor) -> dict[str, Any]:
@@ -180,27 +175,3 @@ def compare(reading: Reading, dense: Tensor, targets: Tensor) -> dict[str, Any]:
 
 def _numbers(x: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in x.tolist()]
-
-
-def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    domains = list(rows[0]["domains"])
-    lines = [
-        [
-            row["cache"],
-            show.share(row["share"]) + (" *" if row["simulated"] else ""),
-            *(show.short(row["domains"][name]) for name in domains),
-            show.short(row["kl"]),
-            f"{show.short(row['kl_low'])} - {show.short(row['kl_high'])}" if row["kl"] else "",
-            show.short(row["kl_q99"]),
-            f"{row['top1']:.1%}",
-            f"{row['nll']:.3f}",
-        ]
-        for row in rows
-    ]
-    columns = ("cache", "bytes", *(f"KL, {name}" for name in domains), "KL, all", "95 %", "q99", "top-1", "NLL")
-    caption = (
-        f"{rows[0]['scored']:,} tokens scored; bytes as a share of a bfloat16 dense cache's"
-        + (" (*: as the method counts them; they are not freed)" if any(row["simulated"] for row in rows) else "")
-        + "; 95 %: bootstrap interval of the mean"
-    )
-    show.table(title, columns, lines, caption)

@@ -18,13 +18,13 @@ import torch
 import transformers
 
 from ... import __version__
+from .sources import kvstack_code
 
 __all__ = ["Run", "environment", "hardware"]
 
 TINY = (512,)
 PACKAGE = Path(__file__).parents[2]
 PEERS = ("hqq", "optimum-quanto", "tiny-turboquant")
-SHOWING = ("cli", "drawing", "front", "page", "pictures", "report", "show", "summary")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Run:
 
 def environment(run: Run, model: str, identity: str | None = None) -> dict[str, Any]:
     """All that a figure depends on beside its own settings. `commit` is for the reader: what makes two figures
-    comparable is `code`, the digest of the sources they were made with, and `identity`, that of the weights."""
+    comparable is `code`, the digest of the code they were made with, and `identity`, that of the weights."""
     return {
         "model": model,
         "identity": identity,
@@ -77,7 +77,7 @@ def environment(run: Run, model: str, identity: str | None = None) -> dict[str, 
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "kvstack": __version__,
-        "code": _code(),
+        "code": kvstack_code(),
         "commit": _commit(),
     }
 
@@ -86,16 +86,9 @@ def hardware() -> str:
     """Processor, its cores, and the system."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
-        name = found[1]
+    if info.exists() and (line := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
+        name = line[1]
     return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
-
-
-@cache
-def _code() -> str:
-    """Digest of kvstack's sources, but for those that only show figures: a new picture makes no figure old."""
-    shown = {PACKAGE / "bench" / "show" / f"{name}.py" for name in SHOWING}
-    return _digest((path for path in PACKAGE.rglob("*.py") if path not in shown), PACKAGE)
 
 
 def _version(package: str) -> str | None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import Cache
 
 from ... import models
-from ...calibration.calibration import identity
 from ...errors import KVStackError
-from ..peers import KvPress, find
-from ..show import tables as show
+from ...model.fingerprint import fingerprint
+from ..peers.kvpress import KvPress, find
+from ..terminal import working
 from .run import Run
 from .texts import documentation
 
@@ -55,8 +55,8 @@ class Subject:
 
     def ids(self, text: str, first: bool = False) -> Tensor:
         """All tokens of `text`, (1, T), behind the token that begins a text where it comes `first` and there is one."""
-        found: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return torch.cat([self.begin, found], dim=1) if first else found
+        ids: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.cat([self.begin, ids], dim=1) if first else ids
 
     @property
     def begin(self) -> Tensor:
@@ -104,12 +104,12 @@ def opened(run: Run) -> Iterator[Subject]:
 
 
 def _loaded(run: Run, ends: ExitStack) -> Subject:
-    with show.working("loading the model"):
+    with working("loading the model"):
         model, tokenizer = models.load(run.model, dtype=getattr(torch, run.dtype))
         model.to(run.device)
     folder = run.model or str(models.default_model_dir())
     name = run.model or models.DEFAULT_MODEL
-    return Subject(name, model, tokenizer, _outside(run, folder, ends), identity(model))
+    return Subject(name, model, tokenizer, _outside(run, folder, ends), fingerprint(model))
 
 
 def _outside(run: Run, folder: str, ends: ExitStack) -> KvPress | None:

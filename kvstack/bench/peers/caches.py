@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+from transformers.cache_utils import CacheLayerMixin, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Make", "dense", "hqq", "plain", "quanto", "turboquant"]
+__all__ = ["Make", "dense", "hqq", "quanto", "tensors_in", "turboquant"]
 
 Make = Callable[["PreTrainedModel"], Cache]
 """What builds an empty cache for a model."""
@@ -58,8 +58,8 @@ class WholeBytes(HQQQuantizedLayer):
 
     def _dequantize(self, qtensor: tuple[Any, int]) -> Tensor:
         packed, tokens = qtensor
-        found: Tensor = super()._dequantize(packed)
-        return found[..., :tokens, :]
+        whole: Tensor = super()._dequantize(packed)
+        return whole[..., :tokens, :]
 
 
 def quanto(bits: int, group: int) -> Make:
@@ -109,22 +109,35 @@ def turboquant(bits: int, group: int | None) -> Make:
             """Its residual window is a view of the whole prompt until the next token comes; here it is a copy."""
 
             def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-                found = super().update(keys, values, layer_idx, *args, **kwargs)
+                keys_and_values = super().update(keys, values, layer_idx, *args, **kwargs)
                 layer = self.layers[layer_idx]
                 layer._residual_keys = layer._residual_keys.clone()
                 layer._residual_values = layer._residual_values.clone()
-                return found
+                return keys_and_values
 
         return Owned.for_model(model, bits=bits, value_group_size=group, residual_len=RESIDUAL)
 
     return make
 
 
-def plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors that really hold numbers: those inside wrappers such as quanto's, or the tensor itself."""
-    for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            yield from plain(getattr(tensor, name) for name in names)
-        else:
-            yield tensor
+def tensors_in(thing: object) -> list[Tensor]:
+    """The tensors that really hold numbers in a layer or in nested lists and mappings of them.
+
+    A wrapper such as quanto's counts as the tensors inside it.
+    """
+    if isinstance(thing, Tensor):
+        return list(_unwrapped(thing))
+    if isinstance(thing, CacheLayerMixin):
+        thing = vars(thing)
+    if isinstance(thing, Mapping):
+        thing = list(thing.values())
+    return [x for part in thing for x in tensors_in(part)] if isinstance(thing, list | tuple) else []
+
+
+def _unwrapped(tensor: Tensor) -> Iterator[Tensor]:
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _unwrapped(getattr(tensor, name))
+    else:
+        yield tensor

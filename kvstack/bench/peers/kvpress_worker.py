@@ -86,8 +86,8 @@ class Reader:
 
     def masked(self) -> int:
         """Token and head pairs, over all layers, that the press only hides."""
-        found = [module.masked_key_indices for module in self._attentions()]
-        return sum(len(indices[0]) for indices in found if indices is not None)
+        hidden = [module.masked_key_indices for module in self._attentions()]
+        return sum(len(indices[0]) for indices in hidden if indices is not None)
 
     def share(self) -> float:
         """Bytes held, as a share of a dense bfloat16 cache's of all tokens seen; what is hidden counts as gone."""
@@ -121,10 +121,10 @@ def read(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     ids, context = request["ids"], request["context"]
     reader = Reader(model, made(request["press"]))
     reader.prefill(ids[:context])
-    found = {"share": reader.share(), "simulated": reader.masked() > 0}
+    reply = {"share": reader.share(), "simulated": reader.masked() > 0}
     log_probs = reader.feed(ids[context:-1]).float().log_softmax(-1)
     save_file({"log_probs": log_probs}, request["out"])
-    return found
+    return reply
 
 
 def answer(model: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -220,8 +220,8 @@ def tip(artist: Any, text: str) -> None:
 # ---- files
 
 
-def _title(found: re.Match[str]) -> str:
-    return f"<g><title>{html.escape(unquote(found[1]))}</title>"
+def _title(match: re.Match[str]) -> str:
+    return f"<g><title>{html.escape(unquote(match[1]))}</title>"
 
 
 @look()
@@ -232,7 +232,7 @@ def svg(figure: Figure) -> str:
     figure.savefig(out, format="svg", metadata=nothing)
     text = re.sub(rf'<g id="{TIP}([^"]*)">', _title, out.getvalue())
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     title = html.escape(figure.get_suptitle())
     start = text.index("<svg")  # without the XML and document type declarations
     return text[start:].replace("<svg", f'<svg role="img" aria-label="{title}"', 1).rstrip() + "\n"

@@ -7,43 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import KVStackError
-from ..measure import results, summary
-from . import front, page, pictures
-from . import tables as show
+from ..results import Record, load
+from . import page, pictures, summary
 from .page import Cell, Section, Table
+from .units import mib, nats, share
 
-__all__ = ["load", "write"]
+__all__ = ["write"]
 
 BENCHES = ("quality", "needles", "memory", "decode", "matrix")
-MEASURED = ("cache", "context", "domain", "mode", "sample", "task", "text", "variant", "window")
 NOT_SHOWN = ("identity", "code")
-Rows = list[dict[str, Any]]
-
-
-def load(folder: Path, bench: str) -> tuple[Rows, Mapping[str, Any]]:
-    """The figures of one benchmark, keys and figures together, and where they come from.
-
-    Those of the newest environment and settings, of each key the newest: figures of other code, another model, or of
-    more tokens scored do not mix.
-    """
-    records = results.read(folder / f"{bench}.jsonl")
-    if not records:
-        return [], {}
-    environment = records[-1]["environment"]
-    wanted = results.strict(environment)
-    mine = [record for record in records if results.strict(record["environment"]) == wanted]
-    told = _settings(mine[-1]["key"])
-    newest = {results.name(record["key"]): record for record in mine if _settings(record["key"]) == told}
-    return [{**record["key"], **record["figures"]} for record in newest.values()], environment
+Rows = list[Record]
 
 
 def _shown(value: Any) -> Any:
     return [f"{name} {version}" for name, version in value.items()] if isinstance(value, dict) else value
-
-
-def _settings(key: Mapping[str, Any]) -> str:
-    """What a key says of how something was measured, not of what."""
-    return results.name({name: value for name, value in key.items() if name not in MEASURED})
 
 
 def write(folder: Path) -> Path:
@@ -83,11 +60,11 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
             [
                 row["cache"],
                 row["family"],
-                Cell(show.share(row["share"]) + (" (claimed)" if row["simulated"] else ""), row["share"]),
+                Cell(share(row["share"]) + (" (claimed)" if row["simulated"] else ""), row["share"]),
                 *(_nats(row["domains"].get(name)) for name in domains),
-                Cell(show.short(row["kl"]), row["kl"]),
-                Cell(f"{show.short(row['kl_low'])} - {show.short(row['kl_high'])}", row["kl_low"]),
-                Cell(show.short(row["kl_q99"]), row["kl_q99"]),
+                Cell(nats(row["kl"]), row["kl"]),
+                Cell(f"{nats(row['kl_low'])} - {nats(row['kl_high'])}", row["kl_low"]),
+                Cell(nats(row["kl_q99"]), row["kl_q99"]),
                 Cell(f"{row['top1']:.1%}", row["top1"]),
                 Cell(f"{row['nll']:.3f}", row["nll"]),
             ]
@@ -105,7 +82,7 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
 
 
 def _nats(x: float | None) -> Cell:
-    return Cell("" if x is None else show.short(x), x)
+    return Cell("" if x is None else nats(x), x)
 
 
 def _budgets(records: Rows, seed: int) -> Table:
@@ -116,8 +93,8 @@ def _budgets(records: Rows, seed: int) -> Table:
             known = best is not None
             cells += [
                 best["cache"] if known else "-",
-                Cell(show.share(best["share"]) if known else "", best["share"] if known else 2.0),
-                Cell(show.short(best["kl"]) if known else "", best["kl"] if known else 1e9),
+                Cell(share(best["share"]) if known else "", best["share"] if known else 2.0),
+                Cell(nats(best["kl"]) if known else "", best["kl"] if known else 1e9),
             ]
         ratio = row["ratio"]
         said = "" if ratio is None else f"{ratio:.2g} ({row['ratio_low']:.2g} - {row['ratio_high']:.2g})"
@@ -137,7 +114,7 @@ def _needles(records: Rows, seed: int, folder: Path) -> Drawn:
             Cell(f"{row['score']:.2f}", row["score"]),
             f"{row['low']:.2f} - {row['high']:.2f}",
             row["samples"],
-            Cell(show.share(row["share"]), row["share"]),
+            Cell(share(row["share"]), row["share"]),
         ]
         for row in rows
     ]
@@ -155,11 +132,11 @@ def _memory(rows: Rows, seed: int, folder: Path) -> Drawn:
         [
             Cell(f"{row['context']:,}", row["context"]),
             row["cache"],
-            Cell(show.mib(row["nbytes_prefill"]), row["nbytes_prefill"]),
+            Cell(mib(row["nbytes_prefill"]), row["nbytes_prefill"]),
             Cell(f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}", row["nbytes_prefill"]),
             Cell(f"{row['nbytes_prefill'] / row['context']:,.0f}", row["nbytes_prefill"] / row["context"]),
             *(
-                Cell("-" if row[name] is None else show.mib(row[name]), row[name] or 0)
+                Cell("-" if row[name] is None else mib(row[name]), row[name] or 0)
                 for name in ("peak_prefill", "peak_decode")
             ),
         ]
@@ -183,7 +160,7 @@ def _decode(rows: Rows, seed: int, folder: Path) -> Drawn:
             Cell(f"{row['speed_typical']:.2f}x", row["speed_typical"]),
             f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
             Cell(f"{row['speed_mean']:.2f}x", row["speed_mean"]),
-            Cell(show.share(row["share"]), row["share"]),
+            Cell(share(row["share"]), row["share"]),
         ]
         for row in rows
     ]
@@ -195,27 +172,14 @@ def _decode(rows: Rows, seed: int, folder: Path) -> Drawn:
 
 def _matrix(speeds: Rows, seed: int, folder: Path) -> Drawn:
     """The quality of a combination stands among the figures of quality."""
-    from ..measure.matrix import NONE
-
-    found, _ = load(folder, "quality")
-    place = {(row["context"], row["cache"]): row for row in speeds}
-    rows = []
-    for row in summary.quality(found, seed):
-        speed = place.get((row["context"], row["cache"]))
-        if speed is not None and speed["stages"]:
-            stages = {kind: speed["stages"].get(kind, NONE) for kind in ("transform", "encode", "evict")}
-            rows.append({**stages, **row, "speed": speed["speed_typical"]})
-    for context in {row["context"] for row in rows}:
-        mine = [row for row in rows if row["context"] == context]
-        for row, best in zip(mine, front.pareto([(r["share"], r["kl"]) for r in mine]), strict=True):
-            row["pareto"] = best
+    rows = summary.matrix(load(folder, "quality").rows, speeds, seed)
     lines = [
         [
             row["transform"],
             row["encode"],
             row["evict"],
-            Cell(show.share(row["share"]), row["share"]),
-            Cell(show.short(row["kl"]), row["kl"]),
+            Cell(share(row["share"]), row["share"]),
+            Cell(nats(row["kl"]), row["kl"]),
             Cell(f"{row['top1']:.1%}", row["top1"]),
             Cell("" if row["speed"] is None else f"{row['speed']:.2f}x", row["speed"] or 0.0),
             "yes" if row["pareto"] else "",

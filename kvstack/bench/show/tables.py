@@ -1,90 +1,184 @@
-"""Tables on stdout and progress on stderr."""
+"""The tables that a benchmark prints on the terminal: one function for each kind of figures."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Steps", "console", "mib", "share", "short", "steps", "table", "working"]
+from ...report import Part, Report
+from ..results import Figures
+from ..terminal import console
+from . import summary
+from .units import mib, nats, share
 
-QUIET = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+__all__ = ["budgets", "decode", "layers", "matrix", "memory", "needles", "quality"]
 
-
-def console() -> Console:
-    # 80 columns, rich's guess for a file or a pipe, would break the tables
-    return Console(width=None if sys.stdout.isatty() else 170)
-
-
-@contextmanager
-def working(doing: str) -> Iterator[None]:
-    """Says on stderr what takes so long."""
-    with Console(stderr=True).status(doing):
-        yield
+Row = Mapping[str, Any]
 
 
-class Steps:
-    """Counts the steps of a long run."""
+def quality(figures: Figures) -> None:
+    """Drift and bytes of every cache at one context."""
+    rows = summary.quality(figures.rows, figures.environment["seed"])
+    domains = list(rows[0]["domains"])
+    lines = [
+        [
+            row["cache"],
+            share(row["share"]) + (" *" if row["simulated"] else ""),
+            *(nats(row["domains"][name]) for name in domains),
+            nats(row["kl"]),
+            f"{nats(row['kl_low'])} - {nats(row['kl_high'])}" if row["kl"] else "",
+            nats(row["kl_q99"]),
+            f"{row['top1']:.1%}",
+            f"{row['nll']:.3f}",
+        ]
+        for row in rows
+    ]
+    scored = figures.rows[0]["score"]
+    title = f"{rows[0]['context']:,} tokens compressed, the next {scored} scored: {_where(figures)}"
+    columns = ("cache", "bytes", *(f"KL, {name}" for name in domains), "KL, all", "95 %", "q99", "top-1", "NLL")
+    caption = (
+        f"{rows[0]['scored']:,} tokens scored; bytes as a share of a bfloat16 dense cache's"
+        + (" (*: as the method counts them; they are not freed)" if any(row["simulated"] for row in rows) else "")
+        + "; 95 %: bootstrap interval of the mean"
+    )
+    _print(title, columns, lines, caption)
 
-    def __init__(self, name: str, total: int, bar: Progress | None) -> None:
-        self.name, self.total, self.done = name, total, 0
-        self._bar, self._task = bar, bar.add_task(name, total=total) if bar else None
-        self._started = self._said = time.monotonic()
 
-    def skip(self, count: int = 1) -> None:
-        """Steps that an earlier run has done: they say nothing of the time that is left."""
-        self.total -= count
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, total=self.total)
-
-    def step(self, doing: str) -> None:
-        """One more step is done; `doing` says what it was."""
-        self.done += 1
-        now = time.monotonic()
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, description=f"{self.name}: {doing}")
-        elif now - self._said > QUIET:
-            self._said = now
-            left = (now - self._started) / self.done * (self.total - self.done)
-            print(f"{self.name}: {self.done} of {self.total}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+def budgets(figures: Sequence[Figures]) -> None:
+    """The best stack and the best peer at equal bytes, from the figures of quality of each context."""
+    rows = [row for some in figures for row in summary.budgets(some.rows, seed=some.environment["seed"])]
+    lines = [
+        [
+            f"{row['context']:,}",
+            f"{row['budget']:.4g}",
+            *_best(row["stack"]),
+            *_best(row["peer"]),
+            "" if row["ratio"] is None else f"{row['ratio']:.2g} ({row['ratio_low']:.2g} - {row['ratio_high']:.2g})",
+        ]
+        for row in rows
+    ]
+    columns = ("context", "budget", "best stack", "bytes", "KL", "best peer", "bytes", "KL", "KL stack / peer")
+    _print("at equal bytes", columns, lines, "no cache of a row holds more than the budget, a share of dense bytes")
 
 
-@contextmanager
-def steps(name: str, total: int) -> Iterator[Steps]:
-    """A bar with the time left on a terminal; a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield Steps(name, total, None)
+def _best(row: Row | None) -> tuple[str, str, str]:
+    if row is None:
+        return "-", "", ""
+    return row["cache"] + (" *" if row["simulated"] else ""), share(row["share"]), nats(row["kl"])
+
+
+def needles(figures: Figures) -> None:
+    """Answers found by every cache, of one task, mode and context; nothing where nobody was asked."""
+    rows = summary.needles(figures.rows, figures.environment["seed"])
+    if not rows:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        yield Steps(name, total, bar)
+    lines = [
+        [row["cache"], f"{row['score']:.2f}", f"{row['low']:.2f} - {row['high']:.2f}", share(row["share"])]
+        for row in rows
+    ]
+    title = f"{rows[0]['task']}, {rows[0]['mode']}, {rows[0]['context']:,} tokens: {_where(figures)}"
+    caption = f"share of the answers found in {rows[0]['samples']} texts, bootstrap interval"
+    _print(title, ("cache", "found", "95 %", "bytes of a bf16 cache"), lines, caption)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """Print a table whose first column is text and whose others are numbers."""
-    made = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i else "left")
+def memory(figures: Figures) -> None:
+    """Bytes and peaks of every cache at one context, then the parts of every stack."""
+    rows = figures.rows
+    lines = [
+        [
+            row["cache"],
+            mib(row["nbytes_prefill"]),
+            f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}",
+            f"{row['nbytes_prefill'] / row['context']:,.0f}",
+            mib(row["nbytes"]),
+            f"{row['nbytes'] / row['dense_nbytes']:.1%}",
+            *("-" if row[name] is None else mib(row[name]) for name in ("peak_prefill", "peak_decode")),
+        ]
+        for row in rows
+    ]
+    title = f"memory at {rows[0]['context']:,} tokens: {_where(figures)}"
+    later = f"MiB, {rows[0]['decode']} later"
+    columns = ("cache", "MiB", "of dense", "bytes a token", later, "of dense", "peak of prefill", "of decoding")
+    caption = (
+        "peaks in MiB: what the process grew by at most, activations and what the allocator keeps included; later: "
+        "tokens decoded"
+    )
+    _print(title, columns, lines, caption)
     for row in rows:
-        made.add_row(*row)
-    console().print(made)
+        if row["report"] is not None:
+            parts = [Part(**part) for part in row["report"]["parts"]]
+            totals = {name: row["report"][name] for name in ("stack", "seen", "held", "nbytes", "dense_nbytes")}
+            console().print(Report(parts=parts, **totals))
 
 
-def mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.2f}"
+def decode(figures: Figures) -> None:
+    """Times of every cache at one context, the dense one first."""
+    dense, *_ = rows = figures.rows
+    lines = [
+        [
+            row["cache"],
+            f"{row['ttft_ms']:,.0f}",
+            "" if row is dense else f"{row['ttft_cost']:+.1%}",
+            f"{row['ttft_cost_low']:+.1%} .. {row['ttft_cost_high']:+.1%}",
+            f"{row['ms_typical']:.1f}",
+            f"{row['ms_mean']:.1f}",
+            f"{row['speed_typical']:.2f}x",
+            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
+            f"{row['speed_mean']:.2f}x",
+            mib(row["nbytes"]),
+            f"{row['nbytes'] / dense['nbytes']:.1%}",
+        ]
+        for row in rows
+    ]
+    title = f"{dense['context']:,} tokens: {_where(figures)}, {figures.environment['threads']} threads"
+    columns = ("cache", "first, ms", "cost", "range", "ms, typical", "ms, mean", "speed", "quartiles", "speed, mean")
+    caption = (
+        f"first: time to the first token, median of {len(dense['prefills_ms'])}; {dense['tokens']} tokens decoded "
+        "with each cache; the mean includes the occasional slow steps that seal or quantize a block"
+    )
+    _print(title, (*columns, "MiB", "of dense"), lines, caption)
 
 
-def share(x: float) -> str:
-    """A share of bytes: 12.3 %, 2.14 %."""
-    return f"{x:.2%}" if x < 0.1 else f"{x:.1%}"
+def matrix(qualities: Figures, speeds: Figures) -> None:
+    """Every combination of stages at one context, the largest first."""
+    rows = summary.matrix(qualities.rows, speeds.rows, qualities.environment["seed"])
+    lines = [
+        [
+            row["transform"],
+            row["encode"],
+            row["evict"],
+            share(row["share"]),
+            nats(row["kl"]),
+            f"{nats(row['kl_low'])} - {nats(row['kl_high'])}",
+            f"{row['top1']:.1%}",
+            "" if row["speed"] is None else f"{row['speed']:.2f}x",
+            "yes" if row["pareto"] else "",
+        ]
+        for row in sorted(rows, key=lambda row: -row["share"])
+    ]
+    title = f"{qualities.rows[0]['context']:,} tokens: {_where(qualities)}"
+    columns = ("transform", "encode", "evict", "bytes", "KL", "95 %", "top-1", "speed", "front")
+    _print(title, columns, lines, "front: no other combination holds fewer bytes and drifts less")
 
 
-def short(x: float) -> str:
-    """A divergence in nats."""
-    return f"{x:.2g}" if x < 0.1 else f"{x:.3f}"
+def layers(figures: Figures) -> None:
+    """Cosines between the layers of a group."""
+    lines = [[row["variant"], f"{row['ends']:.3f}", f"{row['pairs']:.3f}"] for row in figures.rows]
+    title = f"groups of {figures.rows[0]['layers']} layers: {_where(figures)}"
+    _print(title, ("cosine of", "first and last", "all pairs"), lines)
+
+
+def _where(figures: Figures) -> str:
+    return f"{figures.environment['model']}, {figures.environment['dtype']}"
+
+
+def _print(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], caption: str = "") -> None:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    console().print(table)

@@ -1,12 +1,6 @@
-"""Tasks for the needle benchmark: long texts, questions about them, and the score of an answer.
+"""Tasks: the name of a task and a length come in; texts with questions go out, and later the scores of the answers.
 
-    making      `make`: RULER's synthetic tasks, written anew, at any length
-    ruler       `ruler_files`: the files that RULER's own generator writes
-    longbench   `longbench_files`: the English data sets of LongBench
-    scoring     `score`: one function for the answers to all of them
-
-A `Sample` is a text and the questions about it, kept apart, so that a cache can compress the text before it sees what
-is asked. Nothing here loads a model: lengths are counted by a function that the caller brings.
+Models and caches must not be known here: the caller brings the function that counts tokens.
 """
 
 from .longbench import longbench_files

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from .plan import NEW_TOKENS, Plan
+from .recipe import NEW_TOKENS, Recipe
 from .sample import Question
 from .wordlist import coded_words, words
 
@@ -32,10 +32,10 @@ class CommonWords:
     most = 1
     one_place = False
 
-    def write(self, plan: Plan, size: int) -> tuple[str, tuple[Question, ...]]:
-        draw = plan.draw()
+    def write(self, recipe: Recipe, size: int) -> tuple[str, tuple[Question, ...]]:
+        draw = recipe.draw()
         supply = words(draw)
-        long = plan.length >= 4096
+        long = recipe.length >= 4096
         example, solved = self._list(draw, supply, 30 if long else 10, (10, 3) if long else (3, 1))
         text, question = self._list(draw, supply, size, (30, 3) if long else (6, 1))
         return f"{example}{solved.text} {_numbered(solved.answers)}\n\n{text}", (question,)
@@ -66,9 +66,9 @@ class FrequentWords:
     most = 1
     one_place = False
 
-    def write(self, plan: Plan, size: int) -> tuple[str, tuple[Question, ...]]:
-        draw = plan.draw()
-        vocabulary = ["...", *islice(coded_words(draw, letters=6), max(9, plan.length // 50))]
+    def write(self, recipe: Recipe, size: int) -> tuple[str, tuple[Question, ...]]:
+        draw = recipe.draw()
+        vocabulary = ["...", *islice(coded_words(draw, letters=6), max(9, recipe.length // 50))]
         total = (100 + size) / ZETA  # from 100 on, the third word comes up more often than the fourth
         coded = [word for rank, word in enumerate(vocabulary, 1) for _ in range(int(total / rank**2))]
         draw.shuffle(coded)

@@ -16,10 +16,10 @@ def entries(path: Path, fields: Sequence[str], count: int, layout: str) -> list[
     """The first `count` objects of a file, each with all of `fields`; `layout` says what files there should be."""
     if not path.is_file():
         raise KVStackError(f"{path} is no file. {layout}")
-    found: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if len(found) == count:
+            if len(objects) == count:
                 break
             if not line.strip():
                 continue
@@ -30,7 +30,7 @@ def entries(path: Path, fields: Sequence[str], count: int, layout: str) -> list[
             missing = [name for name in fields if name not in entry]
             if missing:
                 raise KVStackError(f"{path}, line {number}: no {' and no '.join(missing)}. {layout}")
-            found.append(entry)
-    if not found:
+            objects.append(entry)
+    if not objects:
         raise KVStackError(f"{path} holds no sample. {layout}")
-    return found
+    return objects

@@ -69,7 +69,7 @@ def longbench_files(folder: Path, task: str, samples: int) -> list[Sample]:
     dataset = DATASETS.get(task.removesuffix("_e"))
     if dataset is None:
         raise KVStackError(f"{task!r} is no English data set of LongBench. Use one of {', '.join(DATASETS)}.")
-    found = []
+    read = []
     for index, entry in enumerate(
         entries(
             folder / f"{task}.jsonl",
@@ -88,8 +88,8 @@ def longbench_files(folder: Path, task: str, samples: int) -> list[Sample]:
             tuple(entry.get("all_classes") or ()),
             dataset.one_line,
         )
-        found.append(Sample(task, entry["context"].rstrip("\n"), (question,), None, index, seed=None))
-    return found
+        read.append(Sample(task, entry["context"].rstrip("\n"), (question,), None, index, seed=None))
+    return read
 
 
 def _joined(ask: str, asked: str) -> str:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from ...errors import KVStackError
 from .counting import CommonWords, FrequentWords
 from .niah import Needles
-from .plan import Plan, Task
+from .recipe import Recipe, Task
 from .sample import Sample
 from .tracking import Tracking
 
@@ -53,9 +53,9 @@ def make(
     samples = []
     for index in range(number):
         depth = index / (number - 1) if number > 1 else 0.5
-        plan = Plan(f"{task}/{seed}/{index}", length, depth, prose, questions)
+        recipe = Recipe(f"{task}/{seed}/{index}", length, depth, prose, questions)
         empty = Sample(task, "", (), depth if chosen.one_place else None, index, seed)
-        samples.append(_fitted(chosen, plan, empty, count))
+        samples.append(_fitted(chosen, recipe, empty, count))
     return samples
 
 
@@ -74,27 +74,27 @@ def _chosen(task: str, number: int, questions: int) -> Task:
     return TASKS[task]
 
 
-def _fitted(task: Task, plan: Plan, empty: Sample, count: Callable[[str], int]) -> Sample:
-    """The sample whose size comes closest to the plan's length from below."""
+def _fitted(task: Task, recipe: Recipe, empty: Sample, count: Callable[[str], int]) -> Sample:
+    """The sample whose size comes closest to the recipe's length from below."""
 
     def write(size: int) -> tuple[Sample, int]:
-        text, asked = task.write(plan, size)
+        text, asked = task.write(recipe, size)
         room = max(count(question.text) + question.new_tokens for question in asked)
         return replace(empty, text=text, questions=asked), count(text) + room
 
     best, tokens = write(0)
-    if tokens > plan.length:
+    if tokens > recipe.length:
         raise KVStackError(
-            f"{empty.task}: {plan.length} tokens are too few. What must stand in the text, the question and "
+            f"{empty.task}: {recipe.length} tokens are too few. What must stand in the text, the question and "
             f"the room for the answer take {tokens}. Ask for more."
         )
     low, high = 0, 1
-    while (longer := write(high))[1] <= plan.length:
+    while (longer := write(high))[1] <= recipe.length:
         (best, tokens), low, high = longer, high, 2 * high
-    while high - low > 1 and plan.length - tokens > CLOSE * plan.length:
+    while high - low > 1 and recipe.length - tokens > CLOSE * recipe.length:
         middle = (low + high) // 2
         longer = write(middle)
-        if longer[1] <= plan.length:
+        if longer[1] <= recipe.length:
             (best, tokens), low = longer, middle
         else:
             high = middle

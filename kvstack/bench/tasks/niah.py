@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Literal
 
 from .haystack import PIECE, hide, noise, prose
-from .plan import NEW_TOKENS, Plan
+from .recipe import NEW_TOKENS, Recipe
 from .sample import Question
 from .wordlist import numbers, uuids, word_keys
 
@@ -48,22 +48,22 @@ class Needles:
     def one_place(self) -> bool:
         return self.values * self.asked == 1
 
-    def write(self, plan: Plan, size: int) -> tuple[str, tuple[Question, ...]]:
-        draw = plan.draw()
+    def write(self, recipe: Recipe, size: int) -> tuple[str, tuple[Question, ...]]:
+        draw = recipe.draw()
         keys, values = KEYS[self.key](draw), VALUES[self.value](draw)
-        names = list(islice(keys, max(self.keys, plan.questions * self.asked)))
+        names = list(islice(keys, max(self.keys, recipe.questions * self.asked)))
         facts = {name: list(islice(values, self.values)) for name in names}
         needles = [(draw.random(), self._sentence(name, value)) for name in names for value in facts[name]]
         if self.one_place:
-            needles[0] = (plan.depth, needles[0][1])
+            needles[0] = (recipe.depth, needles[0][1])
         if self.haystack == "noise":
             pieces = noise(size)
         elif self.haystack == "prose":
-            pieces = prose(plan.prose, size, draw)
+            pieces = prose(recipe.prose, size, draw)
         else:
             pieces = list(islice(self._others(keys, values), size))
-        groups = [names[i * self.asked : (i + 1) * self.asked] for i in range(plan.questions)]
-        questions = tuple(self._question({name: facts[name] for name in group}) for group in groups)
+        asked = [names[i * self.asked : (i + 1) * self.asked] for i in range(recipe.questions)]
+        questions = tuple(self._question({name: facts[name] for name in keys_of_one}) for keys_of_one in asked)
         noun = NOUN[self.value]
         intro = f"The text below holds secret {noun}s. Remember them: you will be asked for one or more later.\n"
         return intro + hide(pieces, needles), questions

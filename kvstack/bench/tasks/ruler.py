@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import KVStackError
 from .jsonl import entries
-from .plan import NEW_TOKENS
+from .recipe import NEW_TOKENS
 from .sample import Question, Sample
 
 __all__ = ["ruler_files"]
@@ -25,7 +25,7 @@ def ruler_files(folder: Path, context: int, task: str, samples: int) -> list[Sam
     if kind not in NEW_TOKENS:
         raise KVStackError(f"{task!r}: of RULER's tasks, those that begin with {', '.join(NEW_TOKENS)} can be scored.")
     path = folder / str(context) / f"{task}.jsonl"
-    found = []
+    read = []
     for index, entry in enumerate(
         entries(path, ("input", "outputs"), samples, "RULER's samples are files CONTEXT/TASK.jsonl, with these fields.")
     ):
@@ -35,8 +35,8 @@ def ruler_files(folder: Path, context: int, task: str, samples: int) -> list[Sam
             raise KVStackError(f"{path}: no question in sample {index}. It begins with one of {QUESTIONS}.")
         text = prompt[:cut]
         question = Question(prompt[cut:], answers, NEW_TOKENS[kind], "share")
-        found.append(Sample(task, text, (question,), _depth(text, answers), entry.get("index", index), seed=None))
-    return found
+        read.append(Sample(task, text, (question,), _depth(text, answers), entry.get("index", index), seed=None))
+    return read
 
 
 def _depth(text: str, answers: tuple[str, ...]) -> float | None:

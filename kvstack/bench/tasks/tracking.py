@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 from .haystack import hide, noise
-from .plan import NEW_TOKENS, Plan
+from .recipe import NEW_TOKENS, Recipe
 from .sample import Question
 from .wordlist import coded_words, numbers
 
@@ -32,8 +32,8 @@ class Tracking:
     most = 1
     one_place = False
 
-    def write(self, plan: Plan, size: int) -> tuple[str, tuple[Question, ...]]:
-        draw = plan.draw()
+    def write(self, recipe: Recipe, size: int) -> tuple[str, tuple[Question, ...]]:
+        draw = recipe.draw()
         values = numbers(draw, digits=5)
         example, solved = self._chain(draw, next(values), letters=3, size=EXAMPLE)
         text, question = self._chain(draw, next(values), letters=5, size=size)

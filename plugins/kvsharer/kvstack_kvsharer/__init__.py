@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
-from kvstack.calibration import calibrate as calibrator
-from kvstack.calibration.calibration import identity
-from kvstack.errors import BindError, StageError
-from kvstack.stage import Transform, check, hold_path
+from kvstack import BindError, StageError
+from kvstack.authoring import Share, as_path, check, fingerprint, load_or_make
 
 from .strategy import Strategy, kinds_of, search, what_is_wrong
 
@@ -24,7 +21,7 @@ __all__ = ["KVSharer", "Strategy", "search"]
 
 
 @dataclass(frozen=True, repr=False)
-class KVSharer(Transform):
+class KVSharer(Share):
     """Let some layers hold nothing: they attend with the keys and values of an earlier layer, in the prompt too.
 
     Args:
@@ -56,34 +53,27 @@ class KVSharer(Transform):
     threshold: float = 0.5
     seed: int = 0
 
-    _shares: Mapping[int, int] = field(init=False, repr=False, compare=False, default_factory=dict)
-
     name = "kvsharer"
     source = "arXiv 2410.18517"
     saves = "layers: some read what others hold"
-    layers = 1
 
     def __post_init__(self) -> None:
         if problem := what_is_wrong(self.share, self.rank, self.threshold):
             raise StageError(f"{self!r}: {problem}")
-        hold_path(self, "strategy", Strategy)
+        object.__setattr__(self, "strategy", as_path(self, "strategy", Strategy))
         alone = not self.settings().keys() - {"strategy"}
         says = "a strategy says which layers share."
         check(self.strategy is None or alone, self, says, "Leave the other settings out, or search with them.")
 
-    @property
-    def shares(self) -> Mapping[int, int]:  # type: ignore[override]
-        return self._shares
-
-    def bind(self, model: PreTrainedModel) -> Self:
+    def bind(self, model: PreTrainedModel) -> Mapping[int, int]:
         kinds, name = kinds_of(model), type(model).__name__
         if len(kinds) < 2:
             raise BindError(
                 f"{self!r} needs two full-attention layers that one can read the other, and {name} has {len(kinds)}. "
                 "Leave it out for this model."
             )
-        found = self._strategy_for(model, kinds)
-        for layer, read in found.shares.items():
+        strategy = self._strategy_for(model, kinds)
+        for layer, read in strategy.shares.items():
             if layer not in kinds or read not in kinds:
                 raise BindError(
                     f"{self!r}: layer {layer} should read layer {read}, and the full-attention layers of {name} are "
@@ -94,15 +84,13 @@ class KVSharer(Transform):
                     f"{self!r}: layer {layer} cannot read layer {read} of {name}: they hold {kinds[layer]} and "
                     f"{kinds[read]}. Use a strategy that pairs like with like."
                 )
-        fitted = copy.copy(self)
-        object.__setattr__(fitted, "_shares", found.shares)
-        return fitted
+        return strategy.shares
 
     def _strategy_for(self, model: PreTrainedModel, kinds: Mapping[int, str]) -> Strategy:
         def read(path: str | os.PathLike[str]) -> Strategy:
-            found = Strategy.load(path)
-            found.check(model)
-            return found
+            strategy = Strategy.load(path)
+            strategy.check(model)
+            return strategy
 
         if isinstance(self.strategy, Strategy):
             self.strategy.check(model)
@@ -113,7 +101,7 @@ class KVSharer(Transform):
         # a pair of layers may lie on two devices where the model is spread in another way
         alike = [list(kinds.values()).index(kind) for kind in kinds.values()]
         words = f"{share}-{rank}-{threshold}-{seed}-{hashlib.sha256(bytes(str(alike), 'ascii')).hexdigest()[:8]}"
-        path = calibrator.folder() / f"{model.config.model_type}-{identity(model)}-kvsharer-{words}.json"
+        file_name = f"{model.config.model_type}-{fingerprint(model)}-kvsharer-{words}.json"
         notice = f"KVSharer searches which layers of this {type(model).__name__} can share, once."
         make = partial(search, model, share=share, rank=rank, threshold=threshold, seed=seed)
-        return calibrator.kept(model, path, read, make, notice)
+        return load_or_make(model, file_name, read, make, notice)

@@ -21,14 +21,18 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
-from transformers import DynamicCache
 
-from kvstack import KV, KVStack, Transform
-from kvstack.calibration.calibration import identity
-from kvstack.calibration.windows import at_rest, held_by, tokenizer_of, windows_of
-from kvstack.errors import CalibrationError
-from kvstack.files import write_bytes
-from kvstack.model.layers import Grouping
+from kvstack import KV, CalibrationError
+from kvstack.authoring import (
+    LayerGroups,
+    Share,
+    at_rest,
+    cached_shapes,
+    fingerprint,
+    tokenizer_of,
+    windows_of,
+    write_bytes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +107,7 @@ class Strategy:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `CalibrationError` where this was searched for another model."""
-        if self.identity and self.identity != identity(model):
+        if self.identity and self.identity != fingerprint(model):
             raise CalibrationError(
                 f"{self!r} was searched for another model than this {type(model).__name__}. Search one for it: "
                 "kvstack_kvsharer.search(model)."
@@ -112,10 +116,10 @@ class Strategy:
 
 def resolved(shares: Mapping[int, int]) -> dict[int, int]:
     """The same with every layer reading one that reads no other."""
-    found: dict[int, int] = {}
+    last: dict[int, int] = {}
     for layer in sorted(shares):  # what a layer reads is earlier, so it is settled by then
-        found[layer] = found.get(shares[layer], shares[layer])
-    return found
+        last[layer] = last.get(shares[layer], shares[layer])
+    return last
 
 
 def what_is_wrong(share: Any, rank: Any, threshold: Any) -> str | None:
@@ -176,7 +180,7 @@ def search(
         )
     settings = {"share": share, "rank": rank, "threshold": threshold, "seed": seed, "tokens": tokens}
     if not wanted:
-        return Strategy({}, identity=identity(model), settings=settings)
+        return Strategy({}, identity=fingerprint(model), settings=settings)
     samples, source = _samples(model, texts, tokens, tokenizer)
     shares: dict[int, int] = {}
     taken: list[tuple[int, int, float, float]] = []
@@ -202,7 +206,7 @@ def search(
             threshold,
         )
     cosine = taken[-1][3] if taken else 1.0
-    return Strategy(shares, cosine, taken, identity(model), settings | {"texts": source})
+    return Strategy(shares, cosine, taken, fingerprint(model), settings | {"texts": source})
 
 
 def _samples(
@@ -215,11 +219,11 @@ def _samples(
     if texts is None:
         windows, source = windows_of(model, None, READ, tokenizer)
         each = -(-TEXTS // len(windows))
-        found = []
+        samples = []
         for ids, _ in windows:
             last = max(0, ids.shape[1] - tokens)
-            found += [ids[:, start : start + tokens] for start in (last * i // each for i in range(each))]
-        found = found[:TEXTS]
+            samples += [ids[:, start : start + tokens] for start in (last * i // each for i in range(each))]
+        samples = samples[:TEXTS]
     else:
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         if tokenizer is None:
@@ -229,16 +233,18 @@ def _samples(
         given = [texts] if isinstance(texts, str) else texts.values() if isinstance(texts, Mapping) else texts
         given = list(given)
         source = "sha256:" + hashlib.sha256("\0".join(given).encode()).hexdigest()[:32]
-        found = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :tokens] for text in given]
-        found = [ids for ids in found if ids.numel()]
-    if not found:
+        samples = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :tokens] for text in given]
+        samples = [ids for ids in samples if ids.numel()]
+    if not samples:
         raise CalibrationError("no text to search with. Give some, or none for those that come with kvstack.")
-    lengths = sorted({ids.shape[1] for ids in found})
-    batches = [torch.cat([ids for ids in found if ids.shape[1] == length]) for length in lengths]
+    lengths = sorted({ids.shape[1] for ids in samples})
+    batches = [torch.cat([ids for ids in samples if ids.shape[1] == length]) for length in lengths]
     return [ids.to(model.device) for ids in batches], source
 
 
 def _held(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> dict[int, KV]:
+    from transformers import DynamicCache
+
     cache = DynamicCache(config=model.config)
     model.base_model(ids, past_key_values=cache, use_cache=True)
     held: Any = cache.layers
@@ -262,14 +268,14 @@ def _averages(model: PreTrainedModel, batches: Sequence[Tensor], layers: Sequenc
 
 def _distances(averages: Mapping[int, KV], kinds: Mapping[int, Kind]) -> dict[tuple[int, int], float]:
     """(deeper layer, earlier layer) -> mean Euclidean distance of their keys and of their values, the mean of both."""
-    found = {}
+    apart = {}
     for earlier, deeper in combinations(averages, 2):
         if kinds[earlier] == kinds[deeper]:
             one, other = averages[earlier], averages[deeper]
             keys = (one.keys - other.keys).norm(dim=-1).mean()
             values = (one.values - other.values).norm(dim=-1).mean()
-            found[deeper, earlier] = float(keys + values) / 2
-    return found
+            apart[deeper, earlier] = float(keys + values) / 2
+    return apart
 
 
 def _ranked(apart: Mapping[tuple[int, int], float], rank: str, seed: int) -> list[tuple[int, int]]:
@@ -279,23 +285,27 @@ def _ranked(apart: Mapping[tuple[int, int], float], rank: str, seed: int) -> lis
 
 
 @dataclass(frozen=True, repr=False)
-class _Trial(Transform):
+class _Trial(Share):
     """Shares as they are given."""
 
     shares: Mapping[int, int]
-    layers: int | None = 1
+
+    def bind(self, model: PreTrainedModel) -> Mapping[int, int]:
+        return self.shares
 
 
 def _last_hidden(model: PreTrainedModel, batches: Sequence[Tensor], shares: Mapping[int, int]) -> list[Tensor]:
     """The last hidden state of every text, (B, T * hidden size) for each batch, where layers share."""
-    found = []
+    from kvstack import KVStack
+
+    hidden = []
     for ids in batches:
         stack = KVStack([_Trial(shares)], model=model)
         try:
-            found.append(model.base_model(ids, past_key_values=stack, use_cache=True).last_hidden_state)
+            hidden.append(model.base_model(ids, past_key_values=stack, use_cache=True).last_hidden_state)
         finally:
             stack.unbind()
-    return [x.flatten(1).float() for x in found]
+    return [x.flatten(1).float() for x in hidden]
 
 
 def _cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -311,5 +321,5 @@ Kind = str
 
 def kinds_of(model: PreTrainedModel) -> dict[int, Kind]:
     """Full-attention layer -> what it holds, and where."""
-    devices = Grouping(model, 1).devices
-    return {i: f"{shape} on {devices[i]}" for i, shape in held_by(model).items()}
+    devices = LayerGroups(model, 1).devices
+    return {i: f"{shape} on {devices[i]}" for i, shape in cached_shapes(model).items()}

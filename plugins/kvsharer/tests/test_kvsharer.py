@@ -26,8 +26,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
 from kvstack import BindError, CalibrationError, CommonKV, Evict, KVStack, Quant, Score, StageError, UseError
-from kvstack.calibration import calibrate as calibrator
-from kvstack.model import hooks as hook
 from kvstack.testing import check_registered, check_stage, tiny_model
 
 SHAPE = {
@@ -53,7 +51,7 @@ SHARES = [{3: 1}, {2: 0, 3: 0}, {1: 0, 2: 1, 3: 2}]
 
 @pytest.fixture(autouse=True)
 def _no_gradients(monkeypatch, tmp_path):
-    monkeypatch.setattr(calibrator, "folder", lambda: tmp_path)
+    monkeypatch.setattr("kvstack.calibration.keep.folder", lambda: tmp_path)
     with torch.no_grad():
         yield
 
@@ -162,7 +160,7 @@ def test_no_layer_is_overwritten_while_decoding():
     for chunk in tokens(1, 15).split([10, 1, 1, 1, 1, 1], dim=1):
         model(chunk, past_key_values=stack)
     assert [stack.read(layer).tokens for layer in range(8)] == [15] * 8
-    assert [store.layers for store in stack._cohorts[0].stores] == [[0], [1], [2], [4], [6], [7]]
+    assert [store.layers for store in stack.batch.cohorts[0].stores] == [[0], [1], [2], [4], [6], [7]]
     assert [stack.get_seq_length(layer) for layer in range(8)] == [15] * 8
 
 
@@ -256,6 +254,47 @@ def test_reading_codes_equals_decoding_them():
     for chunk in tokens(2, 90).split([70, *[1] * 20], dim=1):
         found = model(chunk, past_key_values=fused).logits
         torch.testing.assert_close(found, model(chunk, past_key_values=decoded).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_transform_that_loses_nothing_changes_nothing():
+    """All axes of the layers that are left, which are calibrated with nothing shared."""
+    model, shares = tiny_model().double(), {2: 0, 3: 0}
+    stack, expected = stack_of(shares, [CommonKV(1.0, layers=2)]), ByHand(model, shares)
+    for chunk in tokens(2, 90).split([70, *[1] * 20], dim=1):
+        found = model(chunk, past_key_values=stack).logits
+        torch.testing.assert_close(found, expected(chunk), atol=1e-2, rtol=1e-2, check_stride=False)
+    assert [store.layers for store in stack.batch.cohorts[0].stores] == [[0, 1]]
+    assert stack.batch.cohorts[0].stores[0].sealed_tokens > 70
+    assert torch.equal(stack.read(3).keys, stack.read(0).keys)
+
+
+def test_a_transform_an_encoder_and_eviction_at_once(installed, tmp_path):
+    """Bytes of half the layers, and of half the numbers of these."""
+    model, path = tiny_model(), tmp_path / "strategy.json"
+    Strategy({2: 0, 3: 0}).save(path)
+    others, settings = [CommonKV(layers=2), Quant(4), Evict(0.5)], {"sinks": 2, "window": 8, "block": 8}
+    one, other = KVStack([KVSharer(strategy=path), *others], **settings), KVStack(others, **settings)
+    for stack in (one, other):
+        model.generate(tokens(2, 150), past_key_values=stack, max_new_tokens=20, do_sample=False)
+
+    def sealed(stack):
+        return sum(part.nbytes for part in stack.report().parts if part.part.startswith("latent"))
+
+    # two groups of channels compete for bits otherwise than one alone
+    assert sealed(one) * 2 == pytest.approx(sealed(other), rel=0.02)
+    assert one.held == other.held
+    one.save(tmp_path / "cache")
+    again = KVStack.load(tmp_path / "cache", model=model)
+    for _ in range(3):
+        found = model(tokens(2, 1), past_key_values=again).logits
+        assert torch.equal(found, model(tokens(2, 1), past_key_values=one).logits)
+
+
+def test_layers_that_are_left_must_divide():
+    with pytest.raises(
+        CalibrationError, match=r"3 full-attention layers that hold keys and values, .* one of \[1, 3\]"
+    ):
+        KVStack([sharer({3: 1}), CommonKV(layers=2)], model=tiny_model())
 
 
 def left_padded(lengths):
@@ -448,35 +487,35 @@ def test_a_strategy_is_searched_once_and_kept(monkeypatch, tmp_path, caplog):
     first = KVStack([KVSharer(threshold=-1.0)], model=model)
     assert caplog.text.count("KVSharer searches which layers of this LlamaForCausalLM can share, once.") == 1
     (file,) = tmp_path.glob("*.json")
-    assert len(first._shares) == 1
-    assert Strategy.load(file).shares == first._shares
+    assert len(first.binding.shares) == 1
+    assert Strategy.load(file).shares == first.binding.shares
 
     def never(*given, **settings):
         pytest.fail("searched again")
 
     monkeypatch.setattr("kvstack_kvsharer.search", never)
     for known in (model, tiny_model()):  # this process knows; another one reads the file
-        assert KVStack([KVSharer(threshold=-1.0)], model=known)._shares == first._shares
+        assert KVStack([KVSharer(threshold=-1.0)], model=known).binding.shares == first.binding.shares
 
 
 def test_a_strategy_is_kept_for_the_layers_that_are_alike(monkeypatch):
     """On another device map a kept pair may lie on two devices: another is searched, and the first is not forgotten."""
     model = tiny_model()
-    first = KVStack([KVSharer(threshold=-1.0)], model=model)._shares
+    first = KVStack([KVSharer(threshold=-1.0)], model=model).binding.shares
     (layer,) = first
     kinds = kinds_of(model)
     with monkeypatch.context() as patch:
         for module in ("kvstack_kvsharer", "kvstack_kvsharer.strategy"):
             patch.setattr(f"{module}.kinds_of", lambda _: kinds | {layer: "something else"})
-        assert layer not in KVStack([KVSharer(threshold=-1.0)], model=model)._shares
+        assert layer not in KVStack([KVSharer(threshold=-1.0)], model=model).binding.shares
     monkeypatch.setattr("kvstack_kvsharer.search", lambda *given, **settings: pytest.fail("searched again"))
-    assert KVStack([KVSharer(threshold=-1.0)], model=model)._shares == first
+    assert KVStack([KVSharer(threshold=-1.0)], model=model).binding.shares == first
 
 
 def test_it_binds_itself_in_a_forward():
     model, stack = tiny_model(), KVStack([KVSharer(threshold=-1.0), Quant(4)])
     model.generate(tokens(1, 100), past_key_values=stack, max_new_tokens=5, do_sample=False)
-    assert len(stack._shares) == 1
+    assert len(stack.binding.shares) == 1
     assert stack.seen == 104
 
 
@@ -569,7 +608,7 @@ def test_layers_the_model_does_not_have():
 
 
 def test_attention_that_does_not_show_itself(monkeypatch):
-    monkeypatch.setattr(hook, "gives_queries", lambda module: False)
+    monkeypatch.setattr("kvstack.binding.gives_queries", lambda module: False)
     with pytest.raises(BindError, match="lets layers read each other's keys and values, and the attention of Llama"):
         KVStack([sharer({3: 1})], model=tiny_model())
 
@@ -585,9 +624,9 @@ def test_models_that_cache_latents(stage):
         KVStack([stage], model=model)
 
 
-def test_two_transforms_have_one_place():
-    with pytest.raises(StageError, match="are both of the kind 'transform'"):
-        KVStack([KVSharer(), CommonKV()])
+def test_two_that_share_have_one_place():
+    with pytest.raises(StageError, match="are both of the kind 'share'"):
+        KVStack([KVSharer(), KVSharer(0.5)])
 
 
 def test_layers_of_other_shapes_do_not_share():
@@ -619,7 +658,7 @@ def test_only_full_attention_layers_share():
     assert search(model, share=0.5, threshold=-1.0).shares == {3: 1}
     stack = stack_of({3: 1}, [Quant(4, group=8)])
     model.generate(tokens(2, 60), past_key_values=stack, max_new_tokens=10, do_sample=False)
-    assert [store.layers for store in stack._cohorts[0].stores] == [[1]]
+    assert [store.layers for store in stack.batch.cohorts[0].stores] == [[1]]
 
 
 # ---- its name

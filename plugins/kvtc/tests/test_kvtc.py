@@ -8,9 +8,16 @@ from kvstack_kvtc import KVTC, widths
 from transformers import DynamicCache
 
 from kvstack import KV, BindError, CalibrationError, CommonKV, Evict, KVStack, Quant, StageError, UseError, calibrate
-from kvstack.encode import channel_codes as waterfill
-from kvstack.encode.waterfilling import DISTORTION, STEPS, spread
-from kvstack.packed import storage_bytes
+from kvstack.authoring import (
+    DISTORTION,
+    GAIN_BITS,
+    STEPS,
+    LayerGroups,
+    observe,
+    spread,
+    storage_bytes,
+    windows_of,
+)
 from kvstack.testing import check_registered, check_stage, tiny_model
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
@@ -84,7 +91,8 @@ def test_less_error_than_greedy_with_gains_set_aside(lengths, bits):
     """What Quant does: bits one by one where they help most, after room for eight runs in each latent is set aside."""
     known = energies(*lengths)
     budget = bits * sum(lengths)
-    given, greedy = widths(known, budget), spread(known, budget - waterfill.gain_bits(len(known)))
+    gains = len(known) * GAIN_BITS * len(STEPS)
+    given, greedy = widths(known, budget), spread(known, budget - gains)
     assert cost(given) <= budget
     assert error(given, known) < error(greedy, known)
 
@@ -102,9 +110,9 @@ def model():
     return tiny_model()
 
 
-def bound(model, **settings):
-    stage = KVTC(**settings).bind(model)
-    return stage.of(list(range(stage.layers)))
+def codec_of(model, **settings):
+    bound = KVTC(**settings).bind(model)
+    return bound.for_group(list(range(bound.layers)))
 
 
 def group(tokens=16, layers=4):
@@ -115,9 +123,9 @@ def group(tokens=16, layers=4):
 
 
 def test_latents_are_the_projections_in_plain_loops(model):
-    stage, kvs = bound(model), group()
-    latents = stage.forward(kvs)
-    for kind, basis in zip(("keys", "values"), stage._bases, strict=True):
+    codec, kvs = codec_of(model), group()
+    latents = codec.forward(kvs)
+    for kind, basis in zip(("keys", "values"), codec.bases, strict=True):
         found = latents[kind].data
         assert found.shape == (2, 1, 16, len(basis.axes))
         for row, token in ((0, 0), (1, 7)):
@@ -130,28 +138,28 @@ def test_latents_are_the_projections_in_plain_loops(model):
 
 def test_all_axes_without_codes_lose_nothing(model):
     """What is lost is lost in the codes: at two bytes a number all channels are there."""
-    stage, kvs = bound(model, ratio=1.99), group()
-    latents = {name: latent.data for name, latent in stage.forward(kvs).items()}
+    codec, kvs = codec_of(model, ratio=1.99), group()
+    latents = {name: latent.data for name, latent in codec.forward(kvs).items()}
     for layer, kv in enumerate(kvs):
-        found = stage.inverse(latents, layer)
+        found = codec.inverse(latents, layer)
         torch.testing.assert_close(found.keys, kv.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.values, kv.values, atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_on_the_grid_survive(model):
     """Latents that codes can say, gain 1, come back as they were."""
-    stage = bound(model, ratio=8)
+    codec = codec_of(model, ratio=8)
     found = {}
-    for kind, mine in zip(("keys", "values"), stage._mine, strict=True):
+    for kind, mine in codec.encoders.items():
         bits = mine.bits.long()
         codes = (torch.arange(16)[:, None] * 7 + torch.arange(len(bits)) * 5) % 2**bits
         step = torch.tensor((0.0, *STEPS))[bits] * mine.energy.sqrt()
         found[kind] = ((codes - (2.0**bits - 1) / 2) * step)[None]
-    exact = [KV(stage._bases[0].keys(found["keys"], i), stage._bases[1].values(found["values"], i)) for i in range(4)]
-    latents = stage.forward(exact)
-    packed = {name: waterfill.encode(x.data, x.channels) for name, x in latents.items()}
+    exact = [KV(codec.bases[0].keys(found["keys"], i), codec.bases[1].values(found["values"], i)) for i in range(4)]
+    latents = codec.forward(exact)
+    packed = {name: codec.encoders[name].encode(x.data, name) for name, x in latents.items()}
     for layer, kv in enumerate(exact):
-        again = stage.inverse({name: waterfill.decode(x) for name, x in packed.items()}, layer)
+        again = codec.inverse({name: codec.encoders[name].decode(x, name) for name, x in packed.items()}, layer)
         torch.testing.assert_close(again.keys, kv.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(again.values, kv.values, atol=1e-4, rtol=1e-4)
 
@@ -159,12 +167,9 @@ def test_numbers_on_the_grid_survive(model):
 def test_axes_are_of_the_variance_of_keys_and_of_values(model):
     """The same eigenvalues as a covariance made at once, up to the common factor."""
     found = calibrate(model, tokens=400, layers=4, metric="variance")
-    from kvstack.calibration.windows import observe, windows_of
-    from kvstack.model.layers import Grouping
-
     assert (found.metric, found.parts, len(found.groups)) == ("variance", 2, 2)
-    plan, (windows, _) = Grouping(model, 4), windows_of(model, None, 400, None)
-    seen = [observe(model, plan, window[:, :prompt]) for window, prompt in windows]
+    groups, (windows, _) = LayerGroups(model, 4), windows_of(model, None, 400, None)
+    seen = [observe(model, groups, window[:, :prompt]) for window, prompt in windows]
     ratios = []
     for group, kind in zip(found.groups, ("keys", "values"), strict=True):
         x = torch.cat(
@@ -190,9 +195,9 @@ def test_bytes_by_hand(model):
     """400 tokens: the bits of the channels and two a run, no more than the ratio allows."""
     stack = filled([KVTC(16)], model)
     found = {part.part: part.nbytes for part in stack.report().parts if "KVTC" in part.payer}
-    (store,) = stack._cohorts[0].stores
+    (store,) = stack.batch.cohorts[0].stores
     expected = {}
-    for kind, mine in zip(("keys", "values"), store.transforms[0]._mine, strict=True):
+    for kind, mine in store.sealed[0].codec.encoders.items():
         expected[f"{kind}: codes"] = 400 * int(mine.bits.sum()) // 8
         expected[f"{kind}: gains"] = 400 * 2 * len(mine.bits.unique()) // 8
     assert found == expected
@@ -220,15 +225,15 @@ def test_error_falls_with_the_ratio(model):
 
 def test_dynamic_programming_loses_less_than_cutting_off(model):
     """At equal bits: leading channels in 8 bits each, against channels that compete."""
-    stage = bound(model, ratio=16)
-    bits = sum(int(mine.bits.sum()) for mine in stage._mine)
+    bound = KVTC(16).bind(model)
+    codes, groups = bound.for_group(range(4)).encoders.values(), bound.calibration.groups
+    bits = sum(int(mine.bits.sum()) for mine in codes)
     rank = bits // 8 // 2
-    cut = [torch.where(torch.arange(len(g.energy)) < rank, 8, 0) for g in stage._axes.groups]
+    cut = [torch.where(torch.arange(len(g.energy)) < rank, 8, 0) for g in groups]
     spent = [
-        torch.nn.functional.pad(m.bits, (0, len(g.energy) - len(m.bits)))
-        for m, g in zip(stage._mine, stage._axes.groups, strict=True)
+        torch.nn.functional.pad(m.bits, (0, len(g.energy) - len(m.bits))) for m, g in zip(codes, groups, strict=True)
     ]
-    known = [group.energy for group in stage._axes.groups]
+    known = [group.energy for group in groups]
     assert error(spent, known) < 0.8 * error(cut, known)
 
 
@@ -236,8 +241,8 @@ def test_one_group_of_layers_or_several(model):
     """Fewer layers in a group: latents of their own, one budget for all."""
     for layers, stores in ((4, 1), (2, 2), (1, 4)):
         stack = filled([KVTC(8, layers=layers)], model)
-        assert len(stack._cohorts[0].stores) == stores
-        sealed = [p for store in stack._cohorts[0].stores for p in store.sealed.values()]
+        assert len(stack.batch.cohorts[0].stores) == stores
+        sealed = [p for store in stack.batch.cohorts[0].stores for p in store.packed.values()]
         assert len(sealed) == 2 * stores
         assert storage_bytes([x for p in sealed for x in p.parts.values()]) <= 400 * 256 * 2 / 8
 
@@ -265,7 +270,7 @@ def test_rows_crop_copy_and_disk(name, compress, model, tmp_path):
     stack = KVStack(STACKS[name], **SETTINGS)
     out = model.generate(padded, attention_mask=mask, past_key_values=stack, **GREEDY)
     assert out.shape == (2, 324)
-    assert stack.nbytes == storage_bytes([x for *_, x in stack._parts()])
+    assert stack.nbytes == storage_bytes(stack.tensors())
     assert stack.nbytes < 0.5 * stack.dense_nbytes
     stack.crop(-50)  # through a granule
     stack.save(tmp_path / "cache.safetensors", compress=compress)
@@ -356,6 +361,25 @@ def test_a_model_too_large_for_its_calibration(monkeypatch):
 def test_layers_that_do_not_divide(model):
     with pytest.raises(BindError, match=r"LlamaForCausalLM has 4 full-attention layers, which do not divide"):
         KVStack([KVTC(layers=3)], model=model)
+
+
+def test_layers_that_hold_something(model):
+    """Latents of those alone, and bits for those alone."""
+    bound = KVTC(16).bind(model, [0, 1, 3])
+    assert (bound.layers, bound.groups.groups) == (3, [[0, 1, 3]])
+    codec = bound.for_group([0, 1, 3])
+    kvs = group(layers=3)
+    assert codec.inverse({name: latent.data for name, latent in codec.forward(kvs).items()}, 2).keys.shape == (
+        2,
+        2,
+        16,
+        16,
+    )
+    numbers = 3 * 2 * 2 * 16  # layers, keys and values, heads, channels
+    bits = sum(int(codes.bits.sum()) + 2 * len(codes.runs) for codes in codec.encoders.values())
+    assert 0.9 * numbers < bits <= numbers
+    with pytest.raises(CalibrationError, match=r"has 3 full-attention layers that hold keys and values, which do not"):
+        KVTC(layers=2).bind(model, [0, 1, 3])
 
 
 def test_calibrations_of_the_other_kind(model, tmp_path):

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from kvstack_minicache import MiniCache, parted, slerp
+from kvstack_minicache import Merged, MiniCache, parted, slerp
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvstack import KV, BindError, Evict, KVStack, Quant, StageError
-from kvstack.packed import storage_bytes
+from kvstack.authoring import storage_bytes
 from kvstack.testing import check_registered, check_stage, tiny_model
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
@@ -25,13 +25,13 @@ def group(tokens=128, rows=2, heads=2, width=16):
 
 
 def fitted(**settings):
-    """A bound stage that merges the layers 2 and 3."""
-    return MiniCache(**settings).bind(tiny_model()).of([2, 3])
+    """The codec that merges the layers 2 and 3."""
+    return MiniCache(**settings).bind(tiny_model()).for_group([2, 3])
 
 
-def back(stage, group):
-    latents = {name: latent.data for name, latent in stage.forward(group).items()}
-    return [stage.inverse(latents, i) for i in range(2)]
+def back(codec, group):
+    latents = {name: latent.data for name, latent in codec.forward(group).items()}
+    return [codec.inverse(latents, i) for i in range(2)]
 
 
 def ids(rows=1, length=300, seed=0):
@@ -62,8 +62,8 @@ def test_slerp_is_the_formula(t):
 
 def test_forward_and_inverse_are_the_loops():
     """Every token and head, keys and values: the most divergent of every 64 tokens as they were, the rest merged."""
-    both, stage = group(tokens=128), fitted(retain=0.05)
-    found = back(stage, both)
+    both, codec = group(tokens=128), fitted(retain=0.05)
+    found = back(codec, both)
     for role in ("keys", "values"):
         pair = [getattr(kv, role) for kv in both]
         for row, head in ((0, 0), (1, 1)):
@@ -123,12 +123,12 @@ def test_the_divergent_tokens_are_retained():
     deep = KV(one.keys + 0.1 * other.keys, one.values + 0.1 * other.values)
     odd = [5, 20, 63]
     deep.keys[:, :, odd] = torch.stack([-one.keys[:, :, 5], -2 * one.keys[:, :, 20], other.keys[:, :, 63]], dim=2)
-    stage = fitted(retain=0.05)
-    latents = stage.forward([one, deep])
+    codec = fitted(retain=0.05)
+    latents = codec.forward([one, deep])
     assert latents["places of keys"].data[..., 0].tolist() == [[odd] * 2] * 2
     assert torch.equal(latents["unmerged keys"].data, one.keys[:, :, odd])
     assert latents["unmerged keys"].exact
-    first, second = back(stage, [one, deep])
+    first, second = back(codec, [one, deep])
     assert torch.equal(first.keys[:, :, odd], one.keys[:, :, odd])
     torch.testing.assert_close(second.keys[:, :, odd], deep.keys[:, :, odd])
     assert not torch.allclose(first.keys[:, :, 6], one.keys[:, :, 6], atol=1e-3)
@@ -136,9 +136,9 @@ def test_the_divergent_tokens_are_retained():
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.001, 1), (0.05, 3), (0.5, 32), (1.0, 64)])
 def test_how_many_are_retained(share, count):
-    stage = fitted(retain=share)
-    assert stage.retained == count
-    latents = stage.forward(group(tokens=128))
+    codec = fitted(retain=share)
+    assert codec.retained == count
+    latents = codec.forward(group(tokens=128))
     held = latents["unmerged keys"].data.shape[2] if count else 0
     assert held == 2 * count
     assert latents["keys"].data.shape[2] == 128, "all tokens have a direction: a retained one has the deeper layer's"
@@ -195,7 +195,8 @@ def test_layers_below_start_are_left_alone(encode):
 @pytest.mark.parametrize(("start", "left"), [(0.0, 0), (0.3, 2), (0.5, 2), (0.75, 4), (1.0, 4)])
 def test_start_counts_whole_pairs(start, left):
     bound = MiniCache(start=start).bind(tiny_model())
-    assert sum(2 for first in (0, 2) if not bound.of([first, first + 1])._merges) == left
+    codecs = [bound.for_group([first, first + 1]) for first in (0, 2)]
+    assert sum(2 for codec in codecs if not isinstance(codec, Merged)) == left
 
 
 def test_bytes_by_hand():
@@ -261,7 +262,7 @@ def test_rows_crop_copy_and_disk(name, tmp_path):
     stack = KVStack(STACKS[name], **SETTINGS)
     out = model.generate(padded, attention_mask=mask, past_key_values=stack, **GREEDY)
     assert out.shape == (2, 324)
-    assert stack.nbytes == storage_bytes([x for *_, x in stack._parts()])
+    assert stack.nbytes == storage_bytes(stack.tensors())
     assert stack.nbytes < stack.dense_nbytes
     stack.crop(-50)  # through a granule
     stack.save(tmp_path / "cache.safetensors")
@@ -324,6 +325,17 @@ def test_settings_that_are_no_share(name, value):
 def test_an_odd_number_of_layers():
     with pytest.raises(BindError, match=r"merges pairs of layers, and LlamaForCausalLM has 5 full-attention layers\."):
         KVStack([MiniCache()], model=tiny_model(num_hidden_layers=5))
+
+
+def test_layers_that_hold_something():
+    """Neighbours among those are paired."""
+    model = tiny_model()
+    bound = MiniCache().bind(model, [0, 3])
+    assert isinstance(MiniCache(start=0.0).bind(model, [0, 3]).for_group([0, 3]), Merged)
+    assert not isinstance(bound.for_group([0, 3]), Merged), "half of one pair is a pair"
+    message = "has 3 full-attention layers that hold keys and values. Leave it out: it needs an even number"
+    with pytest.raises(BindError, match=message):
+        MiniCache().bind(model, [0, 1, 3])
 
 
 def test_layers_that_hold_other_shapes():

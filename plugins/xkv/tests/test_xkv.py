@@ -7,6 +7,7 @@ import kvstack_xkv
 import pytest
 import torch
 from kvstack_xkv import XKV
+from kvstack_xkv.factors import Factors
 from kvstack_xkv.svd import leading
 from transformers import (
     DeepseekV2Config,
@@ -17,10 +18,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from kvstack import KV, BindError, Evict, KVStack, Quant, StageError, UseError, registry
+from kvstack import KV, BindError, CalibrationError, Evict, KVStack, Quant, StageError, UseError, registry
+from kvstack.authoring import Workspace
 from kvstack.cli.app import app
 from kvstack.testing import check_registered, check_stage, tiny_model
-from kvstack.workspace import Workspace
 
 SINKS, WINDOW, BLOCK = 2, 8, 8
 SETTINGS = {"sinks": SINKS, "window": WINDOW, "block": BLOCK}
@@ -52,12 +53,16 @@ def dense(model, ids):
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def transforms(stack):
-    return [stage for store in stack._cohorts[0].stores for stage in store.transforms.values()]
+def codecs(stack):
+    return [sealed.codec for store in stack.batch.cohorts[0].stores for sealed in store.sealed]
+
+
+def codec_of(stage):
+    return stage.bind(tiny_model()).for_group(range(stage.layers))
 
 
 def sealed_tokens(stack):
-    return stack._cohorts[0].stores[0].sealed_tokens
+    return stack.batch.cohorts[0].stores[0].sealed_tokens
 
 
 # ---- its name, its settings
@@ -118,15 +123,23 @@ def test_layers_must_divide():
         KVStack([XKV(layers=3)], model=tiny_model())
 
 
+def test_layers_that_hold_something_must_divide():
+    model = tiny_model()
+    message = r"layers=4: LlamaForCausalLM has 3 full-attention layers that hold keys and values, .* one of \[1, 3\]"
+    with pytest.raises(CalibrationError, match=message):
+        XKV().bind(model, [0, 1, 3])
+    assert XKV(layers=3).bind(model, [0, 1, 3]).layers == 3
+
+
 def test_ranks_of_keep():
     # two fifths of the numbers go to keys, three to values
-    assert XKV(keep=0.25)._ranks([1000, 1000]) == [200, 300]
-    assert XKV()._ranks([1000, 1000]) == [200, 300]
+    assert XKV(keep=0.25).ranks([1000, 1000]) == [200, 300]
+    assert XKV().ranks([1000, 1000]) == [200, 300]
     # values have no use for more than all their channels
-    assert XKV(keep=0.9)._ranks([1000, 1000]) == [800, 1000]
-    assert XKV(keep=1.0)._ranks([1000, 1000]) == [1000, 1000]
-    assert XKV(keep=1.0)._ranks([1000]) == [1000]
-    assert XKV(keep=1e-9)._ranks([1000, 1000]) == [1, 1]
+    assert XKV(keep=0.9).ranks([1000, 1000]) == [800, 1000]
+    assert XKV(keep=1.0).ranks([1000, 1000]) == [1000, 1000]
+    assert XKV(keep=1.0).ranks([1000]) == [1000]
+    assert XKV(keep=1e-9).ranks([1000, 1000]) == [1, 1]
 
 
 # ---- the decomposition
@@ -217,7 +230,7 @@ def test_full_rank_is_dense_in_single_precision():
 def test_half_precision(dtype):
     model, ids = tiny_model().to(dtype), tokens(2, 300)
     stack = filled([XKV((10_000, 10_000))], model, ids)
-    assert all(x.dtype == dtype for name, x in transforms(stack)[0].fitted.items() if name != "left out at most")
+    assert all(x.dtype == dtype for name, x in codecs(stack)[0].fitted.items() if name != "left out at most")
     for layer, pair in enumerate(dense(model, ids)):
         for role, x in zip(("keys", "values"), pair, strict=True):
             found = torch.cat([getattr(stack.read(layer, row), role) for row in (0, 1)])
@@ -245,7 +258,7 @@ def test_bytes_by_hand():
 
 def test_rank_is_cut_to_the_channels():
     stack = filled([XKV((100, 768))], tiny_model(), tokens(1, 256 + SINKS + WINDOW))
-    fitted = transforms(stack)[0].fitted
+    fitted = codecs(stack)[0].fitted
     assert [len(fitted[f"{role} 0"][0]) for role in ("key", "value")] == [100, 4 * 2 * 16]
 
 
@@ -264,8 +277,10 @@ def test_a_text_that_begins_short_stays_raw_and_never_takes_more(settings):
 
 def test_a_text_that_begins_short_is_not_fitted_anew_for_ever(monkeypatch):
     """Random words, of far more rank than the bases: what these leave out is known after a few blocks."""
-    model, fits, fit = tiny_model(), [], XKV.fit
-    monkeypatch.setattr(XKV, "fit", lambda self, group, *old: fits.append(group[0].tokens) or fit(self, group, *old))
+    model, fits, fit = tiny_model(), [], Factors.fit
+    monkeypatch.setattr(
+        Factors, "fit", lambda self, group, *old: fits.append(group[0].tokens) or fit(self, group, *old)
+    )
     stack = filled([XKV((20, 30))], model, tokens(1, 20), block=32)
     for seed in range(1, 30):
         model(tokens(1, 32, seed), past_key_values=stack)
@@ -280,10 +295,10 @@ def test_later_tokens_are_projected_on_the_bases():
     """The least squares of numpy's solver, number by number."""
     group = [KV(torch.randn(1, 2, 80, 16), torch.randn(1, 2, 80, 16)) for _ in range(4)]
     later = [KV(torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)) for _ in range(4)]
-    stage = XKV((12, 18)).fit(group)
-    latents = {name: latent.data for name, latent in stage.forward(later).items()}
+    codec = codec_of(XKV((12, 18))).fit(group)
+    latents = {name: latent.data for name, latent in codec.forward(later).items()}
     for role in ("key", "value"):
-        bases = torch.cat([stage.fitted[f"{role} {i}"].flatten(2)[0] for i in range(4)], dim=-1)  # (r, N)
+        bases = torch.cat([codec.fitted[f"{role} {i}"].flatten(2)[0] for i in range(4)], dim=-1)  # (r, N)
         x = torch.cat([getattr(kv, f"{role}s")[0].transpose(0, 1).flatten(1) for kv in later], dim=-1)  # (T, N)
         expected = torch.linalg.lstsq(bases.T, x.T).solution.T
         torch.testing.assert_close(latents[f"{role} factors"][0, 0], expected, atol=1e-4, rtol=1e-3)
@@ -293,11 +308,11 @@ def test_later_tokens_are_projected_on_the_bases():
 def test_folding_leaves_the_bases_alone(refit):
     model = tiny_model()
     stack = filled([XKV((20, 30), refit=refit)], model, tokens(1, 200))
-    before = {name: x.clone() for name, x in transforms(stack)[0].fitted.items()}
+    before = {name: x.clone() for name, x in codecs(stack)[0].fitted.items()}
     for seed in range(40):
         model(tokens(1, 1, seed), past_key_values=stack)
     assert sealed_tokens(stack) == 200 + 40 - SINKS - WINDOW
-    after = transforms(stack)[0].fitted
+    after = codecs(stack)[0].fitted
     assert all(torch.equal(after[name], x) for name, x in before.items())
 
 
@@ -308,11 +323,11 @@ def test_a_text_that_changes_is_fitted_anew():
     errors = {}
     for refit in (0.1, None):
         stack = filled([XKV((20, 30), refit=refit)], model, first)
-        before = transforms(stack)[0].fitted["key 0"].clone()
+        before = codecs(stack)[0].fitted["key 0"].clone()
         model(second, past_key_values=stack)
         values = dense(model, torch.cat([first, second], dim=1))[0][1][:, :, 150:-WINDOW]
         errors[refit] = float((stack.read(0).values[:, :, 150:-WINDOW] - values).norm() / values.norm())
-        assert torch.equal(transforms(stack)[0].fitted["key 0"], before) == (refit is None)
+        assert torch.equal(codecs(stack)[0].fitted["key 0"], before) == (refit is None)
         assert sealed_tokens(stack) == 300 - SINKS - WINDOW
     assert errors[0.1] < errors[None] / 2
 
@@ -338,14 +353,14 @@ def test_a_refit_is_made_on_decoded_and_new_tokens():
 def test_what_a_refit_leaves_out_is_not_judged_by_decoded_tokens():
     group = [KV(torch.randn(1, 2, 200, 16), torch.randn(1, 2, 200, 16)) for _ in range(4)]
     new = [KV(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)) for _ in range(4)]
-    stage = XKV((12, 18), svd="full").fit(group)
-    latents = {name: latent.data for name, latent in stage.forward(group).items()}
-    decoded = [stage.inverse(latents, i) for i in range(4)]
+    codec = codec_of(XKV((12, 18), svd="full")).fit(group)
+    latents = {name: latent.data for name, latent in codec.forward(group).items()}
+    decoded = [codec.inverse(latents, i) for i in range(4)]
     both = [
         KV(torch.cat([old.keys, kv.keys], dim=2), torch.cat([old.values, kv.values], dim=2))
         for old, kv in zip(decoded, new, strict=True)
     ]
-    again = stage.fit(both, 200)
+    again = codec.fit(both, 200)
     for role, rank in enumerate((12, 18)):
         # by hand: what the new tokens lose, and a tenth of the variance of all
         x, y = (
@@ -355,9 +370,9 @@ def test_what_a_refit_leaves_out_is_not_judged_by_decoded_tokens():
         axes = torch.linalg.svd(x).Vh[:rank]
         lost = (y - y @ axes.T @ axes).square().sum(1).mean()
         most = lost + 0.1 * (x - x.mean(0)).square().sum(1).mean()
-        assert most > stage.fitted["left out at most"][0, role]
+        assert most > codec.fitted["left out at most"][0, role]
         torch.testing.assert_close(again.fitted["left out at most"][0, role], most)
-    assert not again.strays(new)
+    assert not again.needs_refit(new)
 
 
 def test_what_all_tokens_have_in_common_does_not_hide_what_is_new():
@@ -369,9 +384,9 @@ def test_what_all_tokens_have_in_common_does_not_hide_what_is_new():
         x = bias + torch.einsum("tr,rhd->htd", torch.randn(length, 12), axes[directions])
         return [KV(x, torch.randn(1, 2, length, 16))]
 
-    stage = XKV((14, 32), layers=1).fit(text(200, slice(12)))
-    assert not stage.strays(text(32, slice(12)))
-    assert stage.strays(text(32, slice(12, 24)))
+    codec = codec_of(XKV((14, 32), layers=1)).fit(text(200, slice(12)))
+    assert not codec.needs_refit(text(32, slice(12)))
+    assert codec.needs_refit(text(32, slice(12, 24)))
 
 
 def test_dense_leaves_later_tokens_raw():
@@ -380,7 +395,7 @@ def test_dense_leaves_later_tokens_raw():
     held = sealed_tokens(stack)
     model(tokens(1, 60, seed=1), past_key_values=stack)
     assert sealed_tokens(stack) == held == 200 - SINKS - WINDOW
-    assert stack._cohorts[0].stores[0].raw_tokens == SINKS + WINDOW + 60
+    assert stack.batch.cohorts[0].stores[0].raw_tokens == SINKS + WINDOW + 60
 
 
 # ---- everything a cache is asked
@@ -419,7 +434,7 @@ def test_beams_run(stages):
     stack = KVStack(stages, **SETTINGS)
     model.generate(ids, past_key_values=stack, max_new_tokens=30, do_sample=False, num_beams=3)
     assert stack.batch_size == 3
-    assert all(len(x) == 3 for stage in transforms(stack) for x in stage.fitted.values())
+    assert all(len(x) == 3 for codec in codecs(stack) for x in codec.fitted.values())
 
 
 @every
@@ -475,7 +490,7 @@ def test_crop_and_reset(stages):
     model(tokens(2, 30, seed=1), past_key_values=stack)
     stack.crop(-119)  # to one token
     assert sealed_tokens(stack) == 0
-    assert all(not stage.fitted for stage in transforms(stack))
+    assert all(not codec.fitted for codec in codecs(stack))
     stack.crop(-1)
     again, fresh = stack, KVStack(stages, model=model, **SETTINGS)
     for _ in range(2):
@@ -508,7 +523,7 @@ def test_eviction_drops_rows_of_factors():
     assert n <= 145
     model(tokens(1, 100, seed=1), past_key_values=stack)
     assert stack.held <= 0.5 * (400 - SINKS - WINDOW) + SINKS + WINDOW
-    packed = stack._cohorts[0].stores[0].sealed[0, "key factors"]
+    packed = stack.batch.cohorts[0].stores[0].packed[0, "key factors"]
     assert packed.tokens == sealed_tokens(stack)
     assert packed.width == 20
 
@@ -549,23 +564,23 @@ def test_factors_of_later_tokens_fit_into_half_precision():
     group = [KV(line * torch.randn(1, 1, 80, 1), line * torch.randn(1, 1, 80, 1)) for _ in range(4)]
     group = [KV(kv.keys.half() * 50, kv.values.half() * 50) for kv in group]
     other = [KV(torch.randn(1, 2, 8, 16).half() * 50, torch.randn(1, 2, 8, 16).half() * 50) for _ in range(4)]
-    latents = FULL.fit(group).forward(other)
+    latents = codec_of(FULL).fit(group).forward(other)
     assert all(bool(torch.isfinite(latent.data).all()) for latent in latents.values())
     assert all(latent.data.dtype == torch.float16 for latent in latents.values())
 
 
 def test_a_text_of_nothing_but_zeros():
     group = [KV(torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16)) for _ in range(4)]
-    stage = XKV((8, 8)).fit(group)
-    assert not stage.strays(group)
-    back = stage.inverse({name: latent.data for name, latent in stage.forward(group).items()}, 0)
+    codec = codec_of(XKV((8, 8))).fit(group)
+    assert not codec.needs_refit(group)
+    back = codec.inverse({name: latent.data for name, latent in codec.forward(group).items()}, 0)
     assert torch.equal(back.keys, group[0].keys)
 
 
 def test_keys_that_are_no_numbers():
     group = [KV(torch.full((1, 2, 40, 16), torch.nan), torch.zeros(1, 2, 40, 16)) for _ in range(4)]
     with pytest.raises(UseError, match=r"XKV\(\): keys hold NaN or infinity\. Check the model's dtype"):
-        XKV().fit(group)
+        codec_of(XKV()).fit(group)
 
 
 # ---- models that cache latents
@@ -629,7 +644,7 @@ def test_latents_cannot_be_picked_from():
 
 
 def attended(stack, slot, query):
-    store = stack._cohorts[0].stores[0]
+    store = stack.batch.cohorts[0].stores[0]
     found = store.attend(slot, query, stack.seen, 0.25, Workspace())
     store.end_forward()
     return found
@@ -645,7 +660,7 @@ def test_a_query_is_answered_from_the_chunks_it_looks_at(evict):
     out, weights = attended(stack, layer, query)
     for row in (0, 1):
         kv, places = stack.read(layer, row), stack.positions(layer, row)[0]
-        means = stack._cohorts[0].stores[0].sealed[0, f"mean key {layer}"].parts["data"][row]
+        means = stack.batch.cohorts[0].stores[0].packed[0, f"mean key {layer}"].parts["data"][row]
         for head in (0, 1):
             q = query[row, 2 * head : 2 * head + 2, 0] * 0.25  # (G, D)
             middles = places[SINKS + 4 : SINKS + n : 8]
@@ -663,16 +678,16 @@ def test_a_query_is_answered_from_the_chunks_it_looks_at(evict):
             )
             full = torch.zeros(2, kv.tokens)
             full[:, index] = p
-            ordered = stack._cohorts[0].stores[0].in_order(weights)[row, 2 * head : 2 * head + 2, 0]
+            ordered = stack.batch.cohorts[0].stores[0].in_order(weights)[row, 2 * head : 2 * head + 2, 0]
             torch.testing.assert_close(ordered, full, atol=1e-4, rtol=1e-3)
 
 
 def test_chunks_are_picked_where_the_query_is():
     """Layers of a group may live on several devices; `meta` stands for another one."""
-    stage, mean = XKV((4, 4), select=16), torch.randn(1, 2, 8, 16)
+    codec, mean = codec_of(XKV((4, 4), select=16)), torch.randn(1, 2, 8, 16)
     latents = {f"{role} factors": torch.empty(1, 1, 64, 4, device="meta") for role in ("key", "value")}
     query = torch.empty(1, 2, 2, 16, device="meta")
-    picked = stage.pick(query, latents | {"mean key 1": mean}, 1, lambda keys, places: keys)
+    picked = codec.pick(query, latents | {"mean key 1": mean}, 1, lambda keys, places: keys)
     assert picked is not None
     assert picked[1].device == query.device
 
@@ -682,7 +697,7 @@ def test_mean_keys_by_hand():
     stack = filled([XKV((20, 30), select=64)], model, ids)
     keys = unrotated(dense(model, ids)[2][0][:, :, SINKS:-WINDOW], SINKS)
     expected = torch.stack([keys[:, :, at : at + 8].mean(2) for at in range(0, 160, 8)], dim=2)
-    packed = stack._cohorts[0].stores[0].sealed[0, "mean key 2"]
+    packed = stack.batch.cohorts[0].stores[0].packed[0, "mean key 2"]
     torch.testing.assert_close(packed.parts["data"].double(), expected, atol=1e-4, rtol=1e-4)
     parts = {part.part: part.nbytes for part in stack.report().parts}
     assert parts["mean key 2: data"] == 20 * 2 * 16 * FLOAT

@@ -1,0 +1,109 @@
+"""What a codec, or a bound transform, may do beyond `forward` and `inverse`: small classes to inherit from.
+
+    NeedsHidden      forward looks at hidden states too
+    ReadsDirectly    one query is answered without rebuilding keys and values
+    FitsText         fitted to each text: axes, means or codebooks of its own
+      RefitsText     and fitted again where they no longer serve the text
+    Budgeted         (of a bound transform) channels of all groups compete for one budget
+
+The stack asks `isinstance`, nothing else: a codec can do what it inherits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from .stage import BoundTransform, Codec, Encoder
+from .types import KV, Channels
+
+__all__ = ["Allotment", "Budgeted", "FitsText", "NeedsHidden", "Picked", "ReadsDirectly", "RefitsText", "Turn"]
+
+Turn = Callable[[Tensor, Tensor], Tensor]
+"""Rotates un-rotated keys (B, H, n, D) to the positions of the sealed tokens at `places` (B or 1, H or 1, n)."""
+
+Picked = tuple[Mapping[str, Tensor], Tensor]
+"""Latents of some tokens, and their places among the sealed ones, (B, H, n)."""
+
+
+class NeedsHidden(Codec):
+    """Wants `KV.hidden`, the hidden states that the attention modules were given; they are held for raw tokens."""
+
+
+class ReadsDirectly(Codec):
+    """Answers one query from latents."""
+
+    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        """The keys alone (B, H, T, D), as `inverse` gives them."""
+        return self.inverse(latents, layer).keys
+
+    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        """`weights` (B, H, G, T) times the values: (B, H, G, D). Override to weigh the latents first."""
+        return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
+
+    def pick(self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn) -> Picked | None:
+        """Choose the sealed tokens that a scaled query (B, H, G, D) is answered from; None (the default): all."""
+        return None
+
+
+class FitsText(Codec):
+    """Is fitted to each text. What it found is `fitted`, named tensors (B, ...): the store counts, moves and saves
+    them, and forgets them with the last sealed token."""
+
+    fitted: Mapping[str, Tensor] = {}
+    """What `fit` made; empty: not fitted."""
+    first_block_only: bool = False
+    """Whether only the first block of a text is sealed, and later tokens stay raw."""
+
+    def min_tokens(self, group: Sequence[KV]) -> int:
+        """How many tokens the first block of a text needs; fewer stay raw. `group` holds what is raw: its shapes tell
+        how much there is to fit."""
+        return 0
+
+    def fit(self, group: Sequence[KV], decoded: int = 0) -> Self:
+        """A copy fitted to these tokens: the first that are sealed or, in a refit, all that are. In a refit the
+        first `decoded` ones were sealed before."""
+        raise NotImplementedError  # the one method a codec that is fitted must write
+
+    def with_fitted(self, fitted: Mapping[str, Tensor]) -> Self:
+        """A copy with `fitted` in place of its own: rows of it, or what was saved. Empty: not fitted any more."""
+        raise NotImplementedError  # the other one
+
+
+class RefitsText(FitsText):
+    """May be fitted again: to the decoded old tokens and the new ones, which are then all encoded anew."""
+
+    def needs_refit(self, group: Sequence[KV]) -> bool:
+        """Whether what was fitted serves these new tokens badly."""
+        return False
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What one group may store: its leading `rank` channels, packed by `encoder` (None: by the stack's own)."""
+
+    rank: int
+    encoder: Encoder | None = None
+
+
+class Budgeted(BoundTransform):
+    """Channels of all groups compete for one budget: of bits where the encoder can spend them unevenly, of numbers
+    otherwise."""
+
+    @property
+    def numbers(self) -> int:
+        """Numbers kept per token in all groups together."""
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> Sequence[Channels]:
+        """The channels of every group."""
+        raise NotImplementedError
+
+    def allotted(self, allotments: Sequence[Allotment]) -> Self:
+        """A copy whose groups store just what they are allotted, one allotment for each."""
+        raise NotImplementedError

@@ -1,0 +1,105 @@
+"""What authors of stages may import, beside kvstack's public names. Everything else is the inside, and may move.
+
+contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
+abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
+values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens
+codes         pack, unpack, ChannelCodes, spread and the figures behind them
+the model     LayerGroups, cached_shapes, expands, fingerprint, at_rest, observe
+calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
+"""
+
+from __future__ import annotations
+
+from .abilities import Allotment, Budgeted, FitsText, NeedsHidden, Picked, ReadsDirectly, RefitsText, Turn
+from .calibration.axes import Basis, flat
+from .calibration.calibrate import calibration_for
+from .calibration.calibration import Calibration
+from .calibration.keep import load_or_make
+from .calibration.windows import sample_ids, tokenizer_of, windows_of
+from .encode.bits import pack, unpack
+from .encode.channel_codes import GAIN_BITS, ChannelCodes
+from .encode.waterfilling import DISTORTION, STEPS, spread
+from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
+from .files import write_bytes
+from .model.attention import expands
+from .model.fingerprint import fingerprint
+from .model.layers import LayerGroups
+from .model.probing import at_rest, cached_shapes, observe
+from .packed import Packed, storage_bytes
+from .select.attention import attention_received
+from .stage import (
+    BoundTransform,
+    ChannelEncoder,
+    Codec,
+    Encode,
+    Encoder,
+    Score,
+    Settings,
+    Share,
+    Stage,
+    Transform,
+    as_path,
+    check,
+)
+from .types import KV, Channels, Context, Latent, take_tokens
+from .workspace import Workspace
+
+__all__ = [
+    "DISTORTION",
+    "GAIN_BITS",
+    "KV",
+    "STEPS",
+    "Allotment",
+    "Basis",
+    "BindError",
+    "BoundTransform",
+    "Budgeted",
+    "Calibration",
+    "CalibrationError",
+    "ChannelCodes",
+    "ChannelEncoder",
+    "Channels",
+    "Codec",
+    "Context",
+    "Encode",
+    "Encoder",
+    "FitsText",
+    "KVStackError",
+    "Latent",
+    "LayerGroups",
+    "NeedsHidden",
+    "Packed",
+    "Picked",
+    "ReadsDirectly",
+    "RefitsText",
+    "Score",
+    "Settings",
+    "Share",
+    "SpecError",
+    "Stage",
+    "StageError",
+    "Transform",
+    "Turn",
+    "UseError",
+    "Workspace",
+    "as_path",
+    "at_rest",
+    "attention_received",
+    "cached_shapes",
+    "calibration_for",
+    "check",
+    "expands",
+    "fingerprint",
+    "flat",
+    "load_or_make",
+    "observe",
+    "pack",
+    "sample_ids",
+    "spread",
+    "storage_bytes",
+    "take_tokens",
+    "tokenizer_of",
+    "unpack",
+    "windows_of",
+    "write_bytes",
+]

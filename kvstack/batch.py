@@ -1,0 +1,232 @@
+"""The rows of a batch, and what is held for them.
+
+Rows whose texts differ in length (left padding) are held apart, as cohorts of equal length without any padding. So a
+padded row goes through exactly the arithmetic it would go through alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .binding import Binding
+from .errors import UseError
+from .store.store import Store
+from .types import KV
+from .workspace import Workspace
+
+__all__ = ["Batch", "Cohort"]
+
+
+@dataclass
+class Cohort:
+    """Rows of the batch that have seen equally many tokens. `rows` is None where that is all of them."""
+
+    rows: Tensor | None
+    stores: list[Store]
+    seen: int = 0
+    new: int = 0  # tokens of the running forward
+    unsettled: int = 0  # tokens since the last settling
+
+    def its(self, x: Tensor) -> Tensor:
+        """This cohort's rows and new tokens of `x` (B, heads, new, ...)."""
+        x = x if self.rows is None else x.index_select(0, self.rows.to(x.device))
+        return x if self.new == x.shape[2] else x[:, :, x.shape[2] - self.new :]
+
+    def picked(self, rows: Tensor | None, local: Tensor) -> Cohort:
+        """The cohort of those of our own rows that `local` names, now numbered `rows` in the batch."""
+        return Cohort(rows, [store.rows(local) for store in self.stores], self.seen, self.new, self.unsettled)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether tokens of a forward are not settled yet."""
+        return any(store.dirty for store in self.stores)
+
+
+class Batch:
+    """All rows that a stack serves, in cohorts.
+
+    Attributes:
+        size: rows; None before the first forward.
+        columns: layer -> tokens fed through it, padding included.
+        shapes: layer -> (numbers, bytes of a number) that a dense cache would hold for a token and row.
+        recording: tokens may still be taken back (assisted decoding), so compressing waits for `crop`.
+    """
+
+    def __init__(self, binding: Binding, work: Workspace) -> None:
+        self.binding, self.work = binding, work
+        self.cohorts = [Cohort(None, binding.stores())]
+        self.columns = dict.fromkeys(binding.places, 0)
+        self.shapes: dict[int, tuple[int, int]] = {}
+        self.size: int | None = None
+        self.recording = False
+        self._uncropped = False
+
+    # ---- lengths
+
+    @property
+    def seen(self) -> int:
+        return min(self.columns.values(), default=0)
+
+    @property
+    def held(self) -> int:
+        """Tokens held in each compressed layer (the most of any row)."""
+        return max((store.held for cohort in self.cohorts for store in cohort.stores[:1]), default=0)
+
+    @property
+    def stores(self) -> list[Store]:
+        return [store for cohort in self.cohorts for store in cohort.stores]
+
+    def positions(self, layer: int, row: int) -> Tensor:
+        """True positions of the tokens a layer holds for one row: (H or 1, held)."""
+        group, _ = self.binding.places[layer]
+        cohort, local = self._cohort_of(row)
+        positions = cohort.stores[group].positions(cohort.seen)
+        return positions[local if positions.shape[0] > 1 else 0]
+
+    def read(self, layer: int, row: int) -> KV:
+        """What a layer holds for one row, decoded: (1, H, held, D) in the order of `positions`."""
+        group, slot = self.binding.places[layer]
+        cohort, local = self._cohort_of(row)
+        store = cohort.stores[group]
+        kv = store.read(slot, cohort.seen, Workspace())
+        store.end_forward()
+        return KV(kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone())
+
+    def _cohort_of(self, row: int) -> tuple[Cohort, int]:
+        for cohort in self.cohorts:
+            rows = range(self.size or 0) if cohort.rows is None else cohort.rows.tolist()
+            if row in rows:
+                return cohort, list(rows).index(row)
+        raise UseError(f"row {row} is not in this cache, which has {self.size or 0} rows.")
+
+    # ---- a forward
+
+    def grow(self, binding: Binding) -> None:
+        """Serve the layers that a caller without a model has named meanwhile."""
+        self.binding = binding
+        self.columns = {layer: self.columns.get(layer, 0) for layer in binding.places}
+        for cohort in self.cohorts:
+            cohort.stores += binding.stores()[len(cohort.stores) :]
+
+    def begin(self, rows: int, new: int) -> None:
+        """A forward of `new` tokens begins; `split` parts the rows where some of these are padding."""
+        self.size = rows
+        for cohort in self.cohorts:
+            cohort.new = new
+            if not cohort.dirty:
+                cohort.unsettled = 0
+        self._uncropped = True
+
+    def count(self) -> None:
+        """Count the new tokens, now that padding is known."""
+        for cohort in self.cohorts:
+            cohort.seen += cohort.new
+            cohort.unsettled += cohort.new
+
+    def split(self, real: Tensor) -> None:
+        """Part the cohorts so that rows with equally many real new tokens are together; `real` is (B, new) bool."""
+        counts = real.sum(1)
+        steps = torch.arange(real.shape[1], device=real.device)
+        if not torch.equal(real, steps >= real.shape[1] - counts[:, None]):
+            raise UseError(
+                "padding must be on the left of the new tokens, and a row of this batch has it elsewhere. "
+                "Use tokenizer.padding_side = 'left'."
+            )
+        parted = []
+        for cohort in self.cohorts:
+            rows = torch.arange(len(counts), device=counts.device) if cohort.rows is None else cohort.rows
+            rows = rows.to(counts.device)
+            mine = counts[rows]
+            lengths = mine.unique().tolist()
+            for length in lengths:
+                local = (mine == length).nonzero().flatten()
+                part = cohort if len(lengths) == 1 else cohort.picked(rows[local], local)
+                part.new = int(length)
+                parted.append(part)
+        self.cohorts = parted
+
+    # ---- compressing
+
+    def settle(self, group: int, scaling: Mapping[int, float]) -> None:
+        """Compress what a forward left in a group of layers. `scaling`: what each layer multiplies q @ k with."""
+        for cohort in self.cohorts:
+            store = cohort.stores[group]
+            if store.dirty:
+                store.settle(cohort.seen, cohort.unsettled, [scaling.get(i, 1.0) for i in store.layers], self.work)
+
+    def catch_up(self, scaling: Mapping[int, float]) -> None:
+        """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended."""
+        if self.recording and self._uncropped:
+            self.recording = False  # nobody cropped after the last forward: it was not assisted decoding
+        if not self.recording:
+            self._settle_all(scaling)
+            self.work.clear()
+
+    def _settle_all(self, scaling: Mapping[int, float]) -> None:
+        for group in range(len(self.binding.groups)):
+            self.settle(group, scaling)
+
+    def end_forward(self) -> None:
+        """Drop what was decoded for the layers of a forward."""
+        self.work.clear()
+        for store in self.stores:
+            store.end_forward()
+
+    def record(self) -> None:
+        """From now on tokens may be taken back by `crop` before they are compressed."""
+        self.recording, self._uncropped = True, False
+
+    def crop(self, remove: int, scaling: Mapping[int, float]) -> None:
+        """Forget the newest `remove` tokens; where compressing waited for this, compress now."""
+        for cohort in self.cohorts if remove else ():
+            if not cohort.seen:
+                continue
+            gone = min(remove, cohort.seen)
+            # one count for all layers: one attention mask serves them all
+            stay = min(store.older_than(cohort.seen - gone, cohort.seen) for store in cohort.stores)
+            for store in cohort.stores:
+                store.crop(cohort.seen, gone, stay)
+            cohort.seen -= gone
+            cohort.unsettled = max(0, cohort.unsettled - gone)
+        self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
+        self._uncropped = False
+        if self.recording:
+            self._settle_all(scaling)
+
+    # ---- rows
+
+    def select(self, indices: Tensor) -> None:
+        """Only the rows at `indices` (n,), which may repeat; a boolean mask is welcome too."""
+        if self.size is None:
+            return
+        every = torch.arange(self.size, device=indices.device)
+        indices = every[indices]
+        if torch.equal(indices, every):
+            return
+        chosen = []
+        for cohort in self.cohorts:
+            if cohort.rows is None:
+                chosen.append(cohort.picked(None, indices))
+                continue
+            mine = cohort.rows.to(indices.device)
+            where, local = (indices[:, None] == mine[None, :]).nonzero(as_tuple=True)
+            if len(where):
+                chosen.append(cohort.picked(where, local))
+        self.cohorts = chosen
+        self.size = indices.numel()
+
+    def copy(self, work: Workspace) -> Batch:
+        """An independent copy."""
+        other = Batch(self.binding, work)
+        everything = torch.arange(self.size or 0)
+        other.cohorts = [
+            cohort.picked(cohort.rows, everything if cohort.rows is None else torch.arange(len(cohort.rows)))
+            for cohort in self.cohorts
+        ]
+        other.columns, other.shapes, other.size = dict(self.columns), dict(self.shapes), self.size
+        other.recording, other._uncropped = self.recording, self._uncropped
+        return other

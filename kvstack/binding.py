@@ -1,0 +1,293 @@
+"""What is settled when a stack meets its model: frozen, and shared by all that serves the stack afterwards.
+
+share      which layers hold nothing
+transform  how the layers that hold something are grouped, and a codec for each group
+encode     whether it fits; which channels of the latents get how many bits
+select     nothing: it looks at tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .abilities import Allotment, Budgeted
+from .encode.exact import EXACT
+from .encode.waterfilling import leading
+from .errors import BindError, StageError
+from .model.attention import attention_modules, expands, gives_queries
+from .model.layers import FULL, layer_types
+from .model.probing import cached_shapes
+from .model.rope import Rope, find_ropes
+from .select.evict import Evict
+from .stage import BoundTransform, Encode, Share, Stage, Transform
+from .store.plan import Plan, Spans
+from .store.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Binding", "bind", "check_stages", "needs_model", "unbound"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A stack's stages fitted to one model.
+
+    Attributes:
+        model: None for a caller that is no transformers model; `name` is its class.
+        plan: what is done with tokens.
+        groups: layers that are handled together (indices in the model), those that hold nothing left out.
+        shares: layer that holds nothing -> the layer whose keys and values it reads.
+        ropes: how each layer rotates keys.
+        modules: the attention module of each layer.
+        layer_types, layer_arguments: what transformers' own cache would make of each layer.
+    """
+
+    plan: Plan
+    groups: Sequence[Sequence[int]]
+    model: PreTrainedModel | None = None
+    name: str = ""
+    shares: Mapping[int, int] = field(default_factory=dict)
+    ropes: Mapping[int, Rope | None] = field(default_factory=dict)
+    modules: Mapping[int, nn.Module] = field(default_factory=dict)
+    layer_types: Sequence[str] = ()
+    layer_arguments: Sequence[Mapping[str, Any]] = ()
+    places: Mapping[int, tuple[int, int]] = field(init=False)
+    """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
+    ends: Sequence[int] = field(init=False)
+    """Of each group, the last layer that reads it: when that has run, the group is complete."""
+
+    def __post_init__(self) -> None:
+        places = {layer: (g, s) for g, group in enumerate(self.groups) for s, layer in enumerate(group)}
+        places |= {layer: places[source] for layer, source in self.shares.items()}
+        ends = [max(i for i, (group, _) in places.items() if group == g) for g in range(len(self.groups))]
+        object.__setattr__(self, "places", places)
+        object.__setattr__(self, "ends", ends)
+
+    def stores(self) -> list[Store]:
+        """An empty store for every group."""
+        size = self.plan.layers // self.plan.stored_together if self.plan.codecs else 0
+        return [
+            Store(self.plan, group, self.plan.codecs[g * size : (g + 1) * size], self.ropes)
+            for g, group in enumerate(self.groups)
+        ]
+
+    def device_of(self, layer: int) -> torch.device:
+        return next(self.modules[layer].parameters()).device
+
+    @property
+    def last(self) -> int:
+        """The last layer of a forward that is compressed."""
+        return max(self.ends)
+
+
+def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
+    """For a caller that is no transformers model, and that has named `layers` layers so far."""
+    plan = Plan(_of_kind(stages, Evict), None, _of_kind(stages, Encode), *spans)
+    return Binding(plan, _grouped(range(layers), plan.layers))
+
+
+def needs_model(stages: Sequence[Stage]) -> bool:
+    """Whether these stages cannot work for a caller that is no transformers model."""
+    evict = _of_kind(stages, Evict)
+    fitted = any(isinstance(stage, Transform | Share) for stage in stages)
+    return fitted or (evict is not None and evict.looks_at_queries)
+
+
+def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
+    """Fit stages to `model`. What is cheap to check comes before what may take a minute to fit.
+
+    Args:
+        who: the stack, as messages name it.
+
+    Raises:
+        BindError: a stage and the model cannot work together.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise BindError(
+            f"{name} is an encoder-decoder: kvstack compresses decoder-only models. Use transformers' own cache for it."
+        )
+    types, arguments = layer_types(model)
+    modules = attention_modules(model)
+    full = [i for i, kind in enumerate(types) if kind == FULL]
+    lost = [i for i in full if i not in modules]
+    if lost or not modules:
+        where = f"layers {lost}" if lost and modules else "it"
+        raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
+    plan, shares, ropes = Plan(None, None, None, *spans), dict[int, int](), dict[int, Rope | None]()
+    if stages:
+        _check_model(who, stages, name, full, types, modules)
+        # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
+        with torch.inference_mode(False), torch.no_grad():
+            shares = _shares(stages, model, full, modules)
+            ropes = find_ropes(model, {i: modules[i] for i in full}, types)
+            plan = _plan(stages, model, [i for i in full if i not in shares], spans)
+        _check_ropes(plan.transform, name, ropes)
+    groups = _grouped([i for i in full if i not in shares], plan.layers)
+    return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments)
+
+
+def _grouped(layers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(layers[i : i + size]) for i in range(0, len(layers), size)]
+
+
+def _of_kind(stages: Sequence[Stage], kind: type[Any]) -> Any:
+    return next((stage for stage in stages if isinstance(stage, kind)), None)
+
+
+# ---- the stages of one stack
+
+
+def check_stages(stages: Any) -> tuple[Stage, ...]:
+    """The stages of a stack, at most one of each kind.
+
+    Raises:
+        StageError: they cannot be together.
+    """
+    if isinstance(stages, str):
+        raise StageError(f"KVStack({stages!r}): stages is a list. Use KVStack.from_spec({stages!r}).")
+    if isinstance(stages, Stage):
+        raise StageError(f"KVStack({stages!r}): stages is a list. Use KVStack([{stages!r}]).")
+    by_kind: dict[str, Stage] = {}
+    for stage in stages:
+        if not (isinstance(stage, Stage) and hasattr(stage, "kind")):
+            hint = (
+                f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See `kvstack stages` for the catalogue."
+            )
+            raise StageError(f"{stage!r} is no stage. {hint}")
+        if stage.kind in by_kind:
+            raise StageError(
+                f"{by_kind[stage.kind]!r} and {stage!r} are both of the kind {stage.kind!r}: a stack has one place for "
+                "each kind. Keep one of them."
+            )
+        by_kind[stage.kind] = stage
+    transform, encode = by_kind.get("transform"), by_kind.get("encode")
+    if isinstance(transform, Transform):
+        if transform.encodes_itself and encode:
+            raise StageError(f"{transform!r} packs its numbers itself, and {encode!r} has none left. Leave it out.")
+        _check_nesting(transform, transform.layers, by_kind.get("select"))
+    return tuple(stages)
+
+
+def _check_nesting(transform: Transform, layers: int | None, evict: Any) -> None:
+    """Layers that share tokens and layers that are stored together must nest."""
+    if not isinstance(evict, Evict) or not evict.layers or not layers:
+        return
+    few, many = sorted((layers, evict.layers))
+    if many % few:
+        raise StageError(
+            f"{transform!r} and {evict!r}: {layers} and {evict.layers} layers do not nest. "
+            f"Use layers= a divisor or multiple of {layers} in {type(evict).__name__}."
+        )
+
+
+# ---- the stages and the model
+
+
+def _check_model(
+    who: str,
+    stages: Sequence[Stage],
+    name: str,
+    full: Sequence[int],
+    types: Sequence[str],
+    modules: Mapping[int, nn.Module],
+) -> None:
+    if not full:
+        kinds = ", ".join(sorted(set(types)))
+        raise BindError(
+            f"{name} has only layers of type {kinds}, whose memory is bounded already, so {who} has nothing "
+            "to compress. Use a DynamicCache."
+        )
+    transform, evict, share = (_of_kind(stages, kind) for kind in (Transform, Evict, Share))
+    if share is None and transform and transform.layers and len(full) % transform.layers:
+        divisors = [n for n in range(1, len(full) + 1) if len(full) % n == 0]
+        raise BindError(
+            f"{transform!r} stores {transform.layers} layers together, and {name} has {len(full)} full-attention "
+            f"layers, which do not divide. Use layers= one of {divisors}."
+        )
+    silent = [i for i in full if not gives_queries(modules[i])]
+    if silent and evict and evict.looks_at_queries:
+        raise BindError(
+            f"{evict!r} needs the queries, and the attention of {name} (layer {silent[0]}) does not go through "
+            'transformers\' interface, so it gives none. Use score="keydiff", "knorm" or "streaming".'
+        )
+    if share:
+        problem = None
+        if silent:
+            problem = f"the attention of {name} (layer {silent[0]}) does not go through transformers' interface"
+        elif any(expands(modules[i]) for i in full):
+            problem = f"{name} expands what it caches with each layer's own weights"
+        if problem is not None:
+            raise BindError(
+                f"{share!r} lets layers read each other's keys and values, and {problem}. "
+                f"Leave {share!r} out for this model."
+            )
+
+
+def _shares(
+    stages: Sequence[Stage], model: PreTrainedModel, full: Sequence[int], modules: Mapping[int, nn.Module]
+) -> dict[int, int]:
+    """Layer that holds nothing -> the layer it reads."""
+    share = _of_kind(stages, Share)
+    if share is None:
+        return {}
+    name, shares = type(model).__name__, dict(share.bind(model))
+    for layer, source in shares.items():
+        if not (layer in full and source in full and source < layer and source not in shares):
+            raise BindError(
+                f"{share!r} lets layer {layer} of {name} read layer {source}. A full-attention layer, of {list(full)}, "
+                "can read an earlier one that reads no other."
+            )
+    shapes = cached_shapes(model) if shares else {}
+    for layer, source in shares.items():
+        one, other = (f"{shapes[i]} on {next(modules[i].parameters()).device}" for i in (layer, source))
+        if one != other:
+            raise BindError(
+                f"{share!r} lets layer {layer} of {name} read layer {source}: they hold {one} and {other}. "
+                f"Leave {share!r} out, or pair layers alike."
+            )
+    return shares
+
+
+def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], spans: Spans) -> Plan:
+    """Bind the encoder, then the transform, which may take a minute to fit to the `layers` that hold something."""
+    evict, encode, transform = (_of_kind(stages, kind) for kind in (Evict, Encode, Transform))
+    encode = encode and encode.bind(model)
+    if transform is None:
+        return Plan(evict, None, encode, *spans)
+    bound: BoundTransform = transform.bind(model, layers)
+    _check_nesting(transform, bound.layers, evict)
+    if len(layers) % bound.layers:
+        divisors = [n for n in range(1, len(layers) + 1) if len(layers) % n == 0]
+        raise BindError(
+            f"{transform!r} stores {bound.layers} layers together, and {len(layers)} layers of {type(model).__name__} "
+            f"hold keys and values, which do not divide. Use layers= one of {divisors}."
+        )
+    encode = encode or EXACT
+    if isinstance(bound, Budgeted):
+        bound = bound.allotted(_allotments(bound, encode))
+    codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
+    return Plan(evict, bound, encode, *spans, codecs)
+
+
+def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:
+    """Channels of all groups compete: for bits where the encoder can spend them unevenly, for places otherwise."""
+    encoders = encode.allot(bound.channels, bound.numbers)
+    if encoders is not None:
+        return [Allotment(encoder.rank, encoder) for encoder in encoders]
+    return [Allotment(rank) for rank in leading([known.energy for known in bound.channels], bound.numbers)]
+
+
+def _check_ropes(transform: BoundTransform | None, name: str, ropes: Mapping[int, Rope | None]) -> None:
+    bare = [i for i, rope in ropes.items() if rope is None]
+    if transform and transform.unrotated and bare:
+        raise BindError(
+            f"{transform.stage!r} wants keys without rotary embedding, and {name} has none that kvstack knows "
+            f"in layers {bare}."
+        )

@@ -1,0 +1,90 @@
+"""What was fitted to a model is made once: kept in the process, and in a file that all processes find."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from filelock import FileLock
+
+from ..errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["folder", "forget", "load_or_make"]
+
+log = logging.getLogger("kvstack")
+
+NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: %s"
+
+
+def folder() -> Path:
+    """Where calibrations are kept between runs."""
+    from ..models import cache_dir
+
+    return cache_dir() / "calibrations"
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Forget what this process knows of `model`: the next who asks reads the files."""
+    _known.pop(model, None)
+
+
+class Fitted(Protocol):
+    """What was fitted to a model and can be kept on disk."""
+
+    def save(self, path: Path) -> None: ...
+
+
+F = TypeVar("F", bound=Fitted)
+_known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def load_or_make(model: PreTrainedModel, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
+    """Return what this process knows already, load it from a file in `folder()`, or make it now and keep it there, in
+    one process for all.
+
+    Args:
+        file: the name of the file, which tells the model and the settings apart from any other.
+        read: loads the file; raises `CalibrationError` where that does not fit `model`.
+        make: makes it anew.
+        notice: logged before it is made.
+    """
+    known: dict[str, F] = _known.setdefault(model, {})
+    path = folder() / file
+    fitted = known.get(file) or _read(path, read)
+    if fitted is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # the lock goes when its process goes; a second process waits here and finds the work done
+            with FileLock(path.with_suffix(".lock")):
+                fitted = _read(path, read) or _made(path, make, notice)
+        except OSError as error:
+            log.warning(NOT_KEPT, error)
+            fitted = make()
+    known[file] = fitted
+    return fitted
+
+
+def _read(path: Path, read: Callable[[Path], F]) -> F | None:
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except CalibrationError as error:
+        log.warning("%s It is made anew.", error)
+        return None
+
+
+def _made(path: Path, make: Callable[[], F], notice: str) -> F:
+    log.warning("%s Kept in %s", notice, path)
+    fitted = make()
+    try:
+        fitted.save(path)
+    except OSError as error:
+        log.warning(NOT_KEPT, error)
+    return fitted

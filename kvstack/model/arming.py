@@ -1,0 +1,76 @@
+"""Finding the model whose cache a stack is: it is told by the first forward that gets the stack."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from ..errors import BindError
+from .attention import CACHE_ARGUMENTS, parameters
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+__all__ = ["arm"]
+
+
+class Waiting(Protocol):
+    """A cache that waits for its model."""
+
+    def bind(self, model: PreTrainedModel, /) -> Any: ...
+
+
+def arm(stack: Waiting) -> Callable[[], None]:
+    """Bind `stack` to the model in whose forward it first appears. Returns what disarms it.
+
+    torch's hook for all modules has no keyword arguments, so it puts a probe with keyword arguments on every
+    transformers model it meets and on their layers (a model that is already running starts calling its own new
+    hooks only with its next forward, but its layers' ones at once). The model is told by the cache it was given:
+    another model may well run first.
+    """
+    from transformers import PreTrainedModel
+
+    reference = weakref.ref(stack)
+    handles: list[RemovableHandle] = []
+    probed: set[int] = set()
+
+    def disarm() -> None:
+        while handles:
+            handles.pop().remove()
+        probed.clear()
+
+    def probe(root: weakref.ref[PreTrainedModel]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            waiting, model = reference(), root()
+            if waiting is None or model is None:
+                return
+            for value in (*args, *kwargs.values()):
+                if value is waiting:
+                    waiting.bind(model)
+                    return
+                if getattr(value, "self_attention_cache", None) is waiting:
+                    raise BindError(
+                        f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
+                        "Use transformers' own cache for encoder-decoder models."
+                    )
+
+        return hook
+
+    def meet(module: nn.Module, args: Any) -> None:
+        if not isinstance(module, PreTrainedModel) or id(module) in probed:
+            return
+        root = weakref.ref(module)
+        for inner in module.modules():
+            takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
+            takes_cache = takes_cache or any(name in parameters(inner) for name in CACHE_ARGUMENTS)
+            if takes_cache and id(inner) not in probed:
+                probed.add(id(inner))
+                handles.append(inner.register_forward_pre_hook(probe(root), with_kwargs=True))
+
+    handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
+    weakref.finalize(stack, disarm)
+    return disarm

@@ -1,0 +1,91 @@
+"""Running a model to see what it caches, without changing it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..types import KV
+from .layers import LayerGroups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["SINKS", "at_rest", "cached_shapes", "observe"]
+
+SINKS = 4
+"""First tokens of a text, which are unlike all others and stay raw in any stack."""
+
+
+@contextmanager
+def at_rest(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off."""
+    training = model.training
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:
+    """Un-rotated keys, values and hidden states of every full-attention layer, on `ids` (1, T), without
+    the first tokens."""
+    from transformers import DynamicCache
+
+    hidden: dict[int, Tensor] = {}
+
+    def listen(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
+
+        return hook
+
+    with at_rest(model):
+        handles = [groups.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in groups.full]
+        cache = DynamicCache(config=model.config)
+        try:
+            model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+    observed = {}
+    for i in groups.full:
+        layer: Any = cache.layers[i]
+        keys, rope = layer.keys, groups.ropes[i]
+        if rope is not None:
+            keys = rope.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None, None])
+        observed[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
+    return observed
+
+
+_shapes: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def cached_shapes(model: PreTrainedModel) -> dict[int, str]:
+    """Full-attention layer -> the shape of what it caches, in words; seen by running one token through the model."""
+    if model not in _shapes:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+        with at_rest(model):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model.base_model(ids, past_key_values=cache, use_cache=True)
+        layers: Any = cache.layers
+        _shapes[model] = {i: _shape(layers[i].keys, layers[i].values) for i in LayerGroups(model, 1).full}
+    return _shapes[model]
+
+
+def _shape(keys: Tensor, values: Tensor) -> str:
+    return f"{keys.shape[1]} heads of {keys.shape[3]} + {values.shape[3]} numbers"

@@ -1,0 +1,105 @@
+"""What a stack does with tokens, settled once: its stages by kind and the numbers they agreed on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ..abilities import FitsText, NeedsHidden, RefitsText
+from ..encode.exact import Exact
+from ..select.evict import Evict
+from ..stage import BoundTransform, Codec, Encode, check
+
+__all__ = ["Plan", "Spans"]
+
+
+class Spans(NamedTuple):
+    """The stack's own settings, in tokens: how many stay as they are at both ends, and how many are compressed at a
+    time while decoding."""
+
+    sinks: int
+    window: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a stack, bound, and the stack's own settings.
+
+    Attributes:
+        codecs: one for each group of layers that a transform stores together, in the order of the layers.
+    """
+
+    evict: Evict | None
+    transform: BoundTransform | None
+    encode: Encode | None
+    sinks: int
+    window: int
+    block: int
+    codecs: Sequence[Codec] = ()
+
+    def __post_init__(self) -> None:
+        for codec in self.codecs:
+            check(
+                not (isinstance(codec, NeedsHidden) and isinstance(codec, RefitsText)),
+                self.transform and self.transform.stage,
+                "it wants hidden states and may be fitted anew, and those of compressed tokens are gone.",
+                "Leave out hidden states, or what fits it anew.",
+            )
+
+    @cached_property
+    def seals(self) -> bool:
+        """Whether tokens are encoded at all."""
+        return self.encode is not None
+
+    @cached_property
+    def first_block_only(self) -> bool:
+        """Whether only the first block of a text is sealed."""
+        return any(isinstance(codec, FitsText) and codec.first_block_only for codec in self.codecs)
+
+    @cached_property
+    def stored_together(self) -> int:
+        """Adjacent layers that one codec stores."""
+        return self.transform.layers if self.transform else 1
+
+    @cached_property
+    def layers(self) -> int:
+        """Adjacent layers that are handled together: stored together, or evicted together."""
+        if self.evict is None:
+            return self.stored_together
+        stored = self.transform.layers if self.transform else None
+        return max(self.evict.layers or stored or self.evict.usual_layers, self.stored_together)
+
+    @cached_property
+    def share_heads(self) -> bool:
+        """Whether one token set serves all heads (and layers) of a group."""
+        wish = bool(self.evict and self.evict.share_heads) or bool(self.transform and self.transform.stage.share_heads)
+        return wish or self.layers > 1
+
+    @cached_property
+    def hidden(self) -> bool:
+        """Whether the hidden states of raw tokens are held too."""
+        return any(isinstance(codec, NeedsHidden) for codec in self.codecs)
+
+    @cached_property
+    def own_encoder(self) -> bool:
+        """Whether the user named an encoder: without one, what a transform made is stored."""
+        return self.encode is not None and not isinstance(self.encode, Exact)
+
+    def granule(self, width: int) -> int:
+        """Tokens that are sealed, and dropped, together where a key has `width` channels."""
+        if self.encode is None:
+            return 1
+        if not self.codecs:
+            return self.encode.granule(width)
+        return math.lcm(*(_granule(codec, self.encode, width) for codec in self.codecs))
+
+
+def _granule(codec: Codec, encode: Encode, width: int) -> int:
+    encoders = codec.encoders.values() or [encode]
+    packed = math.lcm(*(encoder.granule(width) for encoder in encoders))
+    # as many granules of the transform as make whole ones of the encoder out of any share of them
+    return codec.granule * (packed // math.gcd(packed, codec.latent_multiple))

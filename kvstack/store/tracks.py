@@ -1,0 +1,333 @@
+"""Everything that is held along with tokens: a `Track` is something that goes where the tokens go.
+
+    track            one for                     aligned with
+    RawTokens        every layer                 raw tokens:  sinks | middle | window and new
+    Positions        all layers of a store       sealed tokens, then raw middle ones; nothing before the first eviction
+    Memory           every layer                 all held tokens
+    Queries          every layer                 the newest tokens the model saw
+    sealed.Sealed    what is stored together     sealed tokens
+
+The store moves tokens in four ways, and does each by asking all of its tracks: `take` (eviction), `crop` (the newest
+are taken back), `rows` (other rows of the batch), and `state` with `restore` (to disk and back).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..packed import storage_bytes
+from ..types import KV, take_tokens
+from .raw import Buffer
+
+__all__ = ["Crop", "Cut", "Memory", "Positions", "Queries", "RawTokens", "Track"]
+
+Put = Callable[[Tensor | None], Any]
+"""Writes a tensor and gives back what stands for it in a description."""
+Get = Callable[[Any], Tensor | None]
+"""The inverse of `Put`."""
+
+RECENT_QUERIES = 8
+"""Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
+the cache on grouped-query models, so they are few, and none are held before the first new token."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An eviction: which of the middle tokens (those between sinks and window) stay.
+
+        [ sinks | sealed tokens | raw middle | window + new ]     held tokens, in the order of their positions
+                 '--- granules --'--- raw ---'                    indices of those that stay
+
+    Attributes:
+        sinks, sealed, middle: how many tokens of each there were.
+        granule: sealed tokens that go together.
+        granules: (B, H or 1, n) of the sealed granules; raw: (B, H or 1, n) of the raw middle tokens. Ascending, they
+            broadcast over rows and heads.
+        positions: (B or 1, H or 1, sealed + middle) true positions of the middle tokens.
+    """
+
+    sinks: int
+    sealed: int
+    middle: int
+    granule: int
+    granules: Tensor
+    raw: Tensor
+    positions: Tensor
+
+    @cached_property
+    def stay(self) -> Tensor:
+        """(B, H or 1, n) indices among all middle tokens."""
+        steps = torch.arange(self.granule, device=self.raw.device)
+        packed = (self.granules.unsqueeze(-1) * self.granule + steps).flatten(-2)
+        return torch.cat([packed, self.raw + self.sealed], dim=-1)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The newest tokens are taken back.
+
+    Attributes:
+        remove: how many of the tokens that the model saw.
+        sinks: sinks that are left.
+        stay: held tokens that are left beside the sinks, in every layer and head.
+        whole: sealed tokens that stay sealed, whole granules.
+        thawed: by layer, what must become raw again of a granule that the crop cuts through; empty: nothing.
+        loose: raw tokens beside the sinks that are left, where nothing is thawed.
+    """
+
+    remove: int
+    sinks: int
+    stay: int
+    whole: int
+    loose: int
+    thawed: tuple[KV, ...] = ()
+
+
+class Track(ABC):
+    """Something that is held along with tokens."""
+
+    @abstractmethod
+    def take(self, cut: Cut) -> None:
+        """Keep what an eviction leaves."""
+
+    @abstractmethod
+    def crop(self, crop: Crop) -> None:
+        """Forget the newest tokens."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> Self:
+        """The same for the batch rows at `index` (n,); nothing is shared with this one."""
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of all that is held."""
+
+    @abstractmethod
+    def state(self, put: Put) -> Any:
+        """A description for a file, with tensors handed to `put`."""
+
+    @abstractmethod
+    def restore(self, state: Any, get: Get) -> None:
+        """Hold what `state` described."""
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index.to(x.device))
+
+
+class RawTokens(Track):
+    """Uncompressed keys and values of one layer, and hidden states where a codec wants them."""
+
+    def __init__(self, slot: int, hidden: bool) -> None:
+        self.slot = slot
+        self.buffers = tuple(Buffer() for _ in range(3 if hidden else 2))
+
+    @property
+    def length(self) -> int:
+        return self.buffers[0].length
+
+    @property
+    def kv(self) -> KV:
+        """All raw tokens: views, valid until the next change."""
+        return KV(*(buffer.view for buffer in self.buffers))
+
+    @property
+    def width(self) -> int:
+        """Channels of a key."""
+        return self.buffers[0].width
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffers[0].device
+
+    def append(self, kv: KV) -> None:
+        new = [x for x in (kv.keys, kv.values, kv.hidden) if x is not None]
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer.append(x)
+
+    def draw(self, sinks: int, count: int) -> KV:
+        """Take out the oldest `count` tokens behind the sinks."""
+        drawn = []
+        for buffer in self.buffers:
+            x = buffer.view
+            drawn.append(x[:, :, sinks : sinks + count])
+            buffer.replace(torch.cat([x[:, :, :sinks], x[:, :, sinks + count :]], dim=2))
+        return KV(*drawn)
+
+    def take(self, cut: Cut) -> None:
+        first, last = cut.sinks, cut.sinks + cut.middle
+        for buffer in self.buffers:
+            x = buffer.view
+            middle = take_tokens(x[:, :, first:last], cut.raw)
+            buffer.replace(torch.cat([x[:, :, :first], middle, x[:, :, last:]], dim=2))
+
+    def crop(self, crop: Crop) -> None:
+        if not crop.thawed:
+            for buffer in self.buffers:
+                buffer.truncate(crop.sinks + crop.loose)
+            return
+        keys, values, *_ = self.buffers
+        thawed = crop.thawed[self.slot]
+        keys.replace(torch.cat([keys.view[:, :, : crop.sinks], thawed.keys], dim=2))
+        values.replace(torch.cat([values.view[:, :, : crop.sinks], thawed.values], dim=2))
+
+    def rows(self, index: Tensor) -> RawTokens:
+        other = RawTokens(self.slot, len(self.buffers) > 2)
+        for new, old in zip(other.buffers, self.buffers, strict=True):
+            if old.tensors:
+                new.replace(rows_of(old.view, index))
+        return other
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        for buffer in self.buffers:
+            for x in buffer.tensors:
+                yield "raw", x
+
+    def spent(self, sinks: int, window: int) -> Iterator[tuple[str, int]]:
+        """Bytes that go into sinks, window, the tail between them, and reserve."""
+        for buffer in self.buffers:
+            token = buffer.view[:, :, :1].numel() * buffer.view.element_size() if buffer.length else 0
+            newest = min(window, buffer.length - sinks)
+            for name, n in (("sinks", sinks), ("window", newest), ("tail", buffer.length - sinks - newest)):
+                yield name, n * token
+            yield "reserve", storage_bytes(buffer.tensors) - buffer.length * token
+
+    def state(self, put: Put) -> Any:
+        return [put(buffer.view) if buffer.tensors else None for buffer in self.buffers]
+
+    def restore(self, state: Any, get: Get) -> None:
+        for buffer, name in zip(self.buffers, state, strict=True):
+            x = get(name)
+            if x is not None:
+                buffer.replace(x)
+
+
+class Positions(Track):
+    """True positions of tokens, once something was evicted. What they do not reach is the newest, without holes."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None  # (B, H or 1, sealed + chosen raw), int32
+
+    def take(self, cut: Cut) -> None:
+        expanded = cut.positions.expand(*cut.stay.shape[:2], -1)
+        self.kept = expanded.gather(-1, cut.stay).to(torch.int32)
+
+    def crop(self, crop: Crop) -> None:
+        if self.kept is not None:
+            self.kept = self.kept[..., : min(self.kept.shape[-1], crop.stay)].clone()
+
+    def rows(self, index: Tensor) -> Positions:
+        other = Positions()
+        other.kept = None if self.kept is None else rows_of(self.kept, index)
+        return other
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        if self.kept is not None:
+            yield "positions", self.kept
+
+    def state(self, put: Put) -> Any:
+        return put(self.kept)
+
+    def restore(self, state: Any, get: Get) -> None:
+        self.kept = get(state)
+
+
+class Memory(Track):
+    """What a score remembers for every token of one layer: named tensors (B, H, T), which may end before the newest
+    tokens."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def grown(self, tokens: int) -> Mapping[str, Tensor]:
+        """For `tokens` tokens: those that are not known yet start at zero."""
+        return {name: torch.nn.functional.pad(x, (0, tokens - x.shape[2])) for name, x in self.tensors.items()}
+
+    def take(self, cut: Cut) -> None:
+        first, last = cut.sinks, cut.sinks + cut.sealed + cut.middle
+        for name, x in self.tensors.items():
+            middle = take_tokens(x[:, :, first:last], cut.stay)
+            self.tensors[name] = torch.cat([x[:, :, :first], middle, x[:, :, last:]], dim=2)
+
+    def crop(self, crop: Crop) -> None:
+        for name, x in self.tensors.items():
+            self.tensors[name] = x[:, :, : crop.sinks + crop.stay].clone()
+
+    def rows(self, index: Tensor) -> Memory:
+        other = Memory()
+        other.tensors = {name: rows_of(x, index) for name, x in self.tensors.items()}
+        return other
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.tensors.items()
+
+    def state(self, put: Put) -> Any:
+        return {name: put(x) for name, x in self.tensors.items()}
+
+    def restore(self, state: Any, get: Get) -> None:
+        self.tensors = {name: x for name, key in state.items() if (x := get(key)) is not None}
+
+
+class Queries(Track):
+    """The newest queries of one layer, for scores that look at them."""
+
+    def __init__(self) -> None:
+        self.newest: Tensor | None = None  # (B, H*G, Q, D)
+        self.passing = False  # of a forward with several tokens: forgotten when it is settled
+        self.untracked = 0  # how many of them a score's memory has not seen
+
+    def add(self, queries: Tensor, keep: int) -> None:
+        """Remember the queries (B, H*G, Q, D) of a forward, the newest `keep` of them; -1: all."""
+        queries = queries.detach()
+        self.passing = queries.shape[2] > 1
+        self.untracked += queries.shape[2]
+        if self.passing:
+            # clone: a view would keep the queries of the whole prompt until the group is complete
+            self.newest = queries if keep < 0 else queries[:, :, -keep:].clone()
+        else:
+            known = queries if self.newest is None else torch.cat([self.newest, queries], dim=2)
+            self.newest = known[:, :, -RECENT_QUERIES:].clone()
+
+    def last(self, count: int) -> Tensor | None:
+        """The newest `count` queries, or as many as are known; -1: all; None: none are known."""
+        if self.newest is None or count < 0:
+            return self.newest
+        return self.newest[:, :, -count:]
+
+    def settled(self, dropped: bool) -> None:
+        """A forward was settled, and tokens were `dropped` or not."""
+        if self.passing or dropped:
+            self.newest = None
+        self.passing, self.untracked = False, 0
+
+    def take(self, cut: Cut) -> None:
+        """Queries are of no token that goes: an eviction leaves them to `settled`."""
+
+    def crop(self, crop: Crop) -> None:
+        self.untracked = max(0, self.untracked - crop.remove)
+        if self.newest is not None and crop.remove:
+            left = self.newest.shape[2] - crop.remove
+            self.newest = self.newest[:, :, :left].clone() if left > 0 else None
+
+    def rows(self, index: Tensor) -> Queries:
+        other = Queries()
+        other.newest = None if self.newest is None else rows_of(self.newest, index)
+        other.passing, other.untracked = self.passing, self.untracked
+        return other
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        if self.newest is not None:
+            yield "recent queries", self.newest
+
+    def state(self, put: Put) -> Any:
+        return put(self.newest)
+
+    def restore(self, state: Any, get: Get) -> None:
+        self.newest = get(state)

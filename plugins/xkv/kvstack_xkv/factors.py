@@ -1,0 +1,186 @@
+"""Token factors and bases of one group of layers, fitted to a text.
+
+    x (T, N)   un-rotated keys of all layers of a group, side by side; their values likewise       N = G*H*D
+    x ~ z b    z (T, r)  token factors: one row a token, whatever the layer. Encoders and eviction work on these
+               b (r, N)  bases of this text, cut into those of each layer and head
+
+Rows of b are singular vectors times the root mean square of their factor, so the channels of z are equally strong. An
+encoder that shares a scale between channels then errs by the same share of each; had z the singular values, one step
+for all would have to be as wide as the strongest channel needs it. Encoders with a scale a channel do not care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from kvstack import KV, Latent, UseError
+from kvstack.authoring import Picked, ReadsDirectly, RefitsText, Turn, take_tokens
+
+from .svd import leading
+
+if TYPE_CHECKING:
+    from . import XKV
+
+__all__ = ["CHUNK", "Factors"]
+
+KEYS, VALUES = "key", "value"
+WEAKEST = 1e-3
+"""Of the strongest channel: a later token's factors are divided by the strength, and must fit into half precision."""
+MOST = "left out at most"
+"""The energy that bases may leave out of a token, on the mean over a block; (B, 2), of keys and of values."""
+CHUNK = 8
+"""Tokens that are picked together; the paper's."""
+
+
+class Factors(RefitsText, ReadsDirectly):
+    """The codec of a group of layers, for any model.
+
+    Args:
+        stage: the settings.
+        caches_latents: whether the model caches (latent, rotary key): latents are decomposed as keys are, and the
+            rotary key that all heads share is stored as it is.
+        fitted: bases of each layer, `key 0`, `value 0` and so on, (B, r, H, D), and how much they may leave out;
+            empty before `fit`.
+    """
+
+    def __init__(self, stage: XKV, caches_latents: bool = False, fitted: Mapping[str, Tensor] | None = None) -> None:
+        self.stage, self.caches_latents, self.fitted = stage, caches_latents, fitted or {}
+        self.granule = self.latent_multiple = CHUNK if stage.select else 1
+        self.first_block_only = stage.decode == "dense"
+
+    # ---- fitted to a text
+
+    def min_tokens(self, group: Sequence[KV]) -> int:
+        # bases of fewer tokens fit these too well to serve others, and the two of them take more than the raw tokens
+        return 2 * max(self.stage.ranks(_widths(self._roles(group))))
+
+    def fit(self, group: Sequence[KV], decoded: int = 0) -> Self:
+        roles = self._roles(group)
+        ranks = self.stage.ranks(_widths(roles))
+        bases: dict[str, Tensor] = {}
+        variance = []
+        for (role, layers), rank in zip(roles.items(), ranks, strict=True):
+            x = _flat(layers)
+            if not bool(torch.isfinite(x).all()):
+                why = "Check the model's dtype (float16 overflows) and its input."
+                raise UseError(f"{self.stage!r}: {role}s hold NaN or infinity. {why}")
+            variance.append(x.var(dim=1, correction=0).sum(dim=-1))  # (B,)
+            bases |= self._bases_of(role, layers, x, rank)
+        fitted = self.with_fitted(bases)
+        if self.stage.refit is None:
+            return fitted
+        # decoded tokens lie within the bases that stored them, so only the exact ones tell what bases leave out
+        exact = [KV(kv.keys[:, :, decoded:], kv.values[:, :, decoded:]) for kv in group]
+        most = fitted._left_out(exact) + self.stage.refit * torch.stack(variance, dim=-1)
+        return self.with_fitted(bases | {MOST: torch.maximum(most, self.fitted[MOST]) if decoded else most})
+
+    def needs_refit(self, group: Sequence[KV]) -> bool:
+        if self.stage.refit is None:
+            return False
+        return bool((self._left_out(group) > self.fitted[MOST]).any())
+
+    def with_fitted(self, fitted: Mapping[str, Tensor]) -> Self:
+        return type(self)(self.stage, self.caches_latents, fitted)
+
+    def _roles(self, group: Sequence[KV]) -> dict[str, list[Tensor]]:
+        """What is decomposed together: (B, H, T, D) of every layer."""
+        roles = {KEYS: [kv.keys for kv in group]}
+        return roles if self.caches_latents else roles | {VALUES: [kv.values for kv in group]}
+
+    def _bases_of(self, role: str, layers: Sequence[Tensor], x: Tensor, rank: int) -> dict[str, Tensor]:
+        """The leading directions of `x` (B, T, N), the `layers` side by side, cut into those of each layer."""
+        axes = leading(x, min(rank, *x.shape[1:]), self.stage.svd == "full")  # (B, r, N)
+        strength = (x @ axes.mT).square().mean(dim=1).sqrt()  # (B, r)
+        strength = strength.clamp_min(WEAKEST * strength.amax(dim=1, keepdim=True))
+        parts = (strength.unsqueeze(-1) * axes).split([y.shape[1] * y.shape[3] for y in layers], dim=-1)
+        return {
+            f"{role} {i}": part.clone(memory_format=torch.contiguous_format)
+            .to(like.dtype)
+            .unflatten(-1, (like.shape[1], like.shape[3]))
+            for i, (part, like) in enumerate(zip(parts, layers, strict=True))
+        }
+
+    def _bases(self, role: str) -> Tensor:
+        """The bases of all layers side by side, (B, r, N), as they are stored."""
+        parts = [base.flatten(2) for name, base in self.fitted.items() if name.startswith(f"{role} ")]
+        return torch.cat(parts, dim=-1)
+
+    def _project(self, x: Tensor, role: str) -> Tensor:
+        """(B, T, N) -> factors (B, T, r): least squares, since the bases are orthogonal."""
+        bases = self._bases(role).to(x.dtype)
+        square = bases.square().sum(-1)  # (B, r)
+        return x @ bases.mT / square.clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(1)
+
+    def _left_out(self, group: Sequence[KV]) -> Tensor:
+        """(B, roles): the energy of a token that the bases leave out, on the mean over these tokens."""
+        energies = []
+        for role, layers in self._roles(group).items():
+            x = _flat(layers)
+            rest = x.sub_(self._project(x, role) @ self._bases(role).to(x.dtype))
+            energies.append(rest.square_().sum(dim=-1).mean(dim=-1))
+        return torch.stack(energies, dim=-1)
+
+    # ---- there and back
+
+    def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
+        latents = {
+            f"{role} factors": Latent(self._project(_flat(layers), role).to(layers[0].dtype).unsqueeze(1))
+            for role, layers in self._roles(group).items()
+        }
+        if self.caches_latents:
+            # clone: a slice of one head is a view that would keep all raw tokens alive
+            latents |= {f"rotary key {i}": Latent(kv.values.clone(), exact=True) for i, kv in enumerate(group)}
+        if self.stage.select:
+            means = [kv.keys.unflatten(2, (-1, CHUNK)).mean(dim=3) for kv in group]  # (B, H, T / 8, D)
+            latents |= {f"mean key {i}": Latent(mean, exact=True) for i, mean in enumerate(means)}
+        return latents
+
+    def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
+        if self.caches_latents:
+            return KV(self._rebuilt(latents, KEYS, layer), latents[f"rotary key {layer}"])
+        return KV(self._rebuilt(latents, KEYS, layer), self._rebuilt(latents, VALUES, layer))
+
+    def _rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
+        """(B, H, T, D) from factors (B, 1 or H, T, r) and bases (B, r, H, D)."""
+        return torch.einsum("bhtr,brhd->bhtd", latents[f"{role} factors"], self.fitted[f"{role} {layer}"])
+
+    # ---- reading without rebuilding
+
+    def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        return self._rebuilt(latents, KEYS, layer)
+
+    def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        # models that cache latents never come here: they expand what they read, so they read all of it
+        mixed = torch.einsum("bhgt,bhtr->bhgr", weights, latents[f"{VALUES} factors"].to(weights.dtype))
+        return torch.einsum("bhgr,brhd->bhgd", mixed, self.fitted[f"{VALUES} {layer}"].to(weights.dtype))
+
+    def pick(self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn) -> Picked | None:
+        held, select = latents[f"{KEYS} factors"].shape[2], self.stage.select
+        if select is None or select >= held:
+            return None
+        middles = torch.arange(CHUNK // 2, held, CHUNK, device=query.device)[None, None]
+        means = turn(latents[f"mean key {layer}"], middles).to(query)
+        looked_at = (query @ means.mT).softmax(dim=-1).amax(dim=2)  # (B, H, chunks): by any query of the kv head
+        chunks = looked_at.topk(select // CHUNK, dim=-1).indices.sort(dim=-1).values
+        places = (chunks.unsqueeze(-1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(-2)
+        heads = means.shape[1]  # each of which has tokens of its own
+        picked = {
+            name: take_tokens(latents[name].expand(-1, heads, -1, -1), places)
+            for name in (f"{KEYS} factors", f"{VALUES} factors")
+        }
+        return picked, places
+
+
+def _widths(roles: Mapping[str, list[Tensor]]) -> list[int]:
+    """Numbers of a token in all layers."""
+    return [sum(x.shape[1] * x.shape[3] for x in layers) for layers in roles.values()]
+
+
+def _flat(layers: Sequence[Tensor]) -> Tensor:
+    """(B, H, T, D) of several layers side by side, (B, T, N), in float32 at least."""
+    flat = torch.cat([x.transpose(1, 2).flatten(2).to(layers[0].device) for x in layers], dim=-1)
+    return flat if flat.dtype == torch.float64 else flat.float()

@@ -1,0 +1,83 @@
+"""Tokens that are taken back before they are compressed (assisted decoding, prompt lookup) leave no trace."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from kvstack import CommonKV, Evict, KVStack, Quant, registry
+from tests import tiny
+
+SETTINGS = {"sinks": 2, "window": 6, "block": 8}
+STACKS = {score: [Evict(0.4, score)] for score in registry.BUILT_IN["scores"]}
+STACKS |= {
+    "heads": [Evict(0.4, "snapkv(window=8)", layers=1)],
+    "quant": [Quant(8, group=8), Evict(20, "tova")],
+    "commonkv": [CommonKV(1.0, layers=2), Quant(8), Evict(0.5)],
+}
+
+
+def conversation(stages, guesses, seed):
+    """Feed a prompt with guesses behind it, then a few new tokens with guesses, as assisted decoding does."""
+    model = tiny.model("llama", dtype=torch.float64)
+    stack = KVStack(stages, model=model, **SETTINGS)
+    stack.activate_past_recording()
+    for turn, (length, rejected) in enumerate(guesses):
+        real = tiny.tokens(1, length, seed=turn)
+        wrong = tiny.tokens(1, rejected, seed=seed + turn)
+        model(torch.cat([real, wrong], dim=1), past_key_values=stack)
+        stack.crop(-rejected)
+    return stack
+
+
+def held(stack):
+    for layer in stack.compressed_layers:
+        yield stack.positions(layer)
+        kv = stack.read(layer)
+        yield kv.keys
+        yield kv.values
+    for store in stack.batch.stores:
+        for track in store.tracks():
+            yield from (x for name, x in track.parts() if name != "raw")  # behind raw tokens is reserve
+
+
+@pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
+@settings(max_examples=4)
+@given(
+    st.integers(20, 70),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 12)), min_size=1, max_size=4),
+    st.integers(0, 12),
+)
+def test_rejected_guesses_steer_nothing(stages, prompt, turns, rejected):
+    """Whatever was guessed, what is held of the text is the same, and so is what scores remember of it."""
+    guesses = [(prompt, rejected), *turns]
+    one, other = (conversation(stages, guesses, seed) for seed in (100, 200))
+    assert one.seen == other.seen == sum(length for length, _ in guesses)
+    for mine, theirs in zip(held(one), held(other), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("score", registry.BUILT_IN["scores"])
+def test_the_text_alone_is_what_counts(score):
+    """Guesses that are taken back leave the same tokens as a text without guesses."""
+    model = tiny.model("llama", dtype=torch.float64)
+    stack = conversation([Evict(0.4, score)], [(70, 9)], seed=100)
+    plain = KVStack([Evict(0.4, score)], model=model, **SETTINGS)
+    model(tiny.tokens(1, 70, seed=0), past_key_values=plain)
+    for layer in plain.compressed_layers:
+        assert torch.equal(stack.positions(layer), plain.positions(layer))
+
+
+def test_a_deep_crop_waits_for_new_queries():
+    """No query of what is left is known: nothing is evicted until there is one."""
+    model = tiny.model("llama")
+    stack = KVStack([Evict(0.3, "tova")], model=model, **SETTINGS)
+    model(tiny.tokens(1, 60), past_key_values=stack)
+    for seed in range(4):
+        model(tiny.tokens(1, 1, seed=seed), past_key_values=stack)
+    stack.crop(-30)
+    stack.batch.stores[0].settle(stack.seen, 0, [1.0] * 4, stack.batch.work)
+    held = stack.held
+    model(tiny.tokens(1, 20, seed=9), past_key_values=stack)
+    assert stack.held <= held + 20
+    assert stack.held <= 0.3 * (stack.seen - 8) + 8
