@@ -10,6 +10,7 @@ files                                    disk.py
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -134,11 +135,15 @@ class KVStack(Cache):
     # ---- what it is
 
     def __repr__(self) -> str:
-        settings = [repr(list(self.stages))]
-        for name, default in (("sinks", 4), ("window", 64), ("block", 32), ("fused", True)):
-            value = getattr(self, name)
-            settings += [f"{name}={value!r}"] if value != default else []
-        return f"KVStack({', '.join(settings)})"
+        settings = (f", {name}={value!r}" for name, value in self._changed.items())
+        return f"KVStack({list(self.stages)!r}{''.join(settings)})"
+
+    @property
+    def _changed(self) -> dict[str, Any]:
+        """The stack's own settings that are not the default."""
+        defaults = inspect.signature(KVStack.__init__).parameters
+        settings = {**self._spans._asdict(), "fused": self.fused}
+        return {name: value for name, value in settings.items() if value != defaults[name].default}
 
     def __bool__(self) -> bool:
         # Cache has a length, so an unbound stack (no layers yet) would count as "no cache"
@@ -153,8 +158,8 @@ class KVStack(Cache):
 
     @property
     def spec(self) -> str:
-        """The stages as a spec string; the other settings are in `to_dict`."""
-        return to_spec(self.stages)
+        """The string that `from_spec` builds this stack from: `"quant:bits=2+evict:keep=0.2@window=16"`."""
+        return to_spec(self.stages, self._changed)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, for JSON."""
