@@ -63,7 +63,7 @@ class Batch:
         self.shapes: dict[int, tuple[int, int]] = {}
         self.size: int | None = None
         self.recording = False
-        self._uncropped = False
+        self._uncropped = 0  # forwards since the last crop
 
     # ---- lengths
 
@@ -119,7 +119,7 @@ class Batch:
             cohort.new = new
             if not cohort.dirty:
                 cohort.unsettled = 0
-        self._uncropped = True
+        self._uncropped += 1
 
     def count(self) -> None:
         """Count the new tokens, now that padding is known."""
@@ -159,12 +159,12 @@ class Batch:
                 store.settle(cohort.seen, cohort.unsettled, [scaling.get(i, 1.0) for i in store.layers], self.work)
 
     def catch_up(self, scaling: Mapping[int, float]) -> None:
-        """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended."""
-        if self.recording and self._uncropped:
-            self.recording = False  # nobody cropped after the last forward: it was not assisted decoding
-        if not self.recording:
-            self._settle_all(scaling)
-            self.work.clear()
+        """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended. Whoever
+        goes on has accepted them."""
+        if self._uncropped > 1:
+            self.recording = False  # assisted decoding crops after every forward, but maybe the prompt's: it has ended
+        self._settle_all(scaling)
+        self.work.clear()
 
     def _settle_all(self, scaling: Mapping[int, float]) -> None:
         for group in range(len(self.binding.groups)):
@@ -178,7 +178,7 @@ class Batch:
 
     def record(self) -> None:
         """From now on tokens may be taken back by `crop` before they are compressed."""
-        self.recording, self._uncropped = True, False
+        self.recording, self._uncropped = True, 0
 
     def crop(self, remove: int, scaling: Mapping[int, float]) -> None:
         """Forget the newest `remove` tokens; where compressing waited for this, compress now."""
@@ -193,7 +193,7 @@ class Batch:
             cohort.seen -= gone
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
-        self._uncropped = False
+        self._uncropped = 0
         if self.recording:
             self._settle_all(scaling)
 

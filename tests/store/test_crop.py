@@ -30,6 +30,32 @@ def conversation(stages, guesses, seed):
     return stack
 
 
+@pytest.mark.parametrize("score", registry.BUILT_IN["scores"])
+def test_a_prompt_may_be_read_without_a_crop(score):
+    """Whoever goes on has accepted what was fed: the tokens after the prompt may still be taken back."""
+    positions = []
+    for seed in (1, 2):
+        stack = KVStack([Evict(30, score)], model=tiny.model("llama", dtype=torch.float64), **SETTINGS)
+        stack.activate_past_recording()
+        stack.binding.model(tiny.tokens(1, 90), past_key_values=stack)
+        guesses = torch.cat([tiny.tokens(1, 9, seed=3), tiny.tokens(1, 5, seed=seed)], dim=1)
+        stack.binding.model(guesses, past_key_values=stack)
+        stack.crop(-5)
+        positions.append(torch.cat([stack.positions(layer).flatten() for layer in stack.compressed_layers]))
+    assert torch.equal(*positions)
+
+
+def test_assistance_that_has_ended_delays_nothing():
+    """Two forwards that nobody crops: from then on a forward is compressed when it ends."""
+    stack = conversation([Evict(20, "keydiff")], [(60, 3)], seed=100)
+    assert stack.batch.recording
+    stack.binding.model(tiny.tokens(1, 20), past_key_values=stack)
+    stack.binding.model(tiny.tokens(1, 20), past_key_values=stack)
+    stack.binding.model(tiny.tokens(1, 20), past_key_values=stack)
+    assert not stack.batch.recording
+    assert stack.held <= 20 + 8
+
+
 def held(stack):
     for layer in stack.compressed_layers:
         yield stack.positions(layer)
