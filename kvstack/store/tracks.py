@@ -217,7 +217,10 @@ class Positions(Track):
 
     def take(self, cut: Cut) -> None:
         expanded = cut.positions.expand(*cut.stay.shape[:2], -1)
-        self.kept = expanded.gather(-1, cut.stay).to(torch.int32)
+        kept = expanded.gather(-1, cut.stay).to(torch.int32)
+        # after a crop that went deeper than the window, raw tokens behind the middle have holes between them too
+        behind = [] if self.kept is None else [self.kept[..., cut.sealed + cut.middle :]]
+        self.kept = torch.cat([kept, *behind], dim=-1)
 
     def crop(self, crop: Crop) -> None:
         if self.kept is not None:

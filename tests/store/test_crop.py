@@ -3,7 +3,8 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
+from transformers import DynamicCache
 
 from kvstack import CommonKV, Evict, KVStack, Quant, registry
 from tests import tiny
@@ -107,3 +108,41 @@ def test_a_deep_crop_waits_for_new_queries():
     model(tiny.tokens(1, 20, seed=9), past_key_values=stack)
     assert stack.held <= held + 20
     assert stack.held <= 0.3 * (stack.seen - 8) + 8
+
+
+DEEP = {
+    "heads": [Evict(0.5, "keydiff", layers=1)],
+    "shared": [Evict(0.5, "keydiff", layers=4)],
+    "count": [Evict(30, "knorm", layers=1)],
+    "quant": [Quant(8, group=8), Evict(0.5, "keydiff", layers=4)],
+}
+
+
+@pytest.mark.parametrize("stages", DEEP.values(), ids=DEEP)
+@settings(max_examples=10)
+@example(prompt=200, turns=[(60, [1])])
+@given(
+    prompt=st.integers(100, 220),
+    turns=st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 8), max_size=4)), min_size=1, max_size=3),
+)
+def test_tokens_keep_their_true_positions(stages, prompt, turns):
+    """However deep a crop is, and whatever comes after it: a key that is held is that of its position."""
+    model = tiny.model("llama")
+    stack = KVStack(stages, model=model, sinks=4, window=16)
+    text = tiny.tokens(1, prompt)
+    model(text, past_key_values=stack)
+    for turn, (deep, lengths) in enumerate(turns):
+        remove = min(deep, text.shape[1] - 1)
+        stack.crop(-remove)
+        text = text[:, : text.shape[1] - remove]
+        for i, length in enumerate(lengths):
+            new = tiny.tokens(1, length, seed=10 * turn + i + 1)
+            model(new, past_key_values=stack)
+            text = torch.cat([text, new], dim=1)
+        dense = DynamicCache()
+        model(text, past_key_values=dense)
+        positions, held = stack.positions(0).long(), stack.read(0)
+        index = positions.expand(2, -1)[None, :, :, None].expand(-1, -1, -1, 16)
+        # of the first layer, whose keys and values depend on nothing but the token and its position
+        torch.testing.assert_close(held.keys, dense.layers[0].keys.gather(2, index), atol=0.1, rtol=0)
+        torch.testing.assert_close(held.values, dense.layers[0].values.gather(2, index), atol=0.1, rtol=0)
