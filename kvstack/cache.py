@@ -110,7 +110,7 @@ class KVStack(Cache):
         for name, value, least in (("sinks", sinks, 0), ("window", window, 0), ("block", block, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise StageError(f"KVStack({name}={value!r}): {name} is a number of tokens, {least} or more.")
-        self.sinks, self.window, self.block, self.fused = sinks, window, block, fused
+        self.sinks, self.window, self.block, self._fused = sinks, window, block, fused
         self.binding: Binding | None = None
         self._unhook: Callable[[], Any] | None = None
         self._work = Workspace()
@@ -127,6 +127,15 @@ class KVStack(Cache):
         self.attention_listener = Attention(
             repr(self), self.binding, batch, fused=self.fused, splits=bool(self.stages), learned=self._learned
         )
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention may read packed codes; it can be switched at any time."""
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        self._fused = self.attention_listener.fused = fused
 
     @property
     def _spans(self) -> Spans:
@@ -226,7 +235,8 @@ class KVStack(Cache):
         """(tokens attention will see, position of the first of them): the held tokens count as the newest ones."""
         if layer_idx not in self.batch.columns:
             return super().get_mask_sizes(query_length, layer_idx) if self.layers else (query_length, 0)
-        self._catch_up()
+        if not self.batch.running:
+            self._catch_up()
         held, seen = self.held, self.batch.columns[layer_idx]
         return held + query_length, seen - held
 
@@ -296,6 +306,7 @@ class KVStack(Cache):
 
     @torch.no_grad()
     def _catch_up(self) -> None:
+        self.batch.check_complete()
         self.batch.catch_up(self._learned.scaling)
 
     def activate_past_recording(self) -> None:
@@ -313,6 +324,7 @@ class KVStack(Cache):
         """Forget the newest tokens: 0 or a negative number, as transformers has it. Where the text is cut back to
         before tokens that were evicted or sealed, what is held of it stays; heads that kept different tokens let go
         of their newest until all hold equally many."""
+        self.batch.check_complete()
         if tokens_to_remove > 0:
             raise UseError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove, or 0.")
         if -tokens_to_remove > self.seen:

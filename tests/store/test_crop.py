@@ -31,6 +31,19 @@ def conversation(stages, guesses, seed):
     return stack
 
 
+@pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
+def test_how_many_guesses_there_were_steers_nothing(stages):
+    """A token that is checked together with guesses counts as it does alone."""
+    rejected = [3, 0, 5, 1, 0, 12, 2, 4, 1, 7, 0, 3, 9, 2]
+    one = conversation(stages, [(60, 4), *((1, n) for n in rejected), (3, 5), (1, 0)], seed=100)
+    other = conversation(stages, [(60, 0), *((1, 0) for _ in rejected), (3, 0), (1, 0)], seed=200)
+    for layer in one.compressed_layers:
+        assert torch.equal(one.positions(layer), other.positions(layer))
+    queries = [[x for _, name, x in stack.parts() if name == "recent queries"] for stack in (one, other)]
+    for mine, theirs in zip(*queries, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("score", registry.BUILT_IN["scores"])
 def test_a_prompt_may_be_read_without_a_crop(score):
     """Whoever goes on has accepted what was fed: the tokens after the prompt may still be taken back."""
@@ -103,6 +116,7 @@ def test_a_deep_crop_waits_for_new_queries():
     for seed in range(4):
         model(tiny.tokens(1, 1, seed=seed), past_key_values=stack)
     stack.crop(-30)
+    assert all(known.newest(-1) is None for store in stack.batch.stores for known in store.queries)
     stack.batch.stores[0].settle(stack.seen, 0, [1.0] * 4, stack.batch.work)
     held = stack.held
     model(tiny.tokens(1, 20, seed=9), past_key_values=stack)
