@@ -98,6 +98,7 @@ class Attention:
             self.batch.settle(group, self.learned.scaling)
         if call.layer == binding.last:
             self.batch.end_forward()
+            self.batch.running = False
 
     def attention(
         self,
@@ -184,9 +185,11 @@ class Attention:
                 f"{self.label} holds {batch.size} rows and was given {rows}. Use reset() or a new stack for another "
                 "text, batch_repeat_interleave or batch_select_indices for other rows of this one."
             )
+        batch.check_complete()
         batch.catch_up(self.learned.scaling)
         self._forward = Forward()
         batch.begin(rows, new)
+        batch.running = call is not None  # without hooks nobody says when it ends
         if self.splits and call is not None and new > 1:
             real = new_tokens(call.mask, new)
             if real is not None:

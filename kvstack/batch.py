@@ -53,6 +53,7 @@ class Batch:
         size: rows; None before the first forward.
         columns: layer -> tokens fed through it, padding included.
         shapes: layer -> (numbers, bytes of a number) that a dense cache would hold for a token and row.
+        running: a forward has begun, and has not ended for all layers.
         recording: tokens may still be taken back (assisted decoding), so compressing waits for `crop`.
     """
 
@@ -62,8 +63,9 @@ class Batch:
         self.columns = dict.fromkeys(binding.places, 0)
         self.shapes: dict[int, tuple[int, int]] = {}
         self.size: int | None = None
+        self.running = False
         self.recording = False
-        self._uncropped = False
+        self._uncropped = 0  # forwards since the last crop
 
     # ---- lengths
 
@@ -110,7 +112,25 @@ class Batch:
         self.binding = binding
         self.columns = {layer: self.columns.get(layer, 0) for layer in binding.places}
         for cohort in self.cohorts:
-            cohort.stores += binding.stores()[len(cohort.stores) :]
+            stores = binding.stores()
+            for i, store in enumerate(cohort.stores):
+                if store.layers == stores[i].layers:
+                    stores[i] = store
+                else:  # a layer more in its group
+                    stores[i].take_over(store)
+            cohort.stores = stores
+
+    def check_complete(self) -> None:
+        """Refuse to go on from a forward that an exception has stopped.
+
+        Raises:
+            UseError: some layers hold its tokens, and others do not.
+        """
+        if self.running:
+            raise UseError(
+                "the last forward of this cache did not end: an error or an interrupt stopped it, and its layers hold "
+                "different tokens. Call reset() and read the text again."
+            )
 
     def begin(self, rows: int, new: int) -> None:
         """A forward of `new` tokens begins; `split` parts the rows where some of these are padding."""
@@ -119,10 +139,10 @@ class Batch:
             cohort.new = new
             if not cohort.dirty:
                 cohort.unsettled = 0
-        self._uncropped = True
 
     def count(self) -> None:
         """Count the new tokens, now that padding is known."""
+        self._uncropped += 1
         for cohort in self.cohorts:
             cohort.seen += cohort.new
             cohort.unsettled += cohort.new
@@ -151,6 +171,7 @@ class Batch:
 
     # ---- compressing
 
+    @torch.no_grad()
     def settle(self, group: int, scaling: Mapping[int, float]) -> None:
         """Compress what a forward left in a group of layers. `scaling`: what each layer multiplies q @ k with."""
         for cohort in self.cohorts:
@@ -159,12 +180,12 @@ class Batch:
                 store.settle(cohort.seen, cohort.unsettled, [scaling.get(i, 1.0) for i in store.layers], self.work)
 
     def catch_up(self, scaling: Mapping[int, float]) -> None:
-        """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended."""
-        if self.recording and self._uncropped:
-            self.recording = False  # nobody cropped after the last forward: it was not assisted decoding
-        if not self.recording:
-            self._settle_all(scaling)
-            self.work.clear()
+        """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended. Whoever
+        goes on has accepted them."""
+        if self._uncropped > 1:
+            self.recording = False  # assisted decoding crops after every forward, but maybe the prompt's: it has ended
+        self._settle_all(scaling)
+        self.work.clear()
 
     def _settle_all(self, scaling: Mapping[int, float]) -> None:
         for group in range(len(self.binding.groups)):
@@ -178,8 +199,9 @@ class Batch:
 
     def record(self) -> None:
         """From now on tokens may be taken back by `crop` before they are compressed."""
-        self.recording, self._uncropped = True, False
+        self.recording, self._uncropped = True, 0
 
+    @torch.no_grad()
     def crop(self, remove: int, scaling: Mapping[int, float]) -> None:
         """Forget the newest `remove` tokens; where compressing waited for this, compress now."""
         for cohort in self.cohorts if remove else ():
@@ -193,7 +215,7 @@ class Batch:
             cohort.seen -= gone
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
-        self._uncropped = False
+        self._uncropped = 0
         if self.recording:
             self._settle_all(scaling)
 
@@ -221,6 +243,7 @@ class Batch:
 
     def copy(self, work: Workspace) -> Batch:
         """An independent copy."""
+        self.check_complete()
         other = Batch(self.binding, work)
         everything = torch.arange(self.size or 0)
         other.cohorts = [

@@ -19,7 +19,7 @@ from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
 from .errors import BindError, StageError
-from .model.attention import attention_modules, expands, gives_queries
+from .model.attention import attention_modules, device_of, expands, gives_queries
 from .model.layers import FULL, layer_types
 from .model.probing import cached_shapes
 from .model.rope import Rope, find_ropes
@@ -78,7 +78,7 @@ class Binding:
         ]
 
     def device_of(self, layer: int) -> torch.device:
-        return next(self.modules[layer].parameters()).device
+        return device_of(self.modules[layer])
 
     @property
     def last(self) -> int:
@@ -143,6 +143,9 @@ def _of_kind(stages: Sequence[Stage], kind: type[Any]) -> Any:
 
 # ---- the stages of one stack
 
+KINDS: dict[str, Any] = {"share": Share, "select": Evict, "transform": Transform, "encode": Encode}
+"""What a stage of each kind is."""
+
 
 def check_stages(stages: Any) -> tuple[Stage, ...]:
     """The stages of a stack, at most one of each kind.
@@ -156,7 +159,7 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
         raise StageError(f"KVStack({stages!r}): stages is a list. Use KVStack([{stages!r}]).")
     by_kind: dict[str, Stage] = {}
     for stage in stages:
-        if not (isinstance(stage, Stage) and hasattr(stage, "kind")):
+        if not (isinstance(stage, Stage) and isinstance(stage, KINDS.get(getattr(stage, "kind", ""), ()))):
             hint = (
                 f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See `kvstack stages` for the catalogue."
             )
@@ -246,7 +249,7 @@ def _shares(
             )
     shapes = cached_shapes(model) if shares else {}
     for layer, source in shares.items():
-        one, other = (f"{shapes[i]} on {next(modules[i].parameters()).device}" for i in (layer, source))
+        one, other = (f"{shapes[i]} on {device_of(modules[i])}" for i in (layer, source))
         if one != other:
             raise BindError(
                 f"{share!r} lets layer {layer} of {name} read layer {source}: they hold {one} and {other}. "

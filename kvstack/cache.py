@@ -10,6 +10,7 @@ files                                    disk.py
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -109,7 +110,7 @@ class KVStack(Cache):
         for name, value, least in (("sinks", sinks, 0), ("window", window, 0), ("block", block, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise StageError(f"KVStack({name}={value!r}): {name} is a number of tokens, {least} or more.")
-        self.sinks, self.window, self.block, self.fused = sinks, window, block, fused
+        self.sinks, self.window, self.block, self._fused = sinks, window, block, fused
         self.binding: Binding | None = None
         self._unhook: Callable[[], Any] | None = None
         self._work = Workspace()
@@ -128,17 +129,30 @@ class KVStack(Cache):
         )
 
     @property
+    def fused(self) -> bool:
+        """Whether attention may read packed codes; it can be switched at any time."""
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        self._fused = self.attention_listener.fused = fused
+
+    @property
     def _spans(self) -> Spans:
         return Spans(self.sinks, self.window, self.block)
 
     # ---- what it is
 
     def __repr__(self) -> str:
-        settings = [repr(list(self.stages))]
-        for name, default in (("sinks", 4), ("window", 64), ("block", 32), ("fused", True)):
-            value = getattr(self, name)
-            settings += [f"{name}={value!r}"] if value != default else []
-        return f"KVStack({', '.join(settings)})"
+        settings = (f", {name}={value!r}" for name, value in self._changed.items())
+        return f"KVStack({list(self.stages)!r}{''.join(settings)})"
+
+    @property
+    def _changed(self) -> dict[str, Any]:
+        """The stack's own settings that are not the default."""
+        defaults = inspect.signature(KVStack.__init__).parameters
+        settings = {**self._spans._asdict(), "fused": self.fused}
+        return {name: value for name, value in settings.items() if value != defaults[name].default}
 
     def __bool__(self) -> bool:
         # Cache has a length, so an unbound stack (no layers yet) would count as "no cache"
@@ -153,8 +167,8 @@ class KVStack(Cache):
 
     @property
     def spec(self) -> str:
-        """The stages as a spec string; the other settings are in `to_dict`."""
-        return to_spec(self.stages)
+        """The string that `from_spec` builds this stack from: `"quant:bits=2+evict:keep=0.2@window=16"`."""
+        return to_spec(self.stages, self._changed)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, for JSON."""
@@ -221,7 +235,8 @@ class KVStack(Cache):
         """(tokens attention will see, position of the first of them): the held tokens count as the newest ones."""
         if layer_idx not in self.batch.columns:
             return super().get_mask_sizes(query_length, layer_idx) if self.layers else (query_length, 0)
-        self._catch_up()
+        if not self.batch.running:
+            self._catch_up()
         held, seen = self.held, self.batch.columns[layer_idx]
         return held + query_length, seen - held
 
@@ -291,6 +306,7 @@ class KVStack(Cache):
 
     @torch.no_grad()
     def _catch_up(self) -> None:
+        self.batch.check_complete()
         self.batch.catch_up(self._learned.scaling)
 
     def activate_past_recording(self) -> None:
@@ -308,6 +324,7 @@ class KVStack(Cache):
         """Forget the newest tokens: 0 or a negative number, as transformers has it. Where the text is cut back to
         before tokens that were evicted or sealed, what is held of it stays; heads that kept different tokens let go
         of their newest until all hold equally many."""
+        self.batch.check_complete()
         if tokens_to_remove > 0:
             raise UseError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove, or 0.")
         if -tokens_to_remove > self.seen:

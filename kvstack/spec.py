@@ -2,6 +2,7 @@
 
     quant:2+evict:0.2                         stages joined by +, arguments behind a colon
     evict:0.2,score=snapkv(window=32)         keyword arguments; a score may have arguments of its own
+    quant:2@window=16,fused=False             settings of the stack behind an @
 
 `kvstack.registry` knows which class a name stands for.
 """
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from . import registry
 from .errors import SpecError, StageError
@@ -24,6 +28,8 @@ SETTINGS = ("sinks", "window", "block", "fused")
 """Settings of a stack that its dict holds beside the stages."""
 WRITABLE = (bool, int, float, str, tuple, list, type(None))
 """Types that a setting can have to be written down."""
+LONGEST = 10_000
+"""Characters of a spec that are read: a longer one is no stack, and nesting that deep would exhaust the parser."""
 
 
 # ---- reading
@@ -35,28 +41,75 @@ def parse(spec: str | Mapping[str, Any]) -> tuple[list[Stage], dict[str, Any]]:
     Raises:
         SpecError: it cannot be read, a stage or score is not known, or one has no such setting.
     """
-    if isinstance(spec, str):
-        return ([_stage(part, spec) for part in _split(spec)] if spec.strip() else []), {}
-    if not isinstance(spec, Mapping) or "stages" not in spec:
-        raise SpecError(f"{spec!r} is no spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict().")
-    unknown = set(spec) - {"stages", *SETTINGS}
-    if unknown:
-        raise SpecError(f"a stack has no setting {', '.join(sorted(unknown))}. It has: {', '.join(SETTINGS)}.")
-    stages = [_checked(from_dict(stage, "stages"), spec) for stage in spec["stages"]]
-    return stages, {name: spec[name] for name in SETTINGS if name in spec}
+    with _only_spec_errors(spec):
+        if isinstance(spec, str):
+            if len(spec) > LONGEST:
+                raise SpecError(f"{spec[:40]!r}... is no spec: it has {len(spec)} characters. Use {LONGEST} at most.")
+            pipeline, settings = _cut(spec, "@")[0], _settings(spec)
+            return ([_stage(part, spec) for part in _cut(pipeline, "+")] if pipeline.strip() else []), settings
+        if not isinstance(spec, Mapping) or "stages" not in spec:
+            raise SpecError(f"{spec!r} is no spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict().")
+        if not isinstance(spec["stages"], list | tuple):
+            raise SpecError(f"stages={spec['stages']!r} is not a list of stages. Give the dict of to_dict().")
+        settings = {name: value for name, value in spec.items() if name != "stages"}
+        stages = [_checked(from_dict(stage, "stages"), spec) for stage in spec["stages"]]
+        return stages, _known(settings, spec)
+
+
+def _settings(spec: str) -> dict[str, Any]:
+    """The stack's own settings, behind the @ of a spec string."""
+    _, *behind = _cut(spec, "@")
+    if not behind:
+        return {}
+    if len(behind) > 1:
+        raise SpecError(f"{spec!r} is no spec: it has more than one @. Write 'quant:2@window=16,block=64'.")
+    args, settings = _arguments(_call_of(behind[0], spec), spec)
+    if args:
+        raise SpecError(f"{spec!r} is no spec: behind the @ every setting has a name. Write '@window=16,block=64'.")
+    return _known(settings, spec)
+
+
+def _known(settings: Mapping[Any, Any], spec: object) -> dict[str, Any]:
+    """The settings of a stack, checked."""
+    if unknown := sorted(str(name) for name in settings if name not in SETTINGS):
+        which = f"{spec!r}: a stack" if isinstance(spec, str) else "a stack"
+        raise SpecError(f"{which} has no setting {', '.join(unknown)}. It has: {', '.join(SETTINGS)}.")
+    for name, value in settings.items():
+        wanted = bool if name == "fused" else int
+        if not _fits(value, wanted):
+            what = "True or False" if wanted is bool else "a number of tokens"
+            raise SpecError(f"{spec!r}: {name}={value!r}, and {name} is {what}.")
+    return dict(settings)
+
+
+@contextmanager
+def _only_spec_errors(spec: object) -> Iterator[None]:
+    """Text from anywhere may be too deep for the parser, or make a setting raise anything: one error says so."""
+    try:
+        yield
+    except (SpecError, StageError):
+        raise
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError, AttributeError, LookupError) as error:
+        try:
+            shown = f"{spec!r}"
+        except (ValueError, RecursionError):  # integers of thousands of digits cannot be shown
+            shown = "the spec"
+        reason = str(error) or type(error).__name__
+        raise SpecError(f"{shown[:200]} is no spec: {reason[:200]}. Write 'quant:2+evict:0.2'.") from None
 
 
 def make_score(text: str) -> Score:
     """Build the score that a name such as `snapkv` or a call such as `snapkv(window=32)` describes."""
-    score: Score = _value(_expression(text, text), "scores", text)
-    if isinstance(score, str):
-        score = _build("scores", score, (), {})
-    return score
+    with _only_spec_errors(text):
+        score: Score = _value(_expression(text, text), "scores", text)
+        if isinstance(score, str):
+            score = _build("scores", score, (), {})
+        return score
 
 
 def from_dict(data: Any, family: Family) -> Any:
     """Build the stage or the score that `to_dict` described."""
-    if not isinstance(data, Mapping) or "name" not in data:
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
         raise SpecError(f"{data!r} describes no {family[:-1]}: it needs a name and its settings.")
     settings = {k: from_dict(v, "scores") if isinstance(v, Mapping) else v for k, v in data.items() if k != "name"}
     return _build(family, data["name"], (), settings)
@@ -65,9 +118,45 @@ def from_dict(data: Any, family: Family) -> Any:
 def _build(family: Family, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     kind = registry.type_of(family, name)
     try:
-        return kind(*args, **kwargs)
-    except TypeError as error:
+        built = kind(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SpecError | StageError):
+            raise
         raise SpecError(f"{name!r} cannot be built with {_call(args, kwargs)}: {error}.") from None
+    _check_types(built)
+    return built
+
+
+def _check_types(thing: Any) -> None:
+    """A spec or a dict may say anything: refuse settings of another type than the stage declares."""
+    if not is_dataclass(thing):
+        return
+    try:
+        hints = get_type_hints(type(thing))
+    except (NameError, TypeError):  # a plugin may name types that are imported for type checkers alone
+        return
+    for field in fields(thing):
+        value = getattr(thing, field.name)
+        if field.init and field.name in hints and not _fits(value, hints[field.name]):
+            raise SpecError(
+                f"{thing!r}: {field.name}={value!r} is a {type(value).__name__}, and "
+                f"{str(field.type).replace('typing.', '')} is needed."
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is what the type `hint` says. Whole numbers are floats too, truth values are no numbers."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in args)
+    if origin is tuple and isinstance(value, tuple | list):
+        each = args[:1] * len(value) if args[-1:] == (...,) else args
+        return len(each) == len(value) and all(_fits(x, one) for x, one in zip(value, each, strict=True))
+    number = not isinstance(value, bool) or hint not in (int, float)
+    kind = {None: type(None), float: (int, float)}.get(hint, origin or hint)
+    return number and (not isinstance(kind, type | tuple) or isinstance(value, kind))
 
 
 def _call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -80,8 +169,19 @@ def _call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 def _expression(text: str, whole: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         raise SpecError(f"{whole!r} is no spec: {text!r} cannot be read. Write 'quant:2+evict:0.2'.") from None
+
+
+def _call_of(arguments: str, whole: str) -> ast.Call:
+    """The arguments of a stage, as the call that they stand in: all of the text, and nothing behind it."""
+    text = f"f({arguments})"
+    node = _expression(text, whole)
+    complete = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    if not complete or ast.get_source_segment(text, node) != text:
+        raise SpecError(f"{whole!r} is no spec: {arguments!r} are no arguments. Write 'quant:2+evict:0.2'.")
+    assert isinstance(node, ast.Call)
+    return node
 
 
 def _value(node: ast.expr, family: Family, whole: str) -> Any:
@@ -102,19 +202,24 @@ def _value(node: ast.expr, family: Family, whole: str) -> Any:
 
 
 def _arguments(call: ast.Call, whole: str) -> tuple[list[Any], dict[str, Any]]:
+    names = [keyword.arg for keyword in call.keywords]
+    if None in names:
+        raise SpecError(f"{whole!r} is no spec: ** has no place in it. Name every setting.")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"{whole!r} is no spec: {', '.join(sorted(map(str, twice)))} is given twice. Give it once.")
     args = [_value(arg, "scores", whole) for arg in call.args]
     return args, {k.arg: _value(k.value, "scores", whole) for k in call.keywords if k.arg}
 
 
-def _split(text: str) -> list[str]:
-    """Cut at every + outside brackets and quotes."""
+def _cut(text: str, at: str) -> list[str]:
+    """Cut at every `at` outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         if quote or char in "'\"":
             quote = "" if char == quote else quote or char
         else:
             depth += (char in "([") - (char in ")]")
-        if char == "+" and depth == 0 and not quote:
+        if char == at and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += char
@@ -126,9 +231,8 @@ def _stage(text: str, whole: str) -> Stage:
     if match is None:
         raise SpecError(f"{whole!r} is no spec: {text!r} is not a stage. Write 'quant:2+evict:0.2'.")
     name = match[1].lower()
-    node = _expression(f"f({match[2] or match[3] or ''})", whole)
-    assert isinstance(node, ast.Call)
-    return _checked(_build("stages", name, *_arguments(node, whole)), whole)
+    call = _call_of(match[2] or match[3] or "", whole)
+    return _checked(_build("stages", name, *_arguments(call, whole)), whole)
 
 
 def _checked(stage: Any, whole: object) -> Stage:
@@ -140,14 +244,15 @@ def _checked(stage: Any, whole: object) -> Stage:
 # ---- writing
 
 
-def to_spec(stages: Sequence[Stage]) -> str:
-    """Write the spec string of some stages."""
+def to_spec(stages: Sequence[Stage], settings: Mapping[str, Any] | None = None) -> str:
+    """Write the spec string of some stages, and of the stack's own `settings`."""
     parts = []
     for stage in stages:
         to_dict(stage)  # says what cannot be written down
-        settings = ",".join(f"{k}={_text(v)}" for k, v in stage.settings().items())
-        parts.append(f"{stage.name}:{settings}" if settings else stage.name)
-    return "+".join(parts)
+        written = ",".join(f"{k}={_text(v)}" for k, v in stage.settings().items())
+        parts.append(f"{stage.name}:{written}" if written else stage.name)
+    behind = ",".join(f"{name}={value!r}" for name, value in (settings or {}).items())
+    return "+".join(parts) + (f"@{behind}" if behind else "")
 
 
 def _text(value: Any) -> str:
@@ -156,6 +261,8 @@ def _text(value: Any) -> str:
         return f"{value.name}({inner})" if inner else value.name
     if isinstance(value, tuple) and len(value) > 1:
         return "/".join(map(_text, value))
+    if isinstance(value, float):
+        return repr(value).replace("e+", "e")  # a + begins the next stage
     return value if isinstance(value, str) and value.isidentifier() else repr(value)
 
 

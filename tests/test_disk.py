@@ -204,7 +204,7 @@ def test_a_file_of_version_0_1_is_read(tmp_path):
     described["model"] = fingerprint(model)  # a newer transformers may know more settings of the same model
     write_tensors(path, tensors, {"format": metadata["format"], "cache": json.dumps(described)})
     stack = KVStack.load(path, model=model)
-    assert stack.spec == "quant:bits=4,group=8+evict:keep=0.5,score=h2o"
+    assert stack.spec == "quant:bits=4,group=8+evict:keep=0.5,score=h2o@sinks=2,window=6,block=8"
     for name, expected in load_file(data / "read-0.1.safetensors").items():
         layer, row, what = name.split(".")
         if what == "positions":

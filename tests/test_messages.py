@@ -8,10 +8,17 @@ import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvstack import BindError, Evict, KVStack, Quant, SnapKV, SpecError, StageError, UseError
+from kvstack import BindError, Evict, KVStack, Quant, SnapKV, SpecError, Stage, StageError, UseError
 from kvstack.select.expected import ExpectedAttention
 from tests import tiny
 from tests.stages import Pairs
+
+
+class Chooser(Stage):
+    """Of a kind whose class it is not."""
+
+    kind = "select"
+
 
 BUILD = [
     (lambda: Evict(0.0), "Evict(keep=0.0): keep is what stays: a share in (0, 1]"),
@@ -38,6 +45,7 @@ BUILD = [
     (lambda: KVStack([Evict(0.2), Evict(5)]), "are both of the kind 'select': a stack has one place for each kind."),
     (lambda: KVStack([3]), "3 is no stage. See `kvstack stages` for the catalogue."),
     (lambda: KVStack([Quant]), "is no stage. Use Quant(...)."),
+    (lambda: KVStack([Chooser()]), "Chooser() is no stage. See `kvstack stages` for the catalogue."),
     (lambda: KVStack(Quant(2)), "stages is a list. Use KVStack([Quant(bits=2)])."),
     (lambda: KVStack("quant:2"), "stages is a list. Use KVStack.from_spec('quant:2')."),
     (lambda: KVStack(sinks=-1), "KVStack(sinks=-1): sinks is a number of tokens, 0 or more."),

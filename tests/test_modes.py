@@ -168,3 +168,30 @@ def test_a_model_without_the_interface():
     ids, mask = tiny.left_padded([40, 20])
     with pytest.raises(UseError, match="padded batches"):
         model(ids, attention_mask=mask, past_key_values=KVStack([Quant(8, group=8)], **SETTINGS))
+
+
+def test_a_stack_without_a_model_may_share_tokens_between_layers():
+    """Layers come one by one, and are handled together from the first forward on."""
+    draw = torch.Generator().manual_seed(0)
+    stack = KVStack([Evict(0.5, "keydiff", layers=2)], sinks=2, window=4)
+    for _ in range(3):
+        for layer in range(3):
+            keys, values = (torch.randn(1, 2, 40, 16, generator=draw) for _ in range(2))
+            stack.update(keys, values, layer)
+    stack.get_mask_sizes(1, 0)
+    assert [store.layers for store in stack.batch.stores] == [[0, 1], [2]]
+    assert stack.held <= 0.5 * (120 - 6) + 6
+    assert torch.equal(stack.positions(0), stack.positions(1))
+
+
+def test_fused_can_be_switched():
+    model = tiny.model()
+    stack = KVStack([Quant(4)], model=model)
+    model(tiny.tokens(1, 200), past_key_values=stack)
+    logits = []
+    for fused in (True, False):
+        stack.fused = fused
+        assert stack.attention_listener.fused is fused
+        logits.append(model(tiny.tokens(1, 1), past_key_values=stack).logits)
+        stack.crop(-1)
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)

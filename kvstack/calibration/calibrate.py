@@ -172,17 +172,21 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
     every = LayerGroups(model, 1).full
     only = None if groups.full == every else groups.full
     make = partial(calibrate, model, layers=groups.size, metric=metric, only=only)
-    return keep.load_or_make(model, default_path(model, groups.size, metric, only).name, read, make, notice)
+    return keep.load_or_make(model, _file_name(model, groups.size, metric, only), read, make, notice)
 
 
 def default_path(
     model: PreTrainedModel, layers: int, metric: Metric = "fisher", only: Sequence[int] | None = None
 ) -> Path:
     """Where stages look for a calibration of `model` for groups of `layers`."""
+    return keep.folder() / _file_name(model, layers, metric, only)
+
+
+def _file_name(model: PreTrainedModel, layers: int, metric: Metric, only: Sequence[int] | None) -> str:
     kind = "" if metric == "fisher" else f"-{metric}"
     if only is not None:
         kind += f"-{hashlib.sha256(repr(list(only)).encode()).hexdigest()[:8]}"
-    return keep.folder() / f"{model.config.model_type}-{fingerprint(model)}-{layers}{kind}.safetensors"
+    return f"{model.config.model_type}-{fingerprint(model)}-{layers}{kind}.safetensors"
 
 
 # ---- reading it

@@ -55,24 +55,33 @@ def load_or_make(model: PreTrainedModel, file: str, read: Callable[[Path], F], m
         notice: logged before it is made.
     """
     known: dict[str, F] = _known.setdefault(model, {})
-    path = folder() / file
-    fitted = known.get(file) or _read(path, read)
+    fitted = known.get(file) or _kept(file, read, make, notice)
     if fitted is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # the lock goes when its process goes; a second process waits here and finds the work done
-            with FileLock(path.with_suffix(".lock")):
-                fitted = _read(path, read) or _made(path, make, notice)
-        except OSError as error:
-            log.warning(NOT_KEPT, error)
-            fitted = make()
+        fitted = make()
     known[file] = fitted
     return fitted
 
 
-def _read(path: Path, read: Callable[[Path], F]) -> F | None:
-    if not path.exists():
+def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F | None:
+    """What the file holds, or what is made now and kept there; None where nothing can be kept."""
+    try:
+        path = folder() / file
+        if path.exists() and (fitted := _read(path, read)) is not None:
+            return fitted
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the lock goes when its process goes; a second process waits here and finds the work done
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except (OSError, RuntimeError) as error:  # a folder of another user, a name too long, a home that is not known
+        log.warning(NOT_KEPT, error)
         return None
+    try:
+        return (_read(path, read) if path.exists() else None) or _made(path, make, notice)
+    finally:
+        lock.release()
+
+
+def _read(path: Path, read: Callable[[Path], F]) -> F | None:
     try:
         return read(path)
     except CalibrationError as error:

@@ -67,7 +67,7 @@ class ChannelCodes(ChannelEncoder):
         widths, counts = self.bits.unique_consecutive(return_counts=True)
         return tuple(zip(widths.tolist(), counts.tolist(), strict=True))
 
-    @cached_property
+    @property
     def deviation(self) -> Tensor:
         """(R,) standard deviation of each channel, above zero."""
         deviation = self.energy.sqrt()

@@ -36,40 +36,40 @@ def arm(stack: Waiting) -> Callable[[], None]:
 
     reference = weakref.ref(stack)
     handles: list[RemovableHandle] = []
-    probed: set[int] = set()
+    # module -> the outermost model seen so far that it is part of
+    roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = weakref.WeakKeyDictionary()
 
     def disarm() -> None:
         while handles:
             handles.pop().remove()
-        probed.clear()
+        roots.clear()
 
-    def probe(root: weakref.ref[PreTrainedModel]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            waiting, model = reference(), root()
-            if waiting is None or model is None:
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        root = roots.get(module)
+        waiting, model = reference(), root() if root is not None else None
+        if waiting is None or model is None:
+            return
+        for value in (*args, *kwargs.values()):
+            if value is waiting:
+                waiting.bind(model)
                 return
-            for value in (*args, *kwargs.values()):
-                if value is waiting:
-                    waiting.bind(model)
-                    return
-                if getattr(value, "self_attention_cache", None) is waiting:
-                    raise BindError(
-                        f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
-                        "Use transformers' own cache for encoder-decoder models."
-                    )
-
-        return hook
+            if getattr(value, "self_attention_cache", None) is waiting:
+                raise BindError(
+                    f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
+                    "Use transformers' own cache for encoder-decoder models."
+                )
 
     def meet(module: nn.Module, args: Any) -> None:
-        if not isinstance(module, PreTrainedModel) or id(module) in probed:
+        if not isinstance(module, PreTrainedModel) or module in roots:
             return
-        root = weakref.ref(module)
+        # a model that was not met yet is outside of all that were: what it holds is part of it
         for inner in module.modules():
             takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
             takes_cache = takes_cache or any(name in parameters(inner) for name in CACHE_ARGUMENTS)
-            if takes_cache and id(inner) not in probed:
-                probed.add(id(inner))
-                handles.append(inner.register_forward_pre_hook(probe(root), with_kwargs=True))
+            if takes_cache and inner not in roots:
+                handles.append(inner.register_forward_pre_hook(probe, with_kwargs=True))
+            if takes_cache:
+                roots[inner] = weakref.ref(module)
 
     handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
     weakref.finalize(stack, disarm)

@@ -6,15 +6,18 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = [
     "CACHE_ARGUMENTS",
     "attention_modules",
+    "device_of",
     "expands",
     "gives_queries",
     "implementation",
     "interface",
+    "offload_hooks",
     "parameters",
 ]
 
@@ -53,3 +56,18 @@ def expands(module: nn.Module) -> bool:
 def implementation(module: nn.Module) -> str:
     config = getattr(module, "config", None)
     return getattr(config, "_attn_implementation", None) or "eager"
+
+
+def offload_hooks(module: nn.Module) -> list[Any]:
+    """What accelerate has put on a module whose weights are kept elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, though its weights may be kept elsewhere between its calls."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    places = [getattr(hook, "execution_device", None) for inner in module.modules() for hook in offload_hooks(inner)]
+    return torch.device(next((place for place in places if place is not None), device))

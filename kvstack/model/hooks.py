@@ -10,8 +10,10 @@ Nothing of this exists before a stack is made, and nothing is left when the last
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ class Call:
     mask: Any
     hidden: Tensor | None
     shares: bool  # the layer reads another's keys and values, and its own are not needed
+    swapped: bool = False  # our function stands in for the model's
     asked: Sequence[int] = ()  # rows and tokens that a resting projection was asked for
 
 
@@ -132,12 +135,14 @@ class ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
+        self.guards: list[_Guard] = []
         self.resting: set[int] = set()
         for module in attention_modules(model).values():
             names = list(parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
             # always_call: an exception in attention must not leave our function in transformers' registry
             self.handles.append(module.register_forward_hook(_leaving, always_call=True))
+            self.guards.append(_Guard(module))
 
     def rest(self, modules: Mapping[int, nn.Module]) -> None:
         """Let these layers compute no keys and values in a call that reads another layer's."""
@@ -153,6 +158,51 @@ class ModelHooks:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for guard in self.guards:
+            guard.remove()
+
+
+class _Guard:
+    """torch calls no hook when a forward ends by KeyboardInterrupt or SystemExit: so the forward itself is watched."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.before = vars(module).get("forward")  # others wrap forwards too
+        inside = type(module).forward if self.before is None else None
+
+        @functools.wraps(module.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    _abandon()
+                raise
+
+        before: Any = self.before
+        # a method, so that a copy of the module gets one of its own
+        self.forward = vars(module)["forward"] = types.MethodType(forward, module)
+
+    def remove(self) -> None:
+        module = self.module()
+        if module is None or vars(module).get("forward") is not self.forward:
+            return  # wrapped by others meanwhile: it stays, and does nothing any more
+        if self.before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = self.before
+
+
+def _abandon() -> None:
+    """Forget the attention call this thread was in."""
+    call = running()
+    if call is None:
+        return
+    _running.call = None
+    registry = interface(call.module)
+    if registry is not None and call.swapped:
+        call.swapped = False
+        _swap_out(registry, call.implementation)
 
 
 _hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
@@ -185,6 +235,7 @@ def _release(reference: weakref.ref[PreTrainedModel]) -> None:
 
 def _entering(names: list[str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _abandon()  # attention modules do not nest: a call that is still running here was interrupted
         given = dict(zip(names, args, strict=False)) | kwargs
         listener = _listener_in(given)
         if listener is None:
@@ -202,6 +253,7 @@ def _entering(names: list[str]) -> Callable[..., None]:
         registry = interface(module)
         if registry is not None:
             _swap_in(registry, call.implementation, module)
+            call.swapped = True
 
     return hook
 
@@ -210,10 +262,7 @@ def _leaving(module: nn.Module, args: Any, output: Any) -> None:
     call = running()
     if call is None or call.module is not module:
         return
-    _running.call = None
-    registry = interface(module)
-    if registry is not None:
-        _swap_out(registry, call.implementation)
+    _abandon()
     if output is not None:  # None: the call failed, and what it wrote must not be settled
         call.listener.leave(call)
 

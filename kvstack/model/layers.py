@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError
-from .attention import attention_modules
+from .attention import attention_modules, device_of
 from .rope import find_ropes
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LayerGroups:
                 f"divide. Use one of {divisors}."
             )
         self.groups = [self.full[i : i + self.size] for i in range(0, len(self.full), self.size)]
-        self.devices = {i: next(self.modules[i].parameters()).device for i in self.full}
+        self.devices = {i: device_of(self.modules[i]) for i in self.full}
         self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full}, types)
         self.rotates = all(rope is not None for rope in self.ropes.values())
         if not self.rotates:  # all or none: keys of a group are compared with each other

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -87,22 +86,22 @@ class Evict(Stage):
 
     # A score may be any object with a `score` method: what it does not say about itself has the default of `Score`.
 
-    @cached_property
+    @property
     def usual_layers(self) -> int:
         """Adjacent layers that share one token set where nobody says how many."""
         return int(getattr(self.score, "layers", Score.layers))
 
-    @cached_property
+    @property
     def queries(self) -> int:
         """Newest queries that the score looks at; -1 for all of the running forward."""
         return int(getattr(self.score, "queries", Score.queries))
 
-    @cached_property
+    @property
     def tracks(self) -> bool:
         """Whether the score keeps a memory per token."""
         return bool(getattr(self.score, "tracks", Score.tracks))
 
-    @cached_property
+    @property
     def looks_at_queries(self) -> bool:
         return self.queries != 0 or self.tracks
 

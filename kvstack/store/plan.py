@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ class Plan:
     window: int
     block: int
     codecs: Sequence[Codec] = ()
+    _granules: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for codec in self.codecs:
@@ -95,7 +96,9 @@ class Plan:
             return 1
         if not self.codecs:
             return self.encode.granule(width)
-        return math.lcm(*(_granule(codec, self.encode, width) for codec in self.codecs))
+        if width not in self._granules:
+            self._granules[width] = math.lcm(*(_granule(codec, self.encode, width) for codec in self.codecs))
+        return self._granules[width]
 
 
 def _granule(codec: Codec, encode: Encode, width: int) -> int:

@@ -238,7 +238,7 @@ class GroupLatents(Sealed):
         for name, latent in self._fit(block).items():
             encoder = EXACT if latent.exact else self._encoder(name)
             # without an encoder of the user's, what the transform made is stored
-            payer = self.plan.encode if encoder is self.plan.encode and self.plan.own_encoder else self._payer
+            payer = self.plan.encode if self.plan.own_encoder and not latent.exact else self._payer
             packed = self._encode(name, encoder, latent.data, payer)
             self._add(name, replace(packed, exact=latent.exact))
         self.tokens += new

@@ -35,6 +35,9 @@ from .tracks import Crop, Cut, Get, Memory, Positions, Put, Queries, RawTokens, 
 
 __all__ = ["Store"]
 
+GUESSES = 256
+"""Tokens of a forward that assisted decoding may take back, as far as their queries are told apart: it guesses tens."""
+
 
 class Store:
     """Tokens of `layers` (indices in the model) for a set of rows of equal length.
@@ -87,6 +90,11 @@ class Store:
     def tracks(self) -> Iterator[Track]:
         return (track for tracks in self._held.values() for track in tracks)
 
+    def take_over(self, other: Store) -> None:
+        """Hold what `other` holds, whose layers are the first of these."""
+        self._hold({name: tracks + self._held[name][len(tracks) :] for name, tracks in other._held.items()})
+        self.dirty = other.dirty
+
     # ---- lengths and positions
 
     @property
@@ -138,12 +146,13 @@ class Store:
         self.dirty = True
         self.raw[slot].append(kv)
 
-    def remember(self, slot: int, queries: Tensor, all_of_them: bool) -> None:
-        """Keep what the score wants to see of the running forward's queries (B, H*G, Q, D), or all of them, where some
+    def remember(self, slot: int, queries: Tensor, may_be_cropped: bool) -> None:
+        """Keep what the score wants to see of the running forward's queries (B, H*G, Q, D), and some more where tokens
         may be taken back before the score looks."""
         evict = self.plan.evict
         if evict is not None and evict.looks_at_queries:
-            self.queries[slot].add(queries, -1 if all_of_them or evict.tracks else evict.queries)
+            keep = -1 if evict.tracks or evict.queries < 0 else evict.queries + (GUESSES if may_be_cropped else 0)
+            self.queries[slot].add(queries, keep)
 
     # ---- compressing
 
@@ -177,7 +186,7 @@ class Store:
         """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
         evict = self.plan.evict
         assert evict is not None
-        return evict.queries == 0 or evict.tracks or all(queries.newest is not None for queries in self.queries)
+        return evict.queries == 0 or evict.tracks or all(known.newest(-1) is not None for known in self.queries)
 
     def _track(self, seen: int, scalings: Sequence[float], work: Workspace) -> None:
         """Let the score update its memory of each token with the queries that it has not seen."""
@@ -185,7 +194,7 @@ class Store:
         if evict is None or not evict.tracks:
             return
         for slot, known in enumerate(self.queries):
-            queries = known.last(known.untracked) if known.untracked else None
+            queries = known.unseen()
             if queries is not None:
                 kv = self.read(slot, seen, work)
                 context = self._context(slot, seen, scalings[slot], queries, self.memory[slot].grown(kv.tokens))
@@ -235,7 +244,7 @@ class Store:
         evict, layer = self.plan.evict, self.layers[slot]
         assert evict is not None
         kv = self.read(slot, seen, work)
-        queries = self.queries[slot].last(evict.queries)
+        queries = self.queries[slot].newest(evict.queries)
         score = evict.ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
         if score.shape != kv.keys.shape[:3]:
             raise UseError(

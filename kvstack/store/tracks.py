@@ -217,7 +217,10 @@ class Positions(Track):
 
     def take(self, cut: Cut) -> None:
         expanded = cut.positions.expand(*cut.stay.shape[:2], -1)
-        self.kept = expanded.gather(-1, cut.stay).to(torch.int32)
+        kept = expanded.gather(-1, cut.stay).to(torch.int32)
+        # after a crop that went deeper than the window, raw tokens behind the middle have holes between them too
+        behind = [] if self.kept is None else [self.kept[..., cut.sealed + cut.middle :]]
+        self.kept = torch.cat([kept, *behind], dim=-1)
 
     def crop(self, crop: Crop) -> None:
         if self.kept is not None:
@@ -276,58 +279,90 @@ class Memory(Track):
 
 
 class Queries(Track):
-    """The newest queries of one layer, for scores that look at them."""
+    """The newest queries of one layer, for scores that look at them.
+
+    Those of the running forward are apart until it is settled, since some of its tokens may be taken back before. What
+    is left of them decides: several tokens bring the queries that their settling looks at, and nothing stays; a
+    single one joins those before it.
+    """
 
     def __init__(self) -> None:
-        self.newest: Tensor | None = None  # (B, H*G, Q, D)
-        self.passing = False  # of a forward with several tokens: forgotten when it is settled
-        self.untracked = 0  # how many of them a score's memory has not seen
+        self.before: Tensor | None = None  # (B, H*G, Q, D), of single tokens
+        self.running: Tensor | None = None  # (B, H*G, Q, D), of the running forward
+        self.tokens = 0  # of the running forward, as far as they are not taken back
+        self.untracked = 0  # how many of the newest a score's memory has not seen
 
     def add(self, queries: Tensor, keep: int) -> None:
         """Remember the queries (B, H*G, Q, D) of a forward, the newest `keep` of them; -1: all."""
+        self._join()
+        self.tokens = queries.shape[2]
+        self.untracked += self.tokens
         queries = queries.detach()
-        self.passing = queries.shape[2] > 1
-        self.untracked += queries.shape[2]
-        if self.passing:
-            # clone: a view would keep the queries of the whole prompt until the group is complete
-            self.newest = queries if keep < 0 else queries[:, :, -keep:].clone()
-        else:
-            known = queries if self.newest is None else torch.cat([self.newest, queries], dim=2)
-            self.newest = known[:, :, -RECENT_QUERIES:].clone()
+        # clone: a view would keep the queries of the whole prompt until the group is complete
+        self.running = queries if keep < 0 else queries[:, :, -keep:].clone()
 
-    def last(self, count: int) -> Tensor | None:
-        """The newest `count` queries, or as many as are known; -1: all; None: none are known."""
-        if self.newest is None or count < 0:
-            return self.newest
-        return self.newest[:, :, -count:]
+    def _join(self) -> None:
+        """The running forward is over: a single token joins those before it, several replace them."""
+        if self.running is None:
+            return
+        if self.tokens == 1:
+            known = self.running if self.before is None else torch.cat([self.before, self.running], dim=2)
+            self.before = known[:, :, -RECENT_QUERIES:].clone()
+        else:
+            self.before = None
+        self.running, self.tokens = None, 0
+
+    def newest(self, count: int) -> Tensor | None:
+        """The queries that a score looks at: the newest `count` of a forward with several tokens (-1: all), or those
+        of the last single tokens; None: none are known."""
+        if self.tokens > 1 and self.running is not None:
+            return self.running if count < 0 else self.running[:, :, -count:]
+        self._join()
+        return self.before
+
+    def unseen(self) -> Tensor | None:
+        """The queries that a score's memory has not seen."""
+        newest = self.newest(-1)
+        return newest[:, :, -self.untracked :] if self.untracked and newest is not None else None
 
     def settled(self, dropped: bool) -> None:
         """A forward was settled, and tokens were `dropped` or not."""
-        if self.passing or dropped:
-            self.newest = None
-        self.passing, self.untracked = False, 0
+        self._join()
+        if dropped:
+            self.before = None
+        self.untracked = 0
 
     def take(self, cut: Cut) -> None:
         """Queries are of no token that goes: an eviction leaves them to `settled`."""
 
     def crop(self, crop: Crop) -> None:
         self.untracked = max(0, self.untracked - crop.remove)
-        if self.newest is not None and crop.remove:
-            left = self.newest.shape[2] - crop.remove
-            self.newest = self.newest[:, :, :left].clone() if left > 0 else None
+        running = min(crop.remove, self.tokens)
+        self.tokens -= running
+        self.running = _without(self.running, running) if self.tokens else None
+        self.before = _without(self.before, crop.remove - running)
 
     def rows(self, index: Tensor) -> Queries:
         other = Queries()
-        other.newest = None if self.newest is None else rows_of(self.newest, index)
-        other.passing, other.untracked = self.passing, self.untracked
+        other.before = None if self.before is None else rows_of(self.before, index)
+        other.running = None if self.running is None else rows_of(self.running, index)
+        other.tokens, other.untracked = self.tokens, self.untracked
         return other
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        if self.newest is not None:
-            yield "recent queries", self.newest
+        yield from (("recent queries", x) for x in (self.before, self.running) if x is not None)
 
     def state(self, put: Put) -> Any:
-        return put(self.newest)
+        self._join()
+        return put(self.before)
 
     def restore(self, state: Any, get: Get) -> None:
-        self.newest = get(state)
+        self.before = get(state)
+
+
+def _without(x: Tensor | None, newest: int) -> Tensor | None:
+    """`x` (B, H, Q, D) without its newest entries."""
+    if x is None or not newest:
+        return x
+    left = x.shape[2] - newest
+    return x[:, :, :left].clone() if left > 0 else None

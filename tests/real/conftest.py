@@ -7,7 +7,8 @@ import torch
 @pytest.fixture(autouse=True, scope="package")
 def _all_cores():
     """Real models are large enough to gain from more threads."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # threads that wait for each other are slow
     yield
     torch.set_num_threads(1)
 

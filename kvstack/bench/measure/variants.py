@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from transformers import Cache, DynamicCache
 
 from ... import KVStack, registry
-from ...errors import KVStackError, SpecError
+from ...errors import KVStackError
 from ...spec import parse as parse_spec
 from ...stage import Stage
 from ..peers import spec as peers
@@ -157,12 +157,7 @@ def _variant(spec: str) -> Variant:
     if re.split(r"[:,]", spec)[0] in peers.NAMES:
         peer = peers.parse(spec)
         return Variant(spec, "peer", peer.make, peer)
-    stages_spec, _, settings_spec = spec.partition("@")
-    stages, settings = parse_spec("" if stages_spec == EMPTY else stages_spec)
-    settings |= peers.settings_in(spec, filter(None, settings_spec.split(",")), "quant:4@fused=False")
-    try:
-        KVStack(stages, **settings)  # says now what cannot work, not after the first minutes
-    except TypeError as error:
-        raise SpecError(f"{spec!r}: {error}.") from None
+    stages, settings = parse_spec(re.sub(rf"^{EMPTY}(?=@|$)", "", spec))
+    KVStack(stages, **settings)  # says now what cannot work, not after the first minutes
     kind: Kind = "control" if "score=random" in spec else "kvstack"
     return Variant(spec, kind, lambda model: KVStack(stages, model=model, **settings), stages=tuple(stages))
