@@ -22,7 +22,7 @@ from .errors import SpecError, StageError
 from .registry import Family
 from .stage import Score, Settings, Stage
 
-__all__ = ["SETTINGS", "from_dict", "make_score", "parse", "to_dict", "to_spec"]
+__all__ = ["SETTINGS", "check_types", "from_dict", "make_score", "parse", "to_dict", "to_spec"]
 
 SETTINGS = ("sinks", "window", "block", "fused")
 """Settings of a stack that its dict holds beside the stages."""
@@ -123,11 +123,11 @@ def _build(family: Family, name: str, args: Sequence[Any], kwargs: Mapping[str, 
         if isinstance(error, SpecError | StageError):
             raise
         raise SpecError(f"{name!r} cannot be built with {_call(args, kwargs)}: {error}.") from None
-    _check_types(built)
+    check_types(built)
     return built
 
 
-def _check_types(thing: Any) -> None:
+def check_types(thing: Any) -> None:
     """A spec or a dict may say anything: refuse settings of another type than the stage declares."""
     if not is_dataclass(thing):
         return
@@ -146,6 +146,8 @@ def _check_types(thing: Any) -> None:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether `value` is what the type `hint` says. Whole numbers are floats too, truth values are no numbers."""
+    if hint is Any:
+        return True
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in args)

@@ -1,13 +1,15 @@
 """Specs: whatever text or dict is given, a stack comes back whose spec reads back equal, or one error that says why."""
 
 import json
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstack import Evict, KVStack, Quant, SpecError, StageError
-from kvstack.spec import LONGEST
+from kvstack import Evict, KVStack, Quant, Score, SpecError, StageError
+from kvstack.spec import LONGEST, check_types
 
 ODD = [
     "quant:\ud800",
@@ -112,14 +114,27 @@ def test_any_dict(settings, stages):
     check({"stages": stages, **settings})
 
 
-@pytest.mark.parametrize(
-    ("stack", "spec"),
-    [
-        (KVStack([Quant(2)], window=16), "quant:bits=2@window=16"),
-        (KVStack([Evict(0.2)], sinks=0, fused=False), "evict:keep=0.2@sinks=0,fused=False"),
-        (KVStack(block=64), "@block=64"),
-    ],
-)
-def test_settings_of_the_stack_are_part_of_the_spec(stack, spec):
+WRITTEN = {
+    "quant:bits=2@window=16": lambda: KVStack([Quant(2)], window=16),
+    "evict:keep=0.2@sinks=0,fused=False": lambda: KVStack([Evict(0.2)], sinks=0, fused=False),
+    "@block=64": lambda: KVStack(block=64),
+}
+
+
+@pytest.mark.parametrize("spec", WRITTEN)
+def test_settings_of_the_stack_are_part_of_the_spec(spec):
+    stack = WRITTEN[spec]()
     assert stack.spec == spec
     read_back(stack)
+
+
+def test_a_setting_of_any_type():
+    """A plugin may take anything for a setting."""
+
+    @dataclass(frozen=True, repr=False)
+    class Whatever(Score):
+        thing: Any = None
+        name = "whatever"
+
+    for thing in (3, "x", None, (1, 2)):
+        check_types(Whatever(thing))
