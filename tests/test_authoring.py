@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted((ROOT / "kvstack" / "data" / "plugin").glob("*.py.jinja"))
 MODULES = sorted(path for path in ROOT.glob("plugins/*/**/*.py") if "build" not in path.parts)
 PUBLIC = {"kvstack", "kvstack.authoring"}
-IN_TESTS = PUBLIC | {"kvstack.cli.app", "kvstack.testing"}
+IN_TESTS = PUBLIC | {"kvstack.cli.commands", "kvstack.testing"}
 
 
 def source(path: Path) -> str:

@@ -19,9 +19,9 @@ from kvstack import registry
 HEAVY = ("hqq", "torch._dynamo", "transformers.cache_utils", "transformers.modeling_utils", "transformers.models")
 LIGHT = [
     "import kvstack",
-    "from kvstack.cli.app import app; app(['--help'], standalone_mode=False)",
-    "from kvstack.cli.app import app; app(['bench', '--help'], standalone_mode=False)",
-    "from kvstack.cli.app import app; app(['stages'], standalone_mode=False)",
+    "from kvstack.cli.commands import app; app(['--help'], standalone_mode=False)",
+    "from kvstack.cli.commands import app; app(['bench', '--help'], standalone_mode=False)",
+    "from kvstack.cli.commands import app; app(['stages'], standalone_mode=False)",
     "import kvstack.calibration.calibrate, kvstack.calibration.sensitivity, kvstack.transform.commonkv",
 ]
 

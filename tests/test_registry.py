@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import kvstack
 from kvstack import KVStack, SpecError, registry
-from kvstack.cli.app import app
+from kvstack.cli.commands import app
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvstack import BindError, Calibration, CalibrationError, CommonKV, KVStack, Quant, calibrate, sensitivity
 from kvstack.calibration import calibrate as calibrating
 from kvstack.calibration import keep, windows
-from kvstack.cli.app import app, spectra
+from kvstack.cli.commands import app, spectra
 from kvstack.model.fingerprint import fingerprint
 from kvstack.model.layers import LayerGroups, group_size
 from kvstack.model.probing import SINKS

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvstack.cli.app import app
+from kvstack.cli.commands import app
 from kvstack.cli.new_stage import write
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvstack.cli import demo
-from kvstack.cli.app import app
+from kvstack.cli.commands import app
 
 pytestmark = pytest.mark.real
 

@@ -684,7 +684,7 @@ def test_it_is_found_by_its_name(installed):
 
 
 def test_it_is_in_the_catalogue(installed):
-    from kvstack.cli.app import app
+    from kvstack.cli.commands import app
 
     assert "kvsharer" in CliRunner().invoke(app, ["stages"]).output
 

@@ -315,7 +315,7 @@ def test_it_is_found_by_its_name():
 def test_it_is_in_the_catalogue():
     from typer.testing import CliRunner
 
-    from kvstack.cli.app import app
+    from kvstack.cli.commands import app
 
     done = CliRunner().invoke(app, ["stages"])
     (row,) = (line for line in done.stdout.splitlines() if "│ kvtc" in line)

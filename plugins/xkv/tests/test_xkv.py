@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from kvstack import KV, BindError, CalibrationError, Evict, KVStack, Quant, StageError, UseError, registry
 from kvstack.authoring import Workspace
-from kvstack.cli.app import app
+from kvstack.cli.commands import app
 from kvstack.testing import check_registered, check_stage, tiny_model
 
 SINKS, WINDOW, BLOCK = 2, 8, 8

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import kvstack
 from kvstack import models as kvmodels
 from kvstack.cli import demo
-from kvstack.cli.app import app
+from kvstack.cli.commands import app
 from tests import tiny
 
 WORDS = ["<unk>", "<s>", "<pad>", *(f"w{i}" for i in range(tiny.VOCABULARY - 3))]
