@@ -45,7 +45,8 @@ def parse(spec: str | Mapping[str, Any]) -> tuple[list[Stage], dict[str, Any]]:
         if isinstance(spec, str):
             if len(spec) > LONGEST:
                 raise SpecError(f"{spec[:40]!r}... is no spec: it has {len(spec)} characters. Use {LONGEST} at most.")
-            pipeline, settings = _cut(spec, "@")[0], _settings(spec)
+            pipeline, *behind = _cut(spec, "@")
+            settings = _settings(behind, spec)
             return ([_stage(part, spec) for part in _cut(pipeline, "+")] if pipeline.strip() else []), settings
         if not isinstance(spec, Mapping) or "stages" not in spec:
             raise SpecError(f"{spec!r} is no spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict().")
@@ -56,9 +57,8 @@ def parse(spec: str | Mapping[str, Any]) -> tuple[list[Stage], dict[str, Any]]:
         return stages, _known(settings, spec)
 
 
-def _settings(spec: str) -> dict[str, Any]:
-    """The stack's own settings, behind the @ of a spec string."""
-    _, *behind = _cut(spec, "@")
+def _settings(behind: Sequence[str], spec: str) -> dict[str, Any]:
+    """The stack's own settings, from the text `behind` each @ of a spec string."""
     if not behind:
         return {}
     if len(behind) > 1:

@@ -237,9 +237,7 @@ class GroupLatents(Sealed):
         new = block[0].tokens
         for name, latent in self._fit(block).items():
             encoder = EXACT if latent.exact else self._encoder(name)
-            # without an encoder of the user's, what the transform made is stored
-            payer = self.plan.encode if self.plan.own_encoder and not latent.exact else self._payer
-            packed = self._encode(name, encoder, latent.data, payer)
+            packed = self._encode(name, encoder, latent.data, self._payer_of(latent.exact))
             self._add(name, replace(packed, exact=latent.exact))
         self.tokens += new
 
@@ -357,7 +355,11 @@ class GroupLatents(Sealed):
         return self.plan.transform.stage
 
     def payer(self, packed: Packed) -> object:
-        return self.plan.encode if self.plan.own_encoder and not packed.exact else self._payer
+        return self._payer_of(packed.exact)
+
+    def _payer_of(self, exact: bool) -> object:
+        # without an encoder of the user's, what the transform made is stored
+        return self.plan.encode if self.plan.own_encoder and not exact else self._payer
 
     @property
     def fitted(self) -> Mapping[str, Tensor]:

@@ -23,7 +23,7 @@ from . import caches, kvpress
 from .caches import Make
 from .kvpress import Press
 
-__all__ = ["NAMES", "Peer", "parse", "settings_in"]
+__all__ = ["NAMES", "Peer", "parse"]
 
 # hqq's 3 bits cannot be read back from tensors with four axes
 BITS = {"hqq": (2, 4, 8), "quanto": (2, 4), "turboquant": (2, 3, 4, 8)}
@@ -77,7 +77,7 @@ def parse(spec: str) -> Peer:
         if rest:
             raise SpecError(f"{spec!r}: dense takes no settings. Write 'dense'.")
         return Peer(spec, "DynamicCache", caches.dense)
-    settings = settings_in(spec, pairs, "hqq:2,group=32")
+    settings = _settings_in(spec, pairs, "hqq:2,group=32")
     return _press(spec, first, settings) if name == "kvpress" else _cache(spec, name, first, settings)
 
 
@@ -110,7 +110,7 @@ def _press(spec: str, name: str, settings: dict[str, Any]) -> Peer:
     return Peer(spec, "kvpress", press=Press(name, float(keep), settings))
 
 
-def settings_in(spec: str, pairs: Iterable[str], example: str) -> dict[str, Any]:
+def _settings_in(spec: str, pairs: Iterable[str], example: str) -> dict[str, Any]:
     """Settings from `name=value` strings; SpecError, with an example of how to write them, where one is none."""
     settings = {}
     for pair in pairs:
