@@ -83,6 +83,13 @@ class Binding:
         return device_of(self.modules[layer])
 
     @property
+    def query_heads(self) -> int:
+        """Query heads of a layer."""
+        assert self.model is not None
+        heads: int = self.model.config.get_text_config(decoder=True).num_attention_heads
+        return heads
+
+    @property
     def last(self) -> int:
         """The last layer of a forward that is compressed."""
         return max(self.ends)

@@ -131,6 +131,8 @@ class Store:
 
     def positions(self, seen: int) -> Tensor:
         """(B or 1, H or 1, held) true positions, ascending."""
+        if not self.held:
+            return torch.empty(1, 1, 0, dtype=torch.int32)
         device, kept = self.raw[0].device, self.kept_positions.kept
         if kept is None:
             return positions_between(seen - self.held, seen, device)[None, None]
