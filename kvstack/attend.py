@@ -171,14 +171,14 @@ class Attention:
         if promise is not None and mask is call.mask:
             self.learned.direct.add(call.layer)
         # a mask that the module made may be made of what `update` returned, and is as wide as that
-        dense = promise is not None and (not isinstance(mask, Tensor) or self._is_dense(mask, promise))
+        dense = promise is not None and (mask is call.mask or self._is_dense(mask, promise))
         if promise is None or promise.whole or not dense:
             return plain(query, key, value, mask)
         return self._answer(call, promise, query, value.shape[-1], mask, kwargs, plain)
 
-    def _is_dense(self, mask: Tensor, promise: Promise) -> bool:
+    def _is_dense(self, mask: Any, promise: Promise) -> bool:
         """Whether a mask is over all tokens that the model has seen."""
-        return mask.shape[-1] >= self.batch.columns[promise.layer]
+        return not isinstance(mask, Tensor) or mask.shape[-1] >= self.batch.columns[promise.layer]
 
     # ---- what the cache is asked
 
