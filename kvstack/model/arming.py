@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from ..errors import BindError
-from .attention import CACHE_ARGUMENTS, parameters
+from .attention import layer_of, takes_cache
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -64,11 +64,10 @@ def arm(stack: Waiting) -> Callable[[], None]:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
         for inner in module.modules():
-            takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
-            takes_cache = takes_cache or any(name in parameters(inner) for name in CACHE_ARGUMENTS)
-            if takes_cache and inner not in roots:
+            may_get_it = isinstance(inner, PreTrainedModel) or layer_of(inner) is not None or takes_cache(inner)
+            if may_get_it and inner not in roots:
                 handles.append(inner.register_forward_pre_hook(probe, with_kwargs=True))
-            if takes_cache:
+            if may_get_it:
                 roots[inner] = weakref.ref(module)
 
     handles.append(nn.modules.module.register_module_forward_pre_hook(meet))

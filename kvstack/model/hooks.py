@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
+from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, layer_of, parameters
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -240,8 +240,8 @@ def _entering(names: list[str]) -> Callable[..., None]:
         listener = _listener_in(given)
         if listener is None:
             return
-        layer = module.layer_idx
-        assert isinstance(layer, int)
+        layer = layer_of(module)
+        assert layer is not None  # only modules with an index are hooked
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
         _running.call = call = Call(listener, module, layer, how, mask, hidden, listener.reads_another(layer))
         try:

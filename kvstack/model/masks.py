@@ -27,6 +27,8 @@ def new_tokens(mask: Any, length: int) -> Tensor | None:
     else:  # (B, 1, queries, tokens): the newest query sees all real tokens
         row = mask[:, 0, -1, -length:]
         real = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+        if not bool(real[:, -1].any()):  # it sees itself: here True means hidden (MPT)
+            real = ~real
     return None if bool(real.all()) else real
 
 
