@@ -18,7 +18,7 @@ from torch import Tensor
 from .batch import Batch
 from .binding import Binding
 from .errors import UseError
-from .model.attention import gives_queries
+from .model.attention import expands, gives_queries
 from .model.hooks import Call, running
 from .model.masks import causal_mask, new_tokens
 from .store.store import Store
@@ -119,7 +119,7 @@ class Attention:
         direct = key is given.kv.keys and value is given.kv.values
         if direct:
             self.learned.direct.add(call.layer)
-        elif given.deferred or looks:
+        elif given.deferred or (looks and not expands(call.module)):
             what = "a padded batch" if given.deferred else repr(evict)
             raise UseError(
                 f"layer {call.layer} of {binding.name} does not attend to the keys it caches, so {what} cannot "

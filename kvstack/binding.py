@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from .model.rope import Rope, find_ropes
 from .select.evict import Evict
 from .stage import BoundTransform, Encode, Share, Stage, Transform
 from .store.plan import Plan, Spans
-from .store.store import Store
+from .store.store import Expand, Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,9 +74,14 @@ class Binding:
         """An empty store for every group."""
         size = self.plan.layers // self.plan.stored_together if self.plan.codecs else 0
         return [
-            Store(self.plan, group, self.plan.codecs[g * size : (g + 1) * size], self.ropes)
+            Store(self.plan, group, self.plan.codecs[g * size : (g + 1) * size], self.ropes, self._expansions)
             for g, group in enumerate(self.groups)
         ]
+
+    @property
+    def _expansions(self) -> dict[int, Expand]:
+        """How each layer that caches latents makes keys and values of them."""
+        return {i: cast(Any, module).expand_kv for i, module in self.modules.items() if expands(module)}
 
     def device_of(self, layer: int) -> torch.device:
         return device_of(self.modules[layer])
@@ -260,8 +265,8 @@ def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full
         else:
             continue
         raise BindError(
-            f"{evict!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: stages "
-            "that keep all tokens work."
+            f"{evict!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: "
+            "stages that keep all tokens work."
         )
 
 
@@ -298,7 +303,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         return Plan(evict, None, encode, *spans)
     bound: BoundTransform = transform.bind(model, layers)
     _check_nesting(transform, bound.layers, evict)
-    if len(layers) % bound.layers:
+    if len(layers) % bound.layers and not bound.remainder:
         divisors = [n for n in range(1, len(layers) + 1) if len(layers) % n == 0]
         raise BindError(
             f"{transform!r} stores {bound.layers} layers together, and {len(layers)} layers of {type(model).__name__} "

@@ -79,20 +79,23 @@ class LayerGroups:
     """The full-attention layers of a model, in groups, on which device they are and how their keys are rotated.
 
     Args:
-        size: layers in a group; None: a divisor of their number near 5.
+        size: layers in a group; None: a divisor of their number near `near`.
         layers: the full-attention layers to group, where some hold nothing; None: all.
+        near: how many layers a group should hold, where `size` does not say it (default 5).
 
     Raises:
         CalibrationError: no such layer, or `size` does not divide their number.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int | None, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, size: int | None, layers: Sequence[int] | None = None, near: float = 5
+    ) -> None:
         found = find_layers(model)
-        self.modules, every = found.modules, found.full
+        self.modules, every = dict(found.modules), found.full
         self.full = every if layers is None else [i for i in every if i in layers]
         if not self.full:
             raise CalibrationError(f"{type(model).__name__} has no full-attention layer to calibrate for.")
-        self.size = group_size(len(self.full)) if size is None else size
+        self.size = group_size(len(self.full), near) if size is None else size
         if self.size < 1 or len(self.full) % self.size:
             divisors = [n for n in range(1, len(self.full) + 1) if len(self.full) % n == 0]
             left = "" if len(self.full) == len(every) else " that hold keys and values"
@@ -112,6 +115,6 @@ class LayerGroups:
         return self.groups.index(list(layers))
 
 
-def group_size(count: int) -> int:
-    """How many of `count` layers to store together: the divisor nearest to 5, of those up to 8."""
-    return min((n for n in range(1, MOST_LAYERS + 1) if count % n == 0), key=lambda n: (abs(n - 5), n))
+def group_size(count: int, near: float = 5) -> int:
+    """How many of `count` layers to store together: the divisor nearest to `near`, of those up to 8."""
+    return min((n for n in range(1, MOST_LAYERS + 1) if count % n == 0), key=lambda n: (abs(n - near), n))
