@@ -188,11 +188,8 @@ class KVStack(Cache):
 
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
-        recording = self.batch.recording  # assisted decoding says so before the first forward
         self.binding = binding
-        self.reset()
-        if recording:
-            self.activate_past_recording()
+        self.begin_again()
         resting = {layer: binding.modules[layer] for layer in binding.shares}
         self._unhook = install(self, binding.model, resting)
         if self._disarm is not None:
@@ -384,6 +381,13 @@ class KVStack(Cache):
             self.layers = self._new_layers(self.binding)
         self._work.clear()
         self._serve(Batch(self.binding or self._unbound(0), self._work))
+
+    def begin_again(self) -> None:
+        """Forget everything as `reset` does, where a running generation is about to read the whole text again."""
+        recording = self.batch.recording  # assisted decoding says so once, before its first forward
+        self.reset()
+        if recording:
+            self.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
         import copy

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..errors import BindError
-from .attention import layer_of, takes_cache
+from ..errors import BindError, UseError
+from .attention import layer_of, parameters, takes_cache
+from .keeping import leaves_out
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -57,6 +58,14 @@ def arm(stack: Waiting) -> Callable[[], None]:
                 raise BindError(
                     f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
                     "Use transformers' own cache for encoder-decoder models."
+                )
+        # generate has marked the stack as its user's, and this model was called without it
+        if isinstance(module, PreTrainedModel) and getattr(waiting, "_is_user_defined", False):
+            longest = leaves_out(model, dict(zip(parameters(module), args, strict=False)) | kwargs)
+            if longest is not None:
+                raise UseError(
+                    f"{type(model).__name__} leaves out the cache that generate was given, {waiting!r}, where a text "
+                    f"begins with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
                 )
 
     def meet(module: nn.Module, args: Any) -> None:

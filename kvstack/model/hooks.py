@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, layer_of, parameters
+from .keeping import KeptStack
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -135,7 +136,7 @@ class ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
-        self.guards: list[_Guard] = []
+        self.guards: list[_Guard | KeptStack] = [KeptStack(model)]
         self.resting: set[int] = set()
         for module in attention_modules(model).values():
             names = list(parameters(module))

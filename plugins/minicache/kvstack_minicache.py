@@ -84,7 +84,7 @@ class MiniCache(Transform):
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         full, name = LayerGroups(model, 1, layers).full, type(model).__name__
         shapes = cached_shapes(model)
-        for one, other in zip(full[::2], full[1::2], strict=False)  # an odd one is left alone:
+        for one, other in zip(full[::2], full[1::2], strict=False):  # an odd one is left alone
             if shapes[one] != shapes[other]:
                 raise BindError(
                     f"{self!r} pairs layers {one} and {other} of {name}, and they hold {shapes[one]} and "
