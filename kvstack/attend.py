@@ -24,7 +24,7 @@ from .binding import Binding
 from .errors import UseError
 from .lazy import Lazy, refusing_gradient
 from .model import masks
-from .model.attention import device_of, gives_queries
+from .model.attention import device_of, expands, gives_queries
 from .model.hooks import Call, running
 from .store.store import Store
 from .types import KV
@@ -64,7 +64,10 @@ class Promise:
 
     def holds(self, key: Tensor, value: Tensor) -> bool:
         """Whether attention was called with just these, or with what became of them by a move that moved nothing."""
-        return _same(key, self.kv.keys) and _same(value, self.kv.values)
+        return self.holds_keys(key) and _same(value, self.kv.values)
+
+    def holds_keys(self, key: Tensor) -> bool:
+        return _same(key, self.kv.keys)
 
 
 def _same(x: Tensor, promised: Tensor) -> bool:
@@ -157,13 +160,14 @@ class Attention:
         # learn how this layer attends
         scaling = kwargs.get("scaling")
         self.learned.scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if promise is None and looks:
+        known = own and (self._forward.promises[call.layer].holds_keys(key) or expands(call.module))
+        if own and looks and not known:
             raise UseError(
                 f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
                 'cannot work with it. Use a score without queries, such as "keydiff".'
             )
         # show the score the queries
-        if promise is not None and own and looks and call.layer not in self._bound.shares:
+        if known and looks and call.layer not in self._bound.shares:
             group, slot = self._bound.places[call.layer]
             for cohort in self.batch.cohorts:
                 if cohort.new:

@@ -27,7 +27,6 @@ from .binding import Binding, bind, check_stages, needs_model, unbound
 from .errors import BindError, StageError, UseError
 from .model.arming import arm
 from .model.hooks import install, running
-from .model.layers import FULL
 from .packed import storage_bytes
 from .report import Report
 from .spec import parse, to_dict, to_spec
@@ -189,11 +188,8 @@ class KVStack(Cache):
 
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
-        recording = self.batch.recording  # assisted decoding says so before the first forward
         self.binding = binding
-        self.reset()
-        if recording:
-            self.activate_past_recording()
+        self.begin_again()
         resting = {layer: binding.modules[layer] for layer in binding.shares}
         self._unhook = install(self, binding.model, resting)
         if self._disarm is not None:
@@ -211,25 +207,29 @@ class KVStack(Cache):
         return unbound(self.stages, layers, self._spans)
 
     def _new_layers(self, binding: Binding) -> list[Any]:
+        kinds = zip(binding.layer_types, binding.layer_arguments, strict=True)
         return [
-            StackLayer() if kind == FULL else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
-            for kind, arguments in zip(binding.layer_types, binding.layer_arguments, strict=True)
+            # a hybrid layer holds its state itself, and its keys and values are ours
+            StackLayer()
+            if layer in binding.places and kind == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            for layer, (kind, arguments) in enumerate(kinds)
         ]
 
     @property
     def _others(self) -> list[Any]:
-        """The layers that are not ours to compress, as transformers made them."""
-        return [other for layer, other in enumerate(self.layers) if layer not in self.batch.binding.places]
+        """The layers that hold something that is not ours to compress, as transformers made them."""
+        return [layer for layer in self.layers if not isinstance(layer, StackLayer)]
 
     # ---- lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens the model has fed through a layer, padding included; not how many are held."""
+        if layer_idx == 0:  # layers that count no tokens are passed over, as in DynamicCache
+            layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), 0)
         if layer_idx in self.batch.columns:
             return self.batch.columns[layer_idx]
-        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CacheLayerMixin):
-            return cast(int, super().get_seq_length(layer_idx))
-        return self.seen
+        return cast(int, super().get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(tokens that the model has seen, the new ones included, 0), as for a DynamicCache: the stack takes what it
@@ -245,7 +245,7 @@ class KVStack(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.batch.size is not None
+        return self.batch.size is not None if self.batch.columns else cast(bool, super().is_initialized)
 
     @property
     def batch_size(self) -> int:
@@ -253,8 +253,10 @@ class KVStack(Cache):
 
     @property
     def seen(self) -> int:
-        """Tokens the model saw, padding included."""
-        return self.batch.seen
+        """Tokens the model saw, padding included; 0 where no layer of it counts them."""
+        if self.batch.columns:
+            return self.batch.seen
+        return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), default=0)
 
     @property
     def held(self) -> int:
@@ -283,14 +285,14 @@ class KVStack(Cache):
         call = running()
         if self.binding is None:
             self._grow_unbound(layer_idx)
+        elif layer_idx not in self.batch.columns:  # transformers caches it
+            return cast(tuple[Tensor, Tensor], super().update(key_states, value_states, layer_idx, *args, **kwargs))
         elif call is None or call.listener is not self.attention_listener:
             raise UseError(
                 f"{self!r} is bound to a {self.binding.name}, and something else called its update. A stack serves "
                 "one model: make a new KVStack for another, and call the model, not its cache. Hooks do not run inside "
                 "a model that torch.compile compiled whole: leave it uncompiled, or compile its mlp blocks."
             )
-        if layer_idx not in self.batch.columns:
-            return cast(tuple[Tensor, Tensor], super().update(key_states, value_states, layer_idx, *args, **kwargs))
         return self.attention_listener.update(key_states, value_states, layer_idx)
 
     def _grow_unbound(self, layer_idx: int) -> None:
@@ -343,16 +345,22 @@ class KVStack(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        for other in self._others:
-            other.batch_repeat_interleave(repeats)
-        if self.batch.size is not None:
-            self._select_rows(torch.arange(self.batch.size).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self._rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows at `indices`."""
+        rows = torch.arange(self._rows, device=indices.device)[indices]  # they may be a boolean mask
         for other in self._others:
-            other.batch_select_indices(indices)
+            other.reorder_cache(rows)  # the one way to choose rows that layers of every kind have
         self._select_rows(indices)
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the batch; 0 before the first forward."""
+        if self.batch.size is not None:
+            return self.batch.size
+        held = (x for other in self._others for x in accounting.tensors_in(vars(other)) if x.dim() > 2)
+        return next((x.shape[0] for x in held), 0)
 
     def _select_rows(self, indices: Tensor) -> None:
         if self.batch.size is not None:
@@ -373,6 +381,13 @@ class KVStack(Cache):
             self.layers = self._new_layers(self.binding)
         self._work.clear()
         self._serve(Batch(self.binding or self._unbound(0), self._work))
+
+    def begin_again(self) -> None:
+        """Forget everything as `reset` does, where a running generation is about to read the whole text again."""
+        recording = self.batch.recording  # assisted decoding says so once, before its first forward
+        self.reset()
+        if recording:
+            self.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
         import copy

@@ -8,6 +8,8 @@
     └── UseError     a bound stack was used in a way that would give wrong results
 
 All of them are `ValueError`s as well, so code that knows nothing of kvstack can still catch bad input.
+
+    KVStackWarning   what a stack leaves undone for a model, without any result being wrong
 """
 
 
@@ -33,3 +35,7 @@ class UseError(KVStackError):
 
 class CalibrationError(KVStackError):
     """A calibration is damaged, is missing, or belongs to another model."""
+
+
+class KVStackWarning(UserWarning):
+    """What a stack leaves undone for a model, without any result being wrong."""

@@ -234,10 +234,19 @@ class BoundTransform:
         layers: adjacent layers that are stored together.
         unrotated: whether keys are wanted without rotary embedding; the stack rotates what `inverse` gives back.
         codec: the codec of all groups, where they need none of their own.
+        remainder: whether the last group may hold fewer layers, where their number does not divide (default False).
     """
 
-    def __init__(self, stage: Transform, layers: int, *, unrotated: bool = False, codec: Codec | None = None) -> None:
-        self.stage, self.layers, self.unrotated = stage, layers, unrotated
+    def __init__(
+        self,
+        stage: Transform,
+        layers: int,
+        *,
+        unrotated: bool = False,
+        codec: Codec | None = None,
+        remainder: bool = False,
+    ) -> None:
+        self.stage, self.layers, self.unrotated, self.remainder = stage, layers, unrotated, remainder
         self._codec = codec
 
     def for_group(self, layers: Sequence[int]) -> Codec:

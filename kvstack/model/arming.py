@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..errors import BindError
-from .attention import CACHE_ARGUMENTS, parameters
+from ..errors import BindError, UseError
+from .attention import layer_of, parameters, takes_cache
+from .keeping import leaves_out
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -58,17 +59,24 @@ def arm(stack: Waiting) -> Callable[[], None]:
                     f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
                     "Use transformers' own cache for encoder-decoder models."
                 )
+        # generate has marked the stack as its user's, and this model was called without it
+        if isinstance(module, PreTrainedModel) and getattr(waiting, "_is_user_defined", False):
+            longest = leaves_out(model, dict(zip(parameters(module), args, strict=False)) | kwargs)
+            if longest is not None:
+                raise UseError(
+                    f"{type(model).__name__} leaves out the cache that generate was given, {waiting!r}, where a text "
+                    f"begins with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
+                )
 
     def meet(module: nn.Module, args: Any) -> None:
         if not isinstance(module, PreTrainedModel) or module in roots:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
         for inner in module.modules():
-            takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
-            takes_cache = takes_cache or any(name in parameters(inner) for name in CACHE_ARGUMENTS)
-            if takes_cache and inner not in roots:
+            may_get_it = isinstance(inner, PreTrainedModel) or layer_of(inner) is not None or takes_cache(inner)
+            if may_get_it and inner not in roots:
                 handles.append(inner.register_forward_pre_hook(probe, with_kwargs=True))
-            if takes_cache:
+            if may_get_it:
                 roots[inner] = weakref.ref(module)
 
     handles.append(nn.modules.module.register_module_forward_pre_hook(meet))

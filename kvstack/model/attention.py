@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,31 +14,93 @@ from torch import nn
 __all__ = [
     "CACHE_ARGUMENTS",
     "attention_modules",
+    "counts_tokens",
+    "cross_attention_layers",
     "device_of",
     "expands",
     "gives_queries",
     "implementation",
     "interface",
+    "layer_of",
     "offload_hooks",
     "parameters",
     "reuses",
+    "takes_cache",
 ]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CROSS = re.compile(r"(cross_?att|encoder_att|encoder_decoder_att|encdec_?att)", re.IGNORECASE)
+"""Names, of modules and of their classes, that attend to something else than the text: images, an encoder's output."""
 
 
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(module.forward).parameters)
 
 
+def takes_cache(module: nn.Module) -> bool:
+    return any(name in parameters(module) for name in CACHE_ARGUMENTS)
+
+
+def layer_of(module: nn.Module) -> int | None:
+    """The index of the layer that a module says it belongs to."""
+    for name in ("layer_idx", "layer_id"):
+        layer = getattr(module, name, None)
+        if isinstance(layer, int) and layer >= 0:
+            return layer
+    return None
+
+
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Layer index -> the innermost module of that layer that takes a cache."""
+    """Layer index -> the module of that layer that attends to the text and updates the cache.
+
+    Left out are layers that attend to something else than the text, and those that no module has to itself: one that
+    is run several times in a forward, with another layer's cache each time, cannot be told by its index.
+    """
     by_layer: dict[int, nn.Module] = {}
-    for module in model.modules():
-        layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and any(name in parameters(module) for name in CACHE_ARGUMENTS):
-            by_layer[layer] = module  # modules() goes from the outside in
+    for layer, found in _updating(model).items():
+        own = [module for name, module in found if not _attends_elsewhere(name, module)]
+        if len(own) > 1:  # a model may hold several decoders: the text's is meant
+            config = _text_config(model)
+            own = [module for module in own if config is not None and getattr(module, "config", None) is config]
+        if len(own) == 1 and "layer_idx" not in parameters(own[0]):
+            by_layer[layer] = own[0]
     return by_layer
+
+
+def cross_attention_layers(model: nn.Module) -> set[int]:
+    """Layers that cache nothing of the text, but something else that they attend to."""
+    return {
+        layer
+        for layer, found in _updating(model).items()
+        if all(_attends_elsewhere(name, module) for name, module in found)
+    }
+
+
+def _updating(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Layer index -> the modules that say they belong to it and call `update` of a cache they take, with names."""
+    found: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        layer = layer_of(module)
+        if layer is not None and takes_cache(module) and "update" in _names_in(module):
+            found.setdefault(layer, []).append((name, module))
+    return found
+
+
+def _names_in(module: nn.Module) -> Sequence[str]:
+    """Names of the attributes and functions that a module's forward uses."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)  # what wraps it on the module is not asked
+    return () if code is None else code.co_names
+
+
+def _attends_elsewhere(name: str, module: nn.Module) -> bool:
+    own = name.rpartition(".")[2]
+    named = CROSS.search(own) or CROSS.search(type(module).__name__)
+    return bool(named) or getattr(module, "is_cross_attention", False) is True
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def interface(module: nn.Module) -> Any:
@@ -47,6 +111,11 @@ def interface(module: nn.Module) -> Any:
 def gives_queries(module: nn.Module) -> bool:
     """Whether this module calls its attention through transformers' interface."""
     return interface(module) is not None
+
+
+def counts_tokens(module: nn.Module) -> bool:
+    """Whether this module asks its cache how many tokens were seen, to make a mask or a position bias of its own."""
+    return not {"get_mask_sizes", "get_query_offset"}.isdisjoint(_names_in(module))
 
 
 def expands(module: nn.Module) -> bool:

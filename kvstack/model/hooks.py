@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
+from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, layer_of, parameters
+from .keeping import KeptStack
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -135,7 +136,7 @@ class ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
-        self.guards: list[_Guard] = []
+        self.guards: list[_Guard | KeptStack] = [KeptStack(model)]
         self.resting: set[int] = set()
         for module in attention_modules(model).values():
             names = list(parameters(module))
@@ -240,8 +241,8 @@ def _entering(names: list[str]) -> Callable[..., Any]:
         listener = _listener_in(given)
         if listener is None:
             return None
-        layer = module.layer_idx
-        assert isinstance(layer, int)
+        layer = layer_of(module)
+        assert layer is not None  # only modules with an index are hooked
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
         _running.call = call = Call(listener, module, layer, how, mask, hidden, listener.reads_another(layer))
         try:

@@ -17,7 +17,7 @@ Without an encoder or transform nothing is sealed and the middle stays raw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,10 @@ from .plan import Plan
 from .sealed import GroupLatents, LayerCodes, Sealed
 from .tracks import Crop, Cut, Get, Memory, Positions, Put, Queries, RawTokens, Track
 
-__all__ = ["Store"]
+__all__ = ["Expand", "Store"]
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Makes keys and values (B, heads, T, D) of the two tensors that a layer caches in their place."""
 
 GUESSES = 256
 """Tokens of a forward that assisted decoding may take back, as far as their queries are told apart: it guesses tens."""
@@ -48,12 +51,19 @@ class Store:
         layers: indices in the model.
         codecs: one for each run of layers that are stored together; empty without a transform.
         ropes: how each layer rotates keys.
+        expansions: of layers that cache latents (multi-head latent attention), what makes keys and values of them.
     """
 
     def __init__(
-        self, plan: Plan, layers: Sequence[int], codecs: Sequence[Codec], ropes: Mapping[int, Rotation | None]
+        self,
+        plan: Plan,
+        layers: Sequence[int],
+        codecs: Sequence[Codec],
+        ropes: Mapping[int, Rotation | None],
+        expansions: Mapping[int, Expand],
     ) -> None:
         self.plan, self.layers, self.codecs, self.ropes = plan, list(layers), codecs, ropes
+        self.expansions = expansions
         self.dirty = False  # holds tokens of a forward that is not settled
         self._sealed_positions: Tensor | None = None
         self._reading: Sealed | None = None
@@ -199,7 +209,7 @@ class Store:
         for slot, known in enumerate(self.queries):
             queries = known.unseen()
             if queries is not None:
-                kv = self.read(slot, seen, work)
+                kv = self._attended(slot, seen, work)
                 context = self._context(slot, seen, scalings[slot], queries, self.memory[slot].grown(kv.tokens))
                 self.memory[slot].tensors = dict(evict.ranking.track(kv, context))
                 known.untracked = 0
@@ -243,10 +253,10 @@ class Store:
         return Cut(sinks, sealed, middle, granule, choice.granules, choice.raw, positions)
 
     def _scores(self, slot: int, seen: int, scaling: float, work: Workspace) -> Tensor:
-        """(B, H, sealed + middle) scores of one layer, checked."""
+        """(B, H, sealed + middle) scores of one layer, checked; H are the heads that hold something."""
         evict, layer = self.plan.evict, self.layers[slot]
         assert evict is not None
-        kv = self.read(slot, seen, work)
+        kv = self._attended(slot, seen, work)
         queries = self.queries[slot].newest(evict.queries)
         score = evict.ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
         if score.shape != kv.keys.shape[:3]:
@@ -260,7 +270,14 @@ class Store:
                 f"{evict!r} on layer {layer}: scores hold NaN or infinity, so the keys do. "
                 "Check the model's dtype (float16 overflows) and its input."
             )
-        return score
+        # all heads of latent attention read one latent of a token
+        return evict.pooled([score]) if score.shape[1] != self.raw[slot].kv.keys.shape[1] else score
+
+    def _attended(self, slot: int, seen: int, work: Workspace) -> KV:
+        """What a score compares: with queries, the keys that these attend to, where latents are held in their place."""
+        kv, evict = self.read(slot, seen, work), self.plan.evict
+        expand = self.expansions.get(self.layers[slot]) if evict is not None and evict.looks_at_queries else None
+        return kv if expand is None else KV(*expand(kv.keys, kv.values))
 
     def _seal(self, seen: int, count: int) -> None:
         """Move the oldest `count` raw middle tokens into the sealed part."""
@@ -371,7 +388,7 @@ class Store:
 
     def rows(self, index: Tensor) -> Store:
         """A store with the batch rows at `index`; nothing is shared with this one."""
-        other = Store(self.plan, self.layers, self.codecs, self.ropes)
+        other = Store(self.plan, self.layers, self.codecs, self.ropes, self.expansions)
         other.dirty = self.dirty
         other._hold({name: [track.rows(index) for track in tracks] for name, tracks in self._held.items()})
         return other
@@ -415,7 +432,7 @@ class Store:
     def restore(self, state: Mapping[str, Sequence[Any]], sealed_tokens: int, gets: Sequence[Get]) -> None:
         """Hold what `state` described; `gets` reads a tensor to the device of each layer."""
         for name, tracks in self._held.items():
-            each = len(gets) // len(tracks)  # layers that a track is for
+            each = -(-len(gets) // len(tracks))  # layers that a track is for; the last may be for fewer
             for i, track in enumerate(tracks):
                 track.restore(state[name][i], gets[i * each])
         for part in self.sealed:

@@ -40,7 +40,8 @@ class MiniCache(Transform):
 
     Args:
         start: share of the model's layers, counted from the input, that is left alone (default 0.5): these go to the
-            encoder as they would without a transform. The rest is merged in pairs.
+            encoder as they would without a transform. The rest is merged in pairs; of an odd number of layers, the
+            last is left alone too.
         t: where the merged direction lies: 0 is the shallower layer's, 1 the deeper one's (default 0.6).
         retain: share of the tokens that is retained (default 0.05), to the nearest 64th; above 0 at least one of 64.
 
@@ -82,14 +83,8 @@ class MiniCache(Transform):
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         full, name = LayerGroups(model, 1, layers).full, type(model).__name__
-        if len(full) % 2:
-            hold = "" if full == LayerGroups(model, 1).full else " that hold keys and values"
-            raise BindError(
-                f"{self!r} merges pairs of layers, and {name} has {len(full)} full-attention layers{hold}. "
-                "Leave it out: it needs an even number."
-            )
         shapes = cached_shapes(model)
-        for one, other in zip(full[::2], full[1::2], strict=True):
+        for one, other in zip(full[::2], full[1::2], strict=False):  # an odd one is left alone
             if shapes[one] != shapes[other]:
                 raise BindError(
                     f"{self!r} pairs layers {one} and {other} of {name}, and they hold {shapes[one]} and "
@@ -106,16 +101,16 @@ class BoundMiniCache(BoundTransform):
     """MiniCache for one model: pairs of layers are merged from layer `first` on."""
 
     def __init__(self, stage: MiniCache, first: int) -> None:
-        super().__init__(stage, 2)
+        super().__init__(stage, 2, remainder=True)
         self.first = first
-        self._merged, self._alone = Merged(stage), SideBySide(stage)
+        self._merged, self._alone = Merged(stage), {layers: SideBySide(stage, layers) for layers in (1, 2)}
 
     def for_group(self, layers: Sequence[int]) -> Pair:
-        return self._merged if layers[0] >= self.first else self._alone
+        return self._merged if len(layers) == 2 and layers[0] >= self.first else self._alone[len(layers)]
 
 
 class Pair(ReadsDirectly):
-    """The codec of two layers."""
+    """The codec of two layers, or of one that is left over."""
 
     def __init__(self, stage: MiniCache) -> None:
         self.granule = self.latent_multiple = TOGETHER if stage.retained else 1
@@ -135,13 +130,17 @@ class Pair(ReadsDirectly):
 
 
 class SideBySide(Pair):
-    """Two layers that are left alone: the heads of one behind those of the other."""
+    """Layers that are left alone: the heads of one behind those of the other."""
+
+    def __init__(self, stage: MiniCache, layers: int) -> None:
+        super().__init__(stage)
+        self.layers = layers
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         return {role: Latent(torch.cat(_together(group, role), dim=1)) for role in ROLES}
 
     def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
-        return latents[role].chunk(2, dim=1)[layer]
+        return latents[role].chunk(self.layers, dim=1)[layer]
 
 
 class Merged(Pair):

@@ -37,7 +37,7 @@ from kvstack.authoring import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Strategy", "kinds_of", "search", "what_is_wrong"]
+__all__ = ["Strategy", "kinds_of", "layers_of", "search", "what_is_wrong"]
 
 log = logging.getLogger("kvstack")
 
@@ -171,7 +171,7 @@ def search(
     if problem := what_is_wrong(share, rank, threshold):
         raise CalibrationError(f"search: {problem}")
     kinds = kinds_of(model)
-    wanted = min(round(share * len(kinds)), len(kinds) - 1)  # the first layer has nothing to read
+    wanted = layers_of(share, len(kinds))
     if share and not wanted:
         least = 1 / max(1, len(kinds))
         raise CalibrationError(
@@ -207,6 +207,11 @@ def search(
         )
     cosine = taken[-1][3] if taken else 1.0
     return Strategy(shares, cosine, taken, fingerprint(model), settings | {"texts": source})
+
+
+def layers_of(share: float, count: int) -> int:
+    """How many of `count` layers `share` of them is; the first layer has nothing to read."""
+    return max(0, min(round(share * count), count - 1))
 
 
 def _samples(
