@@ -19,7 +19,8 @@ from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
 from .errors import BindError, StageError
-from .model.attention import attention_modules, device_of, expands, gives_queries
+from .model.adapters import AdapterState, adapter_state, differ_by_row, in_words, unwrapped
+from .model.attention import attention_modules, decoder_of, device_of, expands, gives_queries
 from .model.layers import FULL, layer_types
 from .model.probing import cached_shapes
 from .model.rope import Rope, find_ropes
@@ -31,7 +32,7 @@ from .store.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Binding", "bind", "check_stages", "needs_model", "unbound"]
+__all__ = ["Binding", "bind", "check_stages", "is_fitted", "needs_model", "unbound"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Binding:
         ropes: how each layer rotates keys.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
+        adapters: those that were at work (PEFT): what was fitted to the model was fitted to these.
     """
 
     plan: Plan
@@ -57,6 +59,7 @@ class Binding:
     modules: Mapping[int, nn.Module] = field(default_factory=dict)
     layer_types: Sequence[str] = ()
     layer_arguments: Sequence[Mapping[str, Any]] = ()
+    adapters: AdapterState = ()
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     ends: Sequence[int] = field(init=False)
@@ -77,6 +80,10 @@ class Binding:
             for g, group in enumerate(self.groups)
         ]
 
+    def serves(self, model: Any) -> bool:
+        """Whether `model` is the one this is for: the same, or the same one with or without its head."""
+        return self.model is not None and decoder_of(unwrapped(model)) is decoder_of(self.model)
+
     def device_of(self, layer: int) -> torch.device:
         return device_of(self.modules[layer])
 
@@ -92,11 +99,15 @@ def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
+def is_fitted(stages: Sequence[Stage]) -> bool:
+    """Whether some of these stages are fitted to the weights of a model."""
+    return any(isinstance(stage, Transform | Share) for stage in stages)
+
+
 def needs_model(stages: Sequence[Stage]) -> bool:
     """Whether these stages cannot work for a caller that is no transformers model."""
     evict = _of_kind(stages, Evict)
-    fitted = any(isinstance(stage, Transform | Share) for stage in stages)
-    return fitted or (evict is not None and evict.looks_at_queries)
+    return is_fitted(stages) or (evict is not None and evict.looks_at_queries)
 
 
 def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
@@ -108,6 +119,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
     Raises:
         BindError: a stage and the model cannot work together.
     """
+    model = unwrapped(model)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise BindError(
@@ -120,6 +132,12 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
     if lost or not modules:
         where = f"layers {lost}" if lost and modules else "it"
         raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
+    adapters = adapter_state(model)
+    if differ_by_row(adapters) and is_fitted(stages):
+        raise BindError(
+            f"the rows of this batch have an adapter each ({in_words(adapters)}), and {who} is fitted to one. Use one "
+            "adapter for all rows, or stages that are not fitted to a model, such as Quant and Evict."
+        )
     plan, shares, ropes = Plan(None, None, None, *spans), dict[int, int](), dict[int, Rope | None]()
     if stages:
         _check_model(who, stages, name, full, types, modules)
@@ -130,7 +148,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             plan = _plan(stages, model, [i for i in full if i not in shares], spans)
         _check_ropes(plan.transform, name, ropes)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments)
+    return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments, adapters)
 
 
 def _grouped(layers: Sequence[int], size: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ from .attend import Learned
 from .batch import Batch, Cohort
 from .errors import UseError
 from .files import read_tensors, write_tensors
-from .model.fingerprint import fingerprint
+from .model.fingerprint import is_of, kv_fingerprint
 from .store.store import Store
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def write(
     assert binding.model is not None
     described = {
         "stack": stack,
-        "model": fingerprint(binding.model),
+        "model": kv_fingerprint(binding.model),
         "dtype": str(binding.model.dtype),
         "batch": batch.size,
         "columns": list(batch.columns.items()),
@@ -173,7 +173,7 @@ class Saved:
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model before anything is fitted to it."""
         kind, described = type(model).__name__, self.described
-        if described["model"] != fingerprint(model):
+        if not is_of(described["model"], model):
             raise UseError(f"{self.name!r} was saved with another model than this {kind}. Load it with that.")
         if described["dtype"] != str(model.dtype):
             raise UseError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BindError
-from ..model.fingerprint import fingerprint
+from ..model.fingerprint import kv_fingerprint
 from ..model.probing import observe
 from ..types import KV
 from .axes import Basis
@@ -45,7 +45,7 @@ def weight_axes(model: PreTrainedModel, groups: LayerGroups) -> WeightAxes:
     Raises:
         BindError: its keys and values are not the projections of hidden states that kvstack finds.
     """
-    whose = fingerprint(model)
+    whose = kv_fingerprint(model)
     known, key = _known.setdefault(model, {}), (whose, str(groups.groups))
     if key not in known:
         axes = WeightAxes(model, {i: groups.modules[i] for i in groups.full}, groups.groups)

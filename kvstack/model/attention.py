@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = [
     "CACHE_ARGUMENTS",
     "attention_modules",
+    "decoder_of",
     "device_of",
     "expands",
     "gives_queries",
@@ -36,6 +40,20 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(layer, int) and any(name in parameters(module) for name in CACHE_ARGUMENTS):
             by_layer[layer] = module  # modules() goes from the outside in
     return by_layer
+
+
+def decoder_of(model: Any) -> PreTrainedModel:
+    """The innermost transformers model in `model` that holds all its attention modules: `model.model` without the
+    head, or `model` itself where there is none."""
+    from transformers import PreTrainedModel
+
+    wanted, found = set(attention_modules(model).values()), model
+    if wanted:
+        for inner in model.modules():  # from the outside in
+            if isinstance(inner, PreTrainedModel) and wanted <= set(inner.modules()):
+                found = inner
+    decoder: PreTrainedModel = found
+    return decoder
 
 
 def interface(module: nn.Module) -> Any:

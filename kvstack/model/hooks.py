@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
+from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, parameters
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -137,6 +137,7 @@ class ModelHooks:
         self.handles: list[RemovableHandle] = []
         self.guards: list[_Guard] = []
         self.resting: set[int] = set()
+        self.handles.append(model.register_forward_pre_hook(_starting(list(parameters(model))), with_kwargs=True))
         for module in attention_modules(model).values():
             names = list(parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
@@ -212,6 +213,7 @@ _binding = threading.RLock()  # a stack may end, and release, while the same thr
 def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> weakref.finalize[Any, Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of `owner` does so too. The layers `resting` need no keys and values of their own."""
+    model = decoder_of(model)  # the same one for stacks that were bound with and without the head
     with _binding:
         hooks = _hooked.get(model)
         if hooks is None:
@@ -231,6 +233,17 @@ def _release(reference: weakref.ref[PreTrainedModel]) -> None:
         if hooks.users == 0:
             hooks.remove()
             del _hooked[model]
+
+
+def _starting(names: list[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name in CACHE_ARGUMENTS:
+            begin = getattr(given.get(name), "begin_forward", None)
+            if begin is not None:
+                begin()
+
+    return hook
 
 
 def _entering(names: list[str]) -> Callable[..., None]:

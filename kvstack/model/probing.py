@@ -25,7 +25,7 @@ SINKS = 4
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in asked:
@@ -36,7 +36,8 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module in training:  # one by one: parts of a model may be in another mode than the whole
+            module.training = True
 
 
 def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:

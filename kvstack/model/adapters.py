@@ -1,0 +1,103 @@
+"""Adapters (PEFT): which of them decide at this moment what a model computes.
+
+peft puts layers of its own in the place of a model's, in the same modules: `set_adapter`, `disable_adapter` and
+`merge_adapter` change what these do while the model stays the same object. Such a layer is told by its
+`active_adapters`, as peft and transformers name them, so peft itself is never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "AdapterState",
+    "adapter_layers",
+    "adapter_state",
+    "differ_by_row",
+    "in_use",
+    "in_words",
+    "is_merged",
+    "unwrapped",
+]
+
+AdapterState = tuple[tuple[tuple[str, Any], ...], ...]
+"""Of each layer in which adapters are at work: the (name, factor) of each."""
+ROWS = "adapter of each row"
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`, with the adapters' layers in it; any other model as it is."""
+    from transformers import PreTrainedModel
+
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        children = vars(inner).get("_modules", {})
+        inside = children.get("base_model", children.get("model"))
+        if inside is None:
+            return model
+        inner = inside
+    return inner
+
+
+def adapter_state(model: nn.Module) -> AdapterState:
+    """Which adapters are at work. It is asked for in every forward, so it looks at names and numbers alone.
+
+    Adapters that are merged into the weights count like active ones: the model computes the same.
+    """
+    return tuple(state for _, layer in adapter_layers(model) if (state := in_use(layer)))
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every layer that holds adapters, with its name in the model, from the outside in."""
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:  # `named_modules` takes ten times as long
+        prefix, module = todo.pop()
+        adapts: Any = hasattr(type(module), "active_adapters") or "active_adapters" in vars(module)
+        if adapts and not callable(module.active_adapters):  # transformers models have a method of this name
+            yield prefix, module
+        for name, child in module._modules.items():
+            if child is not None:
+                todo.append((f"{prefix}.{name}" if prefix else name, child))
+
+
+def in_use(layer: Any) -> tuple[tuple[str, Any], ...]:
+    """(name, factor) of each adapter that changes what `layer` computes, merged ones included."""
+    if getattr(layer, "disable_adapters", False):
+        return ()
+    active = layer.active_adapters
+    names = list(getattr(layer, "merged_adapters", None) or ([active] if isinstance(active, str) else active))
+    # rows of one batch may ask for an adapter each: peft tells the layers by hooks
+    rows = [getattr(hook, "keywords", {}).get("adapter_names") for hook in layer._forward_pre_hooks.values()]
+    asked = next((tuple(names) for names in rows if names is not None), None)
+    if asked is not None:
+        names = list(dict.fromkeys(asked))
+    factors = getattr(layer, "scaling", None)
+    factors = factors if isinstance(factors, dict) else {}
+    state = tuple((name, _plain(factors.get(name))) for name in names)
+    return state if asked is None else (*state, (ROWS, asked))
+
+
+def _plain(factor: Any) -> Any:
+    return factor if factor is None or isinstance(factor, int | float) else repr(factor)
+
+
+def is_merged(layer: Any) -> bool:
+    """Whether the weights of `layer` hold its adapters already."""
+    return bool(getattr(layer, "merged", False))
+
+
+def differ_by_row(state: AdapterState) -> bool:
+    """Whether the rows of the batch that is running have an adapter each."""
+    return any(name == ROWS for layer in state for name, _ in layer)
+
+
+def in_words(state: AdapterState) -> str:
+    """The adapters of a state, as messages name them."""
+    names = dict.fromkeys(name for layer in state for name, _ in layer if name != ROWS)
+    return " and ".join(map(repr, names)) or "no adapter"
