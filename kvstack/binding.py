@@ -19,7 +19,7 @@ from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
 from .errors import BindError, StageError
-from .model.adapters import AdapterState, adapter_state, differ_by_row, in_words, unwrapped
+from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
 from .model.attention import attention_modules, decoder_of, device_of, expands, gives_queries
 from .model.layers import FULL, layer_types
 from .model.probing import cached_shapes
@@ -47,7 +47,8 @@ class Binding:
         ropes: how each layer rotates keys.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
-        adapters: those that were at work (PEFT): what was fitted to the model was fitted to these.
+        adapters: those that were at work (PEFT): what was fitted to the model was fitted to these. `watch` tells those
+            of now.
     """
 
     plan: Plan
@@ -60,6 +61,7 @@ class Binding:
     layer_types: Sequence[str] = ()
     layer_arguments: Sequence[Mapping[str, Any]] = ()
     adapters: AdapterState = ()
+    watch: AdapterWatch | None = None
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     ends: Sequence[int] = field(init=False)
@@ -132,7 +134,8 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
     if lost or not modules:
         where = f"layers {lost}" if lost and modules else "it"
         raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
-    adapters = adapter_state(model)
+    watch = AdapterWatch(model)
+    adapters = watch.state()
     if differ_by_row(adapters) and is_fitted(stages):
         raise BindError(
             f"the rows of this batch have an adapter each ({in_words(adapters)}), and {who} is fitted to one. Use one "
@@ -148,7 +151,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             plan = _plan(stages, model, [i for i in full if i not in shares], spans)
         _check_ropes(plan.transform, name, ropes)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments, adapters)
+    return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments, adapters, watch)
 
 
 def _grouped(layers: Sequence[int], size: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from .attend import Attention, Learned
 from .batch import Batch
 from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound
 from .errors import BindError, StageError, UseError
-from .model.adapters import adapter_state, in_words, unwrapped
+from .model.adapters import in_words, unwrapped
 from .model.arming import arm
 from .model.head import with_head
 from .model.hooks import install, running
@@ -213,24 +213,24 @@ class KVStack(Cache):
         """The model begins a forward with this cache (called by a hook on it). With other adapters than before, the
         stages are fitted again; where tokens are held, they would mean something else, so the forward is refused."""
         binding = self.binding
-        if binding is None or binding.model is None:
+        if binding is None or binding.model is None or binding.watch is None:
             return
         if self.batch.size is not None:
             self._check_adapters("continued")
-        elif adapter_state(binding.model) != binding.adapters:
+        elif binding.watch.state() != binding.adapters:
             again = bind(repr(self), self.stages, binding.model, self._spans)
             self.unbind()
             self._adopt(again)
 
     def _check_adapters(self, done: str) -> None:
         """Raise `UseError` where other adapters are at work than the tokens held were computed with."""
-        if self.binding is None or self.binding.model is None or self.batch.size is None:
+        if self.binding is None or self.binding.watch is None or self.batch.size is None:
             return
-        then, now = self.binding.adapters, adapter_state(self.binding.model)
+        then, now = self.binding.adapters, self.binding.watch.state()
         if then != now:
             raise UseError(
                 f"{self!r} holds tokens that {self.binding.name} computed with {in_words(then)}, and {in_words(now)} "
-                f"is active now, so it cannot be {done}. Switch back, or use reset() or a new stack for another adapter."
+                f"is active now, so it cannot be {done}. Switch back, or use reset() or another stack."
             )
 
     def unbind(self) -> None:

@@ -27,6 +27,7 @@ from .attend import Learned
 from .batch import Batch, Cohort
 from .errors import UseError
 from .files import read_tensors, write_tensors
+from .model.adapters import unwrapped
 from .model.fingerprint import is_of, kv_fingerprint
 from .store.store import Store
 
@@ -172,9 +173,11 @@ class Saved:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model before anything is fitted to it."""
-        kind, described = type(model).__name__, self.described
+        kind, described = type(unwrapped(model)).__name__, self.described
         if not is_of(described["model"], model):
-            raise UseError(f"{self.name!r} was saved with another model than this {kind}. Load it with that.")
+            raise UseError(
+                f"{self.name!r} was saved with another model than this {kind}, or another adapter. Load it with that."
+            )
         if described["dtype"] != str(model.dtype):
             raise UseError(
                 f"{self.name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}."

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BindError, CalibrationError
+from ..model.adapters import unwrapped
 from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
 from ..model.probing import SINKS, at_rest, observe
@@ -90,6 +91,7 @@ def calibrate(
         CalibrationError: `layers` does not divide the model's layers, all texts are shorter than a window (those
             that are get passed over), or with `variance` a group has more numbers than tokens are read.
     """
+    model = unwrapped(model)
     if metric not in ("fisher", "variance"):
         raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
     if metric == "fisher" and model.get_output_embeddings() is None:

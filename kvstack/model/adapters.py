@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterState",
+    "AdapterWatch",
     "adapter_layers",
-    "adapter_state",
     "differ_by_row",
     "in_use",
     "in_words",
@@ -45,25 +45,36 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return inner
 
 
-def adapter_state(model: nn.Module) -> AdapterState:
-    """Which adapters are at work. It is asked for in every forward, so it looks at names and numbers alone.
+class AdapterWatch:
+    """Tells which adapters are at work in `model`, cheaply enough for every forward: it looks at names and numbers
+    only, and at which modules hold which, so that adapters that come later are seen."""
 
-    Adapters that are merged into the weights count like active ones: the model computes the same.
-    """
-    return tuple(state for _, layer in adapter_layers(model) if (state := in_use(layer)))
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._look()
+
+    def _look(self) -> None:
+        modules: list[Any] = list(self._model.modules())
+        self._layers = [module for module in modules if _adapts(module)]
+        self._children = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
+
+    def state(self) -> AdapterState:
+        """What is at work now. Adapters that are merged into the weights count like active ones: the model computes
+        the same."""
+        if any(list(now.values()) != then for now, then in self._children):
+            self._look()
+        return tuple(state for layer in self._layers if (state := in_use(layer)))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every layer that holds adapters, with its name in the model, from the outside in."""
-    todo: list[tuple[str, nn.Module]] = [("", model)]
-    while todo:  # `named_modules` takes ten times as long
-        prefix, module = todo.pop()
-        adapts: Any = hasattr(type(module), "active_adapters") or "active_adapters" in vars(module)
-        if adapts and not callable(module.active_adapters):  # transformers models have a method of this name
-            yield prefix, module
-        for name, child in module._modules.items():
-            if child is not None:
-                todo.append((f"{prefix}.{name}" if prefix else name, child))
+    return ((name, module) for name, module in model.named_modules(remove_duplicate=False) if _adapts(module))
+
+
+def _adapts(module: Any) -> bool:
+    if not hasattr(type(module), "active_adapters") and "active_adapters" not in module.__dict__:
+        return False
+    return not callable(module.active_adapters)  # transformers models have a method of this name
 
 
 def in_use(layer: Any) -> tuple[tuple[str, Any], ...]:

@@ -49,7 +49,7 @@ def kv_fingerprint(model: PreTrainedModel) -> str:
 
 def is_of(known: str | None, model: PreTrainedModel) -> bool:
     """Whether a fingerprint that was kept is that of `model`, of its decoder or, as version 0.1 kept it, of all."""
-    return known in (kv_fingerprint(model), fingerprint(model))
+    return known == kv_fingerprint(model) or known == fingerprint(model)
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

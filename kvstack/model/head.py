@@ -23,11 +23,8 @@ def with_head(model: PreTrainedModel) -> PreTrainedModel | None:
         return model
     for found in gc.get_objects():
         # its type alone: other objects may do anything when they are asked for their class
-        if (
-            issubclass(type(found), PreTrainedModel)
-            and found is not model
-            and found.get_output_embeddings() is not None
-        ):
-            if any(inner is model for inner in found.modules()):
-                return found
+        if not issubclass(type(found), PreTrainedModel) or found is model or found.get_output_embeddings() is None:
+            continue
+        if any(inner is model for inner in found.modules()):
+            return found
     return None
