@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +25,7 @@ __all__ = [
     "interface",
     "offload_hooks",
     "parameters",
+    "tensors_of",
 ]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
@@ -82,9 +85,14 @@ def offload_hooks(module: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, then buffers: some kinds of quantized weights are buffers."""
+    return itertools.chain(module.parameters(), module.buffers())
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, though its weights may be kept elsewhere between its calls."""
-    device = next(module.parameters()).device
+    device = next(tensors_of(module)).device
     if device.type != "meta":
         return device
     places = [getattr(hook, "execution_device", None) for inner in module.modules() for hook in offload_hooks(inner)]
