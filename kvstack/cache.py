@@ -228,9 +228,11 @@ class KVStack(Cache):
             return
         then, now = self.binding.adapters, self.binding.watch.state()
         if then != now:
+            was, is_now = in_words(then), in_words(now)
+            how = f"{is_now} is active now" if is_now != was else "that has another factor or other layers now"
             raise UseError(
-                f"{self!r} holds tokens that {self.binding.name} computed with {in_words(then)}, and {in_words(now)} "
-                f"is active now, so it cannot be {done}. Switch back, or use reset() or another stack."
+                f"{self!r} holds tokens that {self.binding.name} computed with {was}, and {how}, so it cannot "
+                f"be {done}. Switch back, or use reset() or another stack."
             )
 
     def unbind(self) -> None:
