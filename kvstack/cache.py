@@ -210,8 +210,8 @@ class KVStack(Cache):
         return self
 
     def begin_forward(self) -> None:
-        """The model begins a forward with this cache (called by a hook on it). With other adapters than before, the
-        stages are fitted again; where tokens are held, they would mean something else, so the forward is refused."""
+        """The model begins a forward with this cache (its watched forward says so). With other adapters than before,
+        the stages are fitted again; where tokens are held, they would mean something else: it is refused."""
         binding = self.binding
         if binding is None or binding.model is None or binding.watch is None:
             return

@@ -137,7 +137,7 @@ class ModelHooks:
         self.handles: list[RemovableHandle] = []
         self.guards: list[_Guard] = []
         self.resting: set[int] = set()
-        self.handles.append(model.register_forward_pre_hook(_starting(list(parameters(model))), with_kwargs=True))
+        self.guards.append(_Guard(model, tells=True))
         for module in attention_modules(model).values():
             names = list(parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
@@ -164,15 +164,21 @@ class ModelHooks:
 
 
 class _Guard:
-    """torch calls no hook when a forward ends by KeyboardInterrupt or SystemExit: so the forward itself is watched."""
+    """torch calls no hook when a forward ends by KeyboardInterrupt or SystemExit: so the forward itself is watched.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        tells: whether a cache in the call is told that a forward begins, before anything is computed.
+    """
+
+    def __init__(self, module: nn.Module, tells: bool = False) -> None:
         self.module = weakref.ref(module)
         self.before = vars(module).get("forward")  # others wrap forwards too
         inside = type(module).forward if self.before is None else None
 
         @functools.wraps(module.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if tells:
+                _tell(dict(zip(names, args, strict=False)) | kwargs)
             try:
                 return inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
             except BaseException as error:
@@ -181,6 +187,7 @@ class _Guard:
                 raise
 
         before: Any = self.before
+        names = list(parameters(module))
         # a method, so that a copy of the module gets one of its own
         self.forward = vars(module)["forward"] = types.MethodType(forward, module)
 
@@ -192,6 +199,13 @@ class _Guard:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = self.before
+
+
+def _tell(given: Mapping[str, Any]) -> None:
+    for name in CACHE_ARGUMENTS:
+        begin = getattr(given.get(name), "begin_forward", None)
+        if begin is not None:
+            begin()
 
 
 def _abandon() -> None:
@@ -233,17 +247,6 @@ def _release(reference: weakref.ref[PreTrainedModel]) -> None:
         if hooks.users == 0:
             hooks.remove()
             del _hooked[model]
-
-
-def _starting(names: list[str]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        for name in CACHE_ARGUMENTS:
-            begin = getattr(given.get(name), "begin_forward", None)
-            if begin is not None:
-                begin()
-
-    return hook
 
 
 def _entering(names: list[str]) -> Callable[..., None]:
