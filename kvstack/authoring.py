@@ -4,7 +4,7 @@ contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, S
 abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
 values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens
 codes         pack, unpack, ChannelCodes, spread and the figures behind them
-the model     LayerGroups, cached_shapes, expands, fingerprint, at_rest, observe
+the model     LayerGroups, cached_shapes, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
 calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
 """
 
@@ -22,7 +22,7 @@ from .encode.waterfilling import DISTORTION, STEPS, spread
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .files import write_bytes
 from .model.attention import expands
-from .model.fingerprint import fingerprint
+from .model.fingerprint import fingerprint, is_of, kv_fingerprint
 from .model.layers import LayerGroups
 from .model.probing import at_rest, cached_shapes, observe
 from .packed import Packed, storage_bytes
@@ -91,6 +91,8 @@ __all__ = [
     "expands",
     "fingerprint",
     "flat",
+    "is_of",
+    "kv_fingerprint",
     "load_or_make",
     "observe",
     "pack",

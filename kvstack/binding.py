@@ -20,7 +20,8 @@ from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
 from .errors import BindError, KVStackWarning, StageError
-from .model.attention import counts_tokens, device_of, expands, gives_queries, reuses, takes_cache
+from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
+from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
 from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
 from .model.rope import Rope, find_ropes
@@ -32,7 +33,7 @@ from .store.store import Expand, Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Binding", "bind", "check_stages", "needs_model", "unbound"]
+__all__ = ["Binding", "bind", "check_stages", "is_fitted", "needs_model", "unbound"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Binding:
         ropes: how each layer rotates keys.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
+        adapters: those that were at work (PEFT): what was fitted to the model was fitted to these. `watch` tells those
+            of now.
     """
 
     plan: Plan
@@ -58,6 +61,8 @@ class Binding:
     modules: Mapping[int, nn.Module] = field(default_factory=dict)
     layer_types: Sequence[str] = ()
     layer_arguments: Sequence[Mapping[str, Any]] = ()
+    adapters: AdapterState = ()
+    watch: AdapterWatch | None = None
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     ends: Sequence[int] = field(init=False)
@@ -85,6 +90,10 @@ class Binding:
         """How each layer that caches latents makes keys and values of them."""
         return {i: cast(Any, module).expand_kv for i, module in self.modules.items() if expands(module)}
 
+    def serves(self, model: Any) -> bool:
+        """Whether `model` is the one this is for: the same, or the same one with or without its head."""
+        return self.model is not None and decoder_of(unwrapped(model)) is decoder_of(self.model)
+
     def device_of(self, layer: int) -> torch.device:
         return device_of(self.modules[layer])
 
@@ -107,11 +116,15 @@ def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
+def is_fitted(stages: Sequence[Stage]) -> bool:
+    """Whether some of these stages are fitted to the weights of a model."""
+    return any(isinstance(stage, Transform | Share) for stage in stages)
+
+
 def needs_model(stages: Sequence[Stage]) -> bool:
     """Whether these stages cannot work for a caller that is no transformers model."""
     evict = _of_kind(stages, Evict)
-    fitted = any(isinstance(stage, Transform | Share) for stage in stages)
-    return fitted or (evict is not None and evict.looks_at_queries)
+    return is_fitted(stages) or (evict is not None and evict.looks_at_queries)
 
 
 def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
@@ -123,6 +136,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
     Raises:
         BindError: a stage and the model cannot work together.
     """
+    model = unwrapped(model)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise BindError(
@@ -135,6 +149,13 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         )
     layers = find_layers(model)
     full, modules, types = layers.full, layers.modules, layers.types
+    watch = AdapterWatch(model)
+    adapters = watch.state()
+    if differ_by_row(adapters) and is_fitted(stages):
+        raise BindError(
+            f"the rows of this batch have an adapter each ({in_words(adapters)}), and {who} is fitted to one. Use one "
+            "adapter for all rows, or stages that are not fitted to a model, such as Quant and Evict."
+        )
     plan, shares, ropes = Plan(None, None, None, *spans), dict[int, int](), dict[int, Rope | None]()
     if stages and not full:
         _check_takes_cache(name, model)
@@ -151,7 +172,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
             warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    return Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments)
+    return Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments, adapters, watch)
 
 
 def _check_takes_cache(name: str, model: PreTrainedModel) -> None:

@@ -23,9 +23,11 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLay
 from . import accounting, disk
 from .attend import Attention, Learned
 from .batch import Batch
-from .binding import Binding, bind, check_stages, needs_model, unbound
+from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound
 from .errors import BindError, StageError, UseError
+from .model.adapters import in_words, unwrapped
 from .model.arming import arm
+from .model.head import with_head
 from .model.hooks import install, running
 from .packed import storage_bytes
 from .report import Report
@@ -178,13 +180,19 @@ class KVStack(Cache):
 
     def bind(self, model: PreTrainedModel) -> Self:
         """Fit the stages to `model` and put the hooks on it. Done by itself at the first forward."""
-        if self.binding is not None and self.binding.model is model:
+        if self.binding is not None and self.binding.serves(model):
             return self
         if self.binding is not None:
             raise BindError(
                 f"{self!r} is bound to a {self.binding.name}; make a new stack for this {type(model).__name__}."
             )
         return self._adopt(bind(repr(self), self.stages, model, self._spans))
+
+    def bind_met(self, model: PreTrainedModel) -> Self:
+        """Bind to the outermost model that ran with this stack. What is fitted asks for predictions, so where only an
+        inner model ran (`model.model(...)`, to save the logits), it is fitted to the causal model that holds that."""
+        whole = with_head(unwrapped(model)) if is_fitted(self.stages) else None
+        return self.bind(model if whole is None else whole)
 
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
@@ -196,6 +204,32 @@ class KVStack(Cache):
             self._disarm()
             self._disarm = None
         return self
+
+    def begin_forward(self) -> None:
+        """The model begins a forward with this cache (its watched forward says so). With other adapters than before,
+        the stages are fitted again; where tokens are held, they would mean something else: it is refused."""
+        binding = self.binding
+        if binding is None or binding.model is None or binding.watch is None:
+            return
+        if self.batch.size is not None:
+            self._check_adapters("continued")
+        elif binding.watch.state() != binding.adapters:
+            again = bind(repr(self), self.stages, binding.model, self._spans)
+            self.unbind()
+            self._adopt(again)
+
+    def _check_adapters(self, done: str) -> None:
+        """Raise `UseError` where other adapters are at work than the tokens held were computed with."""
+        if self.binding is None or self.binding.watch is None or self.batch.size is None:
+            return
+        then, now = self.binding.adapters, self.binding.watch.state()
+        if then != now:
+            was, is_now = in_words(then), in_words(now)
+            how = f"{is_now} is active now" if is_now != was else "that has another factor or other layers now"
+            raise UseError(
+                f"{self!r} holds tokens that {self.binding.name} computed with {was}, and {how}, so it cannot "
+                f"be {done}. Switch back, or use reset() or another stack."
+            )
 
     def unbind(self) -> None:
         """Take the hooks off the model. The stack keeps its tokens, but can no longer be used in a forward."""
@@ -419,6 +453,7 @@ class KVStack(Cache):
         """
         if self.binding is None:
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
+        self._check_adapters("saved")
         self._catch_up()
         disk.write(path, self.to_dict(), self.batch, self._learned, self._others, compress)
 

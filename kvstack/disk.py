@@ -28,7 +28,8 @@ from .batch import Batch, Cohort
 from .columns import Columns
 from .errors import UseError
 from .files import read_tensors, write_tensors
-from .model.fingerprint import fingerprint
+from .model.adapters import unwrapped
+from .model.fingerprint import is_of, kv_fingerprint
 from .store.store import Store
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def write(
     assert binding.model is not None
     described = {
         "stack": stack,
-        "model": fingerprint(binding.model),
+        "model": kv_fingerprint(binding.model),
         "dtype": str(binding.model.dtype),
         "batch": batch.size,
         "columns": list(batch.columns.items()),
@@ -174,9 +175,11 @@ class Saved:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model before anything is fitted to it."""
-        kind, described = type(model).__name__, self.described
-        if described["model"] != fingerprint(model):
-            raise UseError(f"{self.name!r} was saved with another model than this {kind}. Load it with that.")
+        kind, described = type(unwrapped(model)).__name__, self.described
+        if not is_of(described["model"], model):
+            raise UseError(
+                f"{self.name!r} was saved with another model than this {kind}, or another adapter. Load it with that."
+            )
         if described["dtype"] != str(model.dtype):
             raise UseError(
                 f"{self.name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}."

@@ -1,4 +1,4 @@
-"""Every stage binds as it stands, whatever the number of layers, and so does every spec that the documentation shows."""
+"""Every stage binds as it stands, whatever the number of layers, and so does every spec that the docs show."""
 
 import importlib.util
 import re

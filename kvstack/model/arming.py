@@ -22,7 +22,7 @@ __all__ = ["arm"]
 class Waiting(Protocol):
     """A cache that waits for its model."""
 
-    def bind(self, model: PreTrainedModel, /) -> Any: ...
+    def bind_met(self, model: PreTrainedModel, /) -> Any: ...
 
 
 def arm(stack: Waiting) -> Callable[[], None]:
@@ -52,7 +52,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
             return
         for value in (*args, *kwargs.values()):
             if value is waiting:
-                waiting.bind(model)
+                waiting.bind_met(model)
                 return
             if getattr(value, "self_attention_cache", None) is waiting:
                 raise BindError(

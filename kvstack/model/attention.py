@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "CACHE_ARGUMENTS",
     "attention_modules",
     "counts_tokens",
     "cross_attention_layers",
+    "decoder_of",
     "device_of",
     "expands",
     "gives_queries",
@@ -26,6 +31,7 @@ __all__ = [
     "parameters",
     "reuses",
     "takes_cache",
+    "tensors_of",
 ]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
@@ -103,6 +109,20 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def decoder_of(model: Any) -> PreTrainedModel:
+    """The innermost transformers model in `model` that holds all its attention modules: `model.model` without the
+    head, or `model` itself where there is none."""
+    from transformers import PreTrainedModel
+
+    wanted, found = set(attention_modules(model).values()), model
+    if wanted:
+        for inner in model.modules():  # from the outside in
+            if isinstance(inner, PreTrainedModel) and wanted <= set(inner.modules()):
+                found = inner
+    decoder: PreTrainedModel = found
+    return decoder
+
+
 def interface(module: nn.Module) -> Any:
     """The registry of attention functions that this module's file looks into, or None."""
     return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
@@ -139,9 +159,14 @@ def offload_hooks(module: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, then buffers: some kinds of quantized weights are buffers."""
+    return itertools.chain(module.parameters(), module.buffers())
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, though its weights may be kept elsewhere between its calls."""
-    device = next(module.parameters()).device
+    device = next(tensors_of(module)).device
     if device.type != "meta":
         return device
     places = [getattr(hook, "execution_device", None) for inner in module.modules() for hook in offload_hooks(inner)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, layer_of, parameters
+from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, layer_of, parameters
 from .keeping import KeptStack
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class ModelHooks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.users = 0
         self.handles: list[RemovableHandle] = []
-        self.guards: list[_Guard | KeptStack] = [KeptStack(model)]
+        self.guards: list[_Guard | KeptStack] = [_Guard(model, tells=True)]
         self.resting: set[int] = set()
         for module in attention_modules(model).values():
             names = list(parameters(module))
@@ -144,6 +144,12 @@ class ModelHooks:
             # always_call: an exception in attention must not leave our function in transformers' registry
             self.handles.append(module.register_forward_hook(_leaving, always_call=True))
             self.guards.append(_Guard(module))
+
+    def keep(self, model: PreTrainedModel) -> None:
+        """Let generation with `model`, this one with its head, go on with a stack that it would put aside."""
+        kept = KeptStack(model)
+        if kept.prepare is not None:
+            self.guards.append(kept)
 
     def rest(self, modules: Mapping[int, nn.Module]) -> None:
         """Let these layers compute no keys and values in a call that reads another layer's."""
@@ -164,15 +170,21 @@ class ModelHooks:
 
 
 class _Guard:
-    """torch calls no hook when a forward ends by KeyboardInterrupt or SystemExit: so the forward itself is watched."""
+    """torch calls no hook when a forward ends by KeyboardInterrupt or SystemExit: so the forward itself is watched.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        tells: whether a cache in the call is told that a forward begins, before anything is computed.
+    """
+
+    def __init__(self, module: nn.Module, tells: bool = False) -> None:
         self.module = weakref.ref(module)
         self.before = vars(module).get("forward")  # others wrap forwards too
         inside = type(module).forward if self.before is None else None
 
         @functools.wraps(module.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if tells:
+                _tell(dict(zip(names, args, strict=False)) | kwargs)
             try:
                 return inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
             except BaseException as error:
@@ -181,6 +193,7 @@ class _Guard:
                 raise
 
         before: Any = self.before
+        names = list(parameters(module))
         # a method, so that a copy of the module gets one of its own
         self.forward = vars(module)["forward"] = types.MethodType(forward, module)
 
@@ -192,6 +205,13 @@ class _Guard:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = self.before
+
+
+def _tell(given: Mapping[str, Any]) -> None:
+    for name in CACHE_ARGUMENTS:
+        begin = getattr(given.get(name), "begin_forward", None)
+        if begin is not None:
+            begin()
 
 
 def _abandon() -> None:
@@ -213,11 +233,13 @@ _binding = threading.RLock()  # a stack may end, and release, while the same thr
 def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> weakref.finalize[Any, Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of `owner` does so too. The layers `resting` need no keys and values of their own."""
+    whole, model = model, decoder_of(model)  # the same one for stacks that were bound with and without the head
     with _binding:
         hooks = _hooked.get(model)
         if hooks is None:
             hooks = _hooked[model] = ModelHooks(model)
         hooks.users += 1
+        hooks.keep(whole)
         hooks.rest(resting)
         return weakref.finalize(owner, _release, weakref.ref(model))
 

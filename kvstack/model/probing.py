@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ SINKS = 4
 
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off."""
-    training = model.training
+    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off. The
+    model is left as it was."""
+    before = [(module, _plain(vars(module)), dict(module._buffers)) for module in model.modules()]
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in asked:
@@ -36,7 +37,16 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module, attributes, buffers in before:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward may leave in a module: its mode, the offset of image positions, the longest text so far, which
+    some rotary tables depend on."""
+    kinds = (bool, int, float, str, Tensor, type(None))
+    return {name: value for name, value in attributes.items() if isinstance(value, kinds)}
 
 
 def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:

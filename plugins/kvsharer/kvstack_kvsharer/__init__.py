@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from kvstack import BindError, KVStackWarning, StageError
-from kvstack.authoring import Share, as_path, check, fingerprint, load_or_make
+from kvstack.authoring import Share, as_path, check, kv_fingerprint, load_or_make
 
 from .strategy import Strategy, kinds_of, layers_of, search, what_is_wrong
 
@@ -72,8 +72,8 @@ class KVSharer(Share):
         if by_default and not layers_of(self.share, len(kinds)):
             more = "Leave it out for this model." if len(kinds) < 2 else f"Use share={1 / len(kinds):.2g} or more."
             warnings.warn(
-                f"{self!r}: a share of {self.share} is no whole layer of the {len(kinds)} full-attention layers of {name}, "
-                f"so all of them hold their own keys and values. {more}",
+                f"{self!r}: a share of {self.share} is no whole layer of the {len(kinds)} full-attention layers of "
+                f"{name}, so all of them hold their own keys and values. {more}",
                 KVStackWarning,
                 stacklevel=2,
             )
@@ -112,7 +112,7 @@ class KVSharer(Share):
         # a pair of layers may lie on two devices where the model is spread in another way
         alike = [list(kinds.values()).index(kind) for kind in kinds.values()]
         words = f"{share}-{rank}-{threshold}-{seed}-{hashlib.sha256(bytes(str(alike), 'ascii')).hexdigest()[:8]}"
-        file_name = f"{model.config.model_type}-{fingerprint(model)}-kvsharer-{words}.json"
+        file_name = f"{model.config.model_type}-{kv_fingerprint(model)}-kvsharer-{words}.json"
         notice = f"KVSharer searches which layers of this {type(model).__name__} can share, once."
         make = partial(search, model, share=share, rank=rank, threshold=threshold, seed=seed)
         return load_or_make(model, file_name, read, make, notice)

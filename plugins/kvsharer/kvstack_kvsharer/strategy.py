@@ -28,7 +28,8 @@ from kvstack.authoring import (
     Share,
     at_rest,
     cached_shapes,
-    fingerprint,
+    is_of,
+    kv_fingerprint,
     tokenizer_of,
     windows_of,
     write_bytes,
@@ -107,7 +108,7 @@ class Strategy:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `CalibrationError` where this was searched for another model."""
-        if self.identity and self.identity != fingerprint(model):
+        if self.identity and not is_of(self.identity, model):
             raise CalibrationError(
                 f"{self!r} was searched for another model than this {type(model).__name__}. Search one for it: "
                 "kvstack_kvsharer.search(model)."
@@ -180,7 +181,7 @@ def search(
         )
     settings = {"share": share, "rank": rank, "threshold": threshold, "seed": seed, "tokens": tokens}
     if not wanted:
-        return Strategy({}, identity=fingerprint(model), settings=settings)
+        return Strategy({}, identity=kv_fingerprint(model), settings=settings)
     samples, source = _samples(model, texts, tokens, tokenizer)
     shares: dict[int, int] = {}
     taken: list[tuple[int, int, float, float]] = []
@@ -206,7 +207,7 @@ def search(
             threshold,
         )
     cosine = taken[-1][3] if taken else 1.0
-    return Strategy(shares, cosine, taken, fingerprint(model), settings | {"texts": source})
+    return Strategy(shares, cosine, taken, kv_fingerprint(model), settings | {"texts": source})
 
 
 def layers_of(share: float, count: int) -> int:
