@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,9 +11,9 @@ from torch import nn
 
 from ..errors import BindError
 from .attention import CACHE_ARGUMENTS, parameters
+from .changes import Handles, changes
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 __all__ = ["arm"]
@@ -35,19 +36,24 @@ def arm(stack: Waiting) -> Callable[[], None]:
     from transformers import PreTrainedModel
 
     reference = weakref.ref(stack)
-    handles: list[RemovableHandle] = []
+    handles = Handles()
     # module -> the outermost model seen so far that it is part of
     roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = weakref.WeakKeyDictionary()
+    disarmed = threading.Event()
 
-    def disarm() -> None:
-        while handles:
-            handles.pop().remove()
+    def take_off() -> None:
+        disarmed.set()
+        handles.remove()
         roots.clear()
 
-    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def disarm() -> None:
+        with changes:
+            take_off()
+
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         root = roots.get(module)
         waiting, model = reference(), root() if root is not None else None
-        if waiting is None or model is None:
+        if waiting is None or model is None or kwargs is None:
             return
         for value in (*args, *kwargs.values()):
             if value is waiting:
@@ -60,17 +66,26 @@ def arm(stack: Waiting) -> Callable[[], None]:
                 )
 
     def meet(module: nn.Module, args: Any) -> None:
+        changes.catch_up()
         if not isinstance(module, PreTrainedModel) or module in roots:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
-        for inner in module.modules():
-            takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
-            takes_cache = takes_cache or any(name in parameters(inner) for name in CACHE_ARGUMENTS)
-            if takes_cache and inner not in roots:
-                handles.append(inner.register_forward_pre_hook(probe, with_kwargs=True))
-            if takes_cache:
+        inside = [inner for inner in module.modules() if _may_take_cache(inner)]
+        with changes:
+            for inner in () if disarmed.is_set() else inside:
+                if inner not in roots:
+                    handles.before_with_keywords(inner, probe)
                 roots[inner] = weakref.ref(module)
 
-    handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
-    weakref.finalize(stack, disarm)
+    weakref.finalize(stack, changes.soon, take_off)
+    with changes:
+        handles.before_all(meet)
     return disarm
+
+
+def _may_take_cache(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel) or isinstance(getattr(module, "layer_idx", None), int):
+        return True
+    return any(name in parameters(module) for name in CACHE_ARGUMENTS)
