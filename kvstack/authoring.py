@@ -2,7 +2,7 @@
 
 contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
 abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
-values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens
+values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread and the figures behind them
 the model     LayerGroups, cached_shapes, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
 calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
@@ -21,6 +21,7 @@ from .encode.channel_codes import GAIN_BITS, ChannelCodes
 from .encode.waterfilling import DISTORTION, STEPS, spread
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .files import write_bytes
+from .floats import fitting, saturated, wide
 from .model.attention import expands
 from .model.fingerprint import fingerprint, is_of, kv_fingerprint
 from .model.layers import LayerGroups
@@ -90,6 +91,7 @@ __all__ = [
     "check",
     "expands",
     "fingerprint",
+    "fitting",
     "flat",
     "is_of",
     "kv_fingerprint",
@@ -97,11 +99,13 @@ __all__ = [
     "observe",
     "pack",
     "sample_ids",
+    "saturated",
     "spread",
     "storage_bytes",
     "take_tokens",
     "tokenizer_of",
     "unpack",
+    "wide",
     "windows_of",
     "write_bytes",
 ]

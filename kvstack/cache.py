@@ -196,10 +196,19 @@ class KVStack(Cache):
 
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
-        self.binding = binding
-        self.begin_again()
+        recording = self.batch.recording  # assisted decoding says so before the first forward
         resting = {layer: binding.modules[layer] for layer in binding.shares}
-        self._unhook = install(self, binding.model, resting)
+        try:
+            self._unhook = install(self, binding.model, resting)
+            self.binding = binding
+            self.begin_again()
+        except BaseException:  # as if it had never met the model
+            self.unbind()
+            self.binding, self.layers = None, []
+            self._serve(Batch(self._unbound(0), self._work))
+            if recording:
+                self.batch.record()
+            raise
         if self._disarm is not None:
             self._disarm()
             self._disarm = None

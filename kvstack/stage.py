@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import StageError
+from .floats import wide
 from .packed import Packed
 from .types import KV, Channels, Context, Latent
 from .workspace import Workspace
@@ -168,10 +169,12 @@ class Encoder:
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """`query` (B, H, G, R) times the transposed packed tensor: (B, H, G, T). Override to read codes directly."""
+        query = wide(query)
         return torch.matmul(query, self.decode(packed, role).transpose(-1, -2).to(query.dtype))
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """`weights` (B, H, G, T) times the packed tensor: (B, H, G, R). Override to read codes directly."""
+        weights = wide(weights)
         return torch.matmul(weights, self.decode(packed, role).to(weights.dtype))
 
 

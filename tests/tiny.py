@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -125,3 +126,21 @@ def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.
         ids[row, : longest - length] = 0
         mask[row, : longest - length] = 0
     return ids, mask
+
+
+@functools.cache
+def with_large(kind: str, dtype: torch.dtype = torch.float16, most: float = 3.5e4) -> Any:
+    """A model that caches numbers near `most` in two of its layers, as the attention of some real models does; `kind`
+    is `keys` or `values`. A dense cache gives finite logits."""
+    from transformers import DynamicCache
+
+    made = copy.deepcopy(model("llama"))
+    for _ in range(2):  # the second layer's input depends on the first one
+        cache = DynamicCache()
+        made(tokens(1, 150), past_key_values=cache)
+        largest = max(float(getattr(layer, kind).abs().max()) for layer in cache.layers[1:3])
+        for layer in made.model.layers[1:3]:
+            getattr(layer.self_attn, f"{kind[0]}_proj").weight.data.mul_(most / largest)
+            if kind == "values":
+                layer.self_attn.o_proj.weight.data.div_(most / largest)
+    return made.to(dtype)

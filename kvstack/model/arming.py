@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,10 +11,10 @@ from torch import nn
 
 from ..errors import BindError, UseError
 from .attention import layer_of, parameters, takes_cache
+from .changes import Handles, changes
 from .keeping import leaves_out
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 __all__ = ["arm"]
@@ -36,19 +37,24 @@ def arm(stack: Waiting) -> Callable[[], None]:
     from transformers import PreTrainedModel
 
     reference = weakref.ref(stack)
-    handles: list[RemovableHandle] = []
+    handles = Handles()
     # module -> the outermost model seen so far that it is part of
     roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = weakref.WeakKeyDictionary()
+    disarmed = threading.Event()
 
-    def disarm() -> None:
-        while handles:
-            handles.pop().remove()
+    def take_off() -> None:
+        disarmed.set()
+        handles.remove()
         roots.clear()
 
-    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def disarm() -> None:
+        with changes:
+            take_off()
+
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         root = roots.get(module)
         waiting, model = reference(), root() if root is not None else None
-        if waiting is None or model is None:
+        if waiting is None or model is None or kwargs is None:
             return
         for value in (*args, *kwargs.values()):
             if value is waiting:
@@ -69,16 +75,24 @@ def arm(stack: Waiting) -> Callable[[], None]:
                 )
 
     def meet(module: nn.Module, args: Any) -> None:
+        changes.catch_up()
         if not isinstance(module, PreTrainedModel) or module in roots:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
-        for inner in module.modules():
-            may_get_it = isinstance(inner, PreTrainedModel) or layer_of(inner) is not None or takes_cache(inner)
-            if may_get_it and inner not in roots:
-                handles.append(inner.register_forward_pre_hook(probe, with_kwargs=True))
-            if may_get_it:
+        inside = [inner for inner in module.modules() if _may_take_cache(inner)]
+        with changes:
+            for inner in () if disarmed.is_set() else inside:
+                if inner not in roots:
+                    handles.before_with_keywords(inner, probe)
                 roots[inner] = weakref.ref(module)
 
-    handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
-    weakref.finalize(stack, disarm)
+    weakref.finalize(stack, changes.soon, take_off)
+    with changes:
+        handles.before_all(meet)
     return disarm
+
+
+def _may_take_cache(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) or layer_of(module) is not None or takes_cache(module)

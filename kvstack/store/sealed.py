@@ -20,6 +20,7 @@ from torch import Tensor
 from ..abilities import FitsText, Picked, ReadsDirectly, RefitsText
 from ..encode.exact import EXACT
 from ..errors import UseError
+from ..floats import fitting, saturated
 from ..packed import Packed
 from ..stage import Codec, Encoder
 from ..types import KV, Rotation
@@ -230,10 +231,7 @@ class GroupLatents(Sealed):
 
     def append(self, block: Sequence[KV], positions: Tensor) -> None:
         if self._unrotated:
-            block = [
-                replace(kv, keys=self._rope(i).unrotate(kv.keys, positions.to(kv.keys.device)))
-                for i, kv in enumerate(block)
-            ]
+            block = [replace(kv, keys=self._unrotate(i, kv.keys, positions)) for i, kv in enumerate(block)]
         new = block[0].tokens
         for name, latent in self._fit(block).items():
             encoder = EXACT if latent.exact else self._encoder(name)
@@ -260,8 +258,8 @@ class GroupLatents(Sealed):
 
     def decode(self, layer: int, keys: Tensor, values: Tensor, where: Where) -> None:
         kv = self.codec.inverse(self._latents(), layer)
-        keys.copy_(self._rotated(layer, kv.keys, where))
-        values.copy_(kv.values)
+        keys.copy_(saturated(self._rotated(layer, kv.keys, where), keys.dtype))
+        values.copy_(saturated(kv.values, values.dtype))
 
     def pick(self, layer: int, query: Tensor, where: Where) -> Picked | None:
         if not isinstance(self.codec, ReadsDirectly):
@@ -300,10 +298,17 @@ class GroupLatents(Sealed):
         if not self._unrotated:
             return keys
         rope, positions = self._rope(layer), where().to(keys.device)
+        keys = keys.float() if keys.dtype == torch.float16 else keys  # turned, they may be too large for a half
         if places is not None:
             return rope.rotate(keys, positions.take_along_dim(places.to(keys.device), dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
+
+    def _unrotate(self, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
+        rope, positions = self._rope(layer), positions.to(keys.device)
+        if keys.dtype == torch.float16:
+            return fitting(rope.unrotate(keys.float(), positions), keys.dtype)
+        return rope.unrotate(keys, positions)
 
     def end_forward(self) -> None:
         self._decoded = {}

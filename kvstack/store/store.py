@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..abilities import Picked
 from ..errors import UseError
+from ..floats import saturated, wide
 from ..packed import Packed
 from ..stage import Codec
 from ..types import KV, Context, Rotation, positions_between
@@ -340,23 +341,25 @@ class Store:
         """
         raw, (part, layer), where = self.raw[slot].kv, self._stored(slot), self._where(seen)
         b, h, _, d = raw.keys.shape
-        grouped = query.reshape(b, h, -1, d) * scaling  # (B, H, G, D)
+        grouped = wide(query).reshape(b, h, -1, d) * scaling  # (B, H, G, D); products of halves may not be halves
         # logits of sealed tokens, then of raw ones
         picked = part.pick(layer, grouped, where)
         packed = part.dot(layer, grouped, picked, where, work)
-        logits = torch.cat([packed, torch.matmul(grouped, raw.keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
+        loose_logits = torch.matmul(grouped, raw.keys.to(grouped.dtype).transpose(-1, -2))
+        logits = torch.cat([packed, loose_logits.to(packed.dtype)], dim=-1)
         if mask is not None:
             logits = self._masked(logits, mask, picked)
         # one softmax over all of them, and the values of both
         weights = logits.softmax(dim=-1, dtype=torch.float32)
         sealed, loose = weights.tensor_split([packed.shape[-1]], dim=-1)
         mixed = part.mix(layer, sealed, picked, work)
-        mixed = mixed.to(raw.values.dtype) + torch.matmul(loose.to(raw.values.dtype), raw.values)
+        mixed = wide(mixed) + torch.matmul(loose, wide(raw.values).to(loose.dtype))
         # tokens that were not picked have no weight
         if picked is not None:
             places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
             sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
             weights = torch.cat([sealed, loose], dim=-1)
+        mixed = saturated(mixed, raw.values.dtype)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
 
     def _masked(self, logits: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:

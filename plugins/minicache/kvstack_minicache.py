@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform
-from kvstack.authoring import BoundTransform, LayerGroups, ReadsDirectly, cached_shapes, check, take_tokens
+from kvstack.authoring import (
+    BoundTransform,
+    LayerGroups,
+    ReadsDirectly,
+    cached_shapes,
+    check,
+    fitting,
+    saturated,
+    take_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,15 +173,14 @@ class Merged(Pair):
                 latents[f"unmerged {role}"] = Latent(take_tokens(shallow, index), exact=True)
                 latents[f"places of {role}"] = Latent(within.to(torch.uint8).unsqueeze(-1), exact=True)
             latents[role] = Latent(merged.to(shallow.dtype))
-        dtype = group[0].keys.dtype
-        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)  # float16 would hold infinity
-        latents[NORMS] = Latent(torch.stack(norms, dim=-1).clamp_max(most).to(dtype), exact=True)
+        lengths = torch.stack(norms, dim=-1).clamp_max(torch.finfo(torch.float32).max)
+        latents[NORMS] = Latent(fitting(lengths, group[0].keys.dtype), exact=True)
         return latents
 
     def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
         data = latents[role]
         number = 2 * (role == "values") + layer
-        x = (data.float() * latents[NORMS][..., number : number + 1].float()).to(data.dtype)
+        x = saturated(data.float() * latents[NORMS][..., number : number + 1].float(), data.dtype)
         if layer or not self.retained:
             return x
         index = _in_text(latents[f"places of {role}"].squeeze(-1).long().unflatten(2, (-1, self.retained)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, Latent, UseError
-from kvstack.authoring import Picked, ReadsDirectly, RefitsText, Turn, take_tokens
+from kvstack.authoring import Picked, ReadsDirectly, RefitsText, Turn, fitting, saturated, take_tokens, wide
 
 from .svd import leading
 
@@ -98,9 +98,9 @@ class Factors(RefitsText, ReadsDirectly):
         strength = strength.clamp_min(WEAKEST * strength.amax(dim=1, keepdim=True))
         parts = (strength.unsqueeze(-1) * axes).split([y.shape[1] * y.shape[3] for y in layers], dim=-1)
         return {
-            f"{role} {i}": part.clone(memory_format=torch.contiguous_format)
-            .to(like.dtype)
-            .unflatten(-1, (like.shape[1], like.shape[3]))
+            f"{role} {i}": fitting(part.clone(memory_format=torch.contiguous_format), like.dtype).unflatten(
+                -1, (like.shape[1], like.shape[3])
+            )
             for i, (part, like) in enumerate(zip(parts, layers, strict=True))
         }
 
@@ -128,14 +128,15 @@ class Factors(RefitsText, ReadsDirectly):
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         latents = {
-            f"{role} factors": Latent(self._project(_flat(layers), role).to(layers[0].dtype).unsqueeze(1))
+            f"{role} factors": Latent(fitting(self._project(_flat(layers), role), layers[0].dtype).unsqueeze(1))
             for role, layers in self._roles(group).items()
         }
         if self.caches_latents:
             # clone: a slice of one head is a view that would keep all raw tokens alive
             latents |= {f"rotary key {i}": Latent(kv.values.clone(), exact=True) for i, kv in enumerate(group)}
         if self.stage.select:
-            means = [kv.keys.unflatten(2, (-1, CHUNK)).mean(dim=3) for kv in group]  # (B, H, T / 8, D)
+            # (B, H, T / 8, D)
+            means = [wide(kv.keys).unflatten(2, (-1, CHUNK)).mean(dim=3).to(kv.keys.dtype) for kv in group]
             latents |= {f"mean key {i}": Latent(mean, exact=True) for i, mean in enumerate(means)}
         return latents
 
@@ -146,7 +147,9 @@ class Factors(RefitsText, ReadsDirectly):
 
     def _rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
         """(B, H, T, D) from factors (B, 1 or H, T, r) and bases (B, r, H, D)."""
-        return torch.einsum("bhtr,brhd->bhtd", latents[f"{role} factors"], self.fitted[f"{role} {layer}"])
+        factors, bases = latents[f"{role} factors"], self.fitted[f"{role} {layer}"]
+        dtype = torch.promote_types(factors.dtype, bases.dtype)
+        return saturated(torch.einsum("bhtr,brhd->bhtd", factors.to(dtype), bases.to(dtype)), dtype)
 
     # ---- reading without rebuilding
 
