@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform
-from kvstack.authoring import BoundTransform, LayerGroups, ReadsDirectly, cached_shapes, check, take_tokens
+from kvstack.authoring import (
+    BoundTransform,
+    LayerGroups,
+    ReadsDirectly,
+    cached_shapes,
+    check,
+    check_places,
+    take_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,6 +186,10 @@ class Merged(Pair):
             return x
         index = _in_text(latents[f"places of {role}"].squeeze(-1).long().unflatten(2, (-1, self.retained)))
         return x.scatter(2, _wide(index, x), latents[f"unmerged {role}"].to(x.dtype))
+
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        for role in ROLES if self.retained else ():
+            check_places(latents[f"places of {role}"][..., 0], self.retained, TOGETHER, f"retained {role}")
 
     def _divergent(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of widest `angle` (B, H, T), as many in every granule: their places in it and their indices,
