@@ -52,14 +52,14 @@ def items(x: object, what: str, length: int | None = None) -> list[Any]:
     return x
 
 
-def pairs(x: object, what: str) -> dict[int, Any]:
-    """A mapping by layer, which JSON holds as a list of [layer, ...]; of two values or more they come as a list."""
+def pairs(x: object, what: str, each: int = 1) -> dict[int, Any]:
+    """A mapping by layer, which JSON holds as a list of [layer, value] or, with `each` values, [layer, value, ...]."""
     found: dict[int, Any] = {}
     for entry in items(x, what):
-        layer, *values = items(entry, what) or [None]
-        if type(layer) is not int or layer in found or not values:
-            raise misfit(f"{what} is no list of layers with something for each.")
-        found[layer] = values[0] if len(values) == 1 else values
+        layer, *values = items(entry, what, 1 + each)
+        if count(layer, f"a layer in {what}") in found:
+            raise misfit(f"{what} has layer {layer} twice.")
+        found[layer] = values[0] if each == 1 else values
     return found
 
 

@@ -177,9 +177,8 @@ class Saved:
             assert binding.model is not None
             # the model tells what a token takes, not the file
             layers = cached_layers(binding.model)
-            places = {layer: i for i, layer in enumerate(sorted(binding.places))}
             layouts = {layer: _layout(binding, layer, layers[layer]) for group in binding.groups for layer in group}
-            self._fill_batch(batch, places)
+            self._fill_batch(batch)
             self._fill_learned(learned, binding)
             self._check_shapes(batch, layouts)
             rows, seen = batch.size, max(batch.columns.values(), default=None)
@@ -189,22 +188,23 @@ class Saved:
             for other, model, state in zip(others, models, held, strict=True):
                 fill_layer(other, model, state, self.tensors, rows, seen)
 
-    def _fill_batch(self, batch: Batch, places: Mapping[int, int]) -> None:
+    def _fill_batch(self, batch: Batch) -> None:
         described, binding = self.described, batch.binding
         if pairs(described.get("shares", []), "the list of layers that read others") != dict(binding.shares):
             raise UseError(
                 "it was saved where other layers shared keys and values than they do here. Keep what the stack was "
                 "made with beside the cache."
             )
-        columns = pairs(described["columns"], "the list of tokens fed to each layer")
-        if columns.keys() != places.keys() or len(set(columns.values())) > 1:
+        fed = pairs(described["columns"], "the list of tokens fed to each layer")
+        columns = {layer: count(tokens, f"the number of tokens fed to layer {layer}") for layer, tokens in fed.items()}
+        if columns.keys() != batch.columns.keys() or len(set(columns.values())) > 1:
             raise misfit(f"tokens are counted for layers {list(columns)}, or not equally many in each.")
-        batch.columns = {layer: count(columns[layer], "the number of tokens fed") for layer in places}
+        batch.columns = columns
         batch.size = None if described["batch"] is None else count(described["batch"], "the number of rows", 1)
 
     def _check_shapes(self, batch: Batch, layouts: Mapping[int, Layout]) -> None:
         """Take over what a dense cache would hold, which the model tells as well."""
-        shapes = pairs(self.described["shapes"], "the list of shapes")
+        shapes = pairs(self.described["shapes"], "the list of shapes", 2)
         shares = batch.binding.shares
         expected = {}
         for layer in batch.columns if batch.size is not None else ():
@@ -241,7 +241,8 @@ class Saved:
         numbers = [each["rows"] for each in described]
         if numbers != [None]:
             every = [row for mine in numbers for row in items(mine, "the rows of a cohort")]
-            if any(type(row) is not int for row in every) or sorted(every) != list(range(rows or 0)) or [] in numbers:
+            counts = all(type(row) is int for row in every) and [] not in numbers and len(every) == rows
+            if not counts or sorted(every) != list(range(len(every))):
                 raise misfit(f"the rows of the cohorts, {numbers}, do not part {rows} rows.")
         cohorts = []
         for entry in described:
