@@ -406,7 +406,7 @@ class KVStack(Cache):
         `path` is a symbolic link to it.
 
         Raises:
-            UseError: the stack is not bound yet, or the file cannot be written.
+            UseError: the stack is not bound yet. WriteError: the file cannot be written.
         """
         if self.binding is None:
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")

@@ -3,7 +3,8 @@
 A checksum tells that a file is as it was written, not that its parts fit together, nor that they fit the stack it is
 loaded into. So whoever holds something checks its own part when it is restored (`Track.restore`), with what is here:
 which entries there are, of which types, and how large every tensor must be. What is expected comes from the bound stack
-and from the model, never from the file. All of these raise `UseError` with the problem; `disk` adds the file's name.
+and from the model, never from the file. All of these raise `UseError`
+with the problem, and who opened the file adds its name and the fix.
 """
 
 from __future__ import annotations
@@ -19,16 +20,32 @@ from torch import Tensor
 from .errors import UseError
 from .types import Layout
 
-__all__ = ["FLOATS", "Get", "Tensors", "check_numbers", "check_places", "count", "entries", "items", "misfit", "pairs"]
+__all__ = [
+    "FLOATS",
+    "Get",
+    "Misfit",
+    "Tensors",
+    "check_numbers",
+    "check_places",
+    "count",
+    "entries",
+    "items",
+    "misfit",
+    "pairs",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = 1e15
 """No key, value or scale of a model comes near this, and products of two such numbers fit into float32."""
 
 
-def misfit(problem: str) -> UseError:
+class Misfit(UseError):
+    """Something that a file says cannot be. Who opened the file catches it, and adds the file's name and the fix."""
+
+
+def misfit(problem: str) -> Misfit:
     """The error for something that a file says and that cannot be."""
-    return UseError(f"{problem} Save it again.")
+    return Misfit(problem)
 
 
 def entries(x: object, what: str, needed: Iterable[str], known: Iterable[str] = ()) -> dict[str, Any]:
@@ -71,12 +88,12 @@ def count(x: object, what: str, least: int = 0, most: int | None = None) -> int:
     return x
 
 
-def check_numbers(x: Tensor, what: str) -> None:
-    """Refuse NaN, infinity, and numbers so large that attention would overflow."""
+def check_numbers(x: Tensor, what: str, largest: float = LARGEST) -> None:
+    """Refuse NaN, infinity, and numbers above `largest`, which are so large that attention would overflow."""
     if x.is_floating_point() and x.numel():
         low, high = (float(bound) for bound in torch.aminmax(x if x.dtype in FLOATS else x.float()))
-        if not (math.isfinite(low) and math.isfinite(high) and max(-low, high) <= LARGEST):
-            raise misfit(f"{what} hold NaN, infinity or numbers above {LARGEST:g}.")
+        if not (math.isfinite(low) and math.isfinite(high) and max(-low, high) <= largest):
+            raise misfit(f"{what} hold NaN, infinity or numbers above {largest:g}.")
 
 
 def check_places(places: Tensor, each: int, size: int, what: str) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from .attend import Learned
 from .batch import Batch, Cohort
 from .binding import Binding
-from .checks import Get, Tensors, count, entries, items, misfit, pairs
+from .checks import Get, Misfit, Tensors, count, entries, items, misfit, pairs
 from .errors import KVStackError, UseError
 from .files import DTYPES, MOST_NUMBERS, parsed_json, read_tensors, write_tensors
 from .model.attention import expands, gives_queries
@@ -107,7 +107,7 @@ def write(
         "others": [describe_layer(layer, writer.put) for layer in others],
     }
     described["deflated"] = writer.deflated
-    write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)}, UseError)
+    write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)})
 
 
 def _describe_store(store: Store, writer: Writer) -> dict[str, Any]:
@@ -157,6 +157,8 @@ class Saved:
         """Let every error name this file, and the stack `label` that it does not fit."""
         try:
             yield
+        except Misfit as error:
+            raise UseError(f"{self.name!r} does not fit {label}: {error} Save it again.") from error
         except KVStackError as error:
             raise UseError(f"{self.name!r} does not fit {label}: {error}") from error
         except torch.OutOfMemoryError:
@@ -330,7 +332,8 @@ def load(path: str | os.PathLike[str]) -> Saved:
         described = entries(parsed_json(metadata.get("cache", "")), "its description", NEEDED, LATER)
         return Saved(name, described, Tensors(tensors, dict(_deflated(described.get("deflated", {}), tensors))))
     except ValueError as error:
-        raise UseError(f"{name!r} is no cache that can be read: {error}") from None
+        own = isinstance(error, KVStackError) and not isinstance(error, Misfit)  # it says what to do
+        raise UseError(f"{name!r} is no cache that can be read: {error}{'' if own else f' {again}'}") from None
 
 
 def _deflated(described: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[torch.dtype, list[int]]]]:

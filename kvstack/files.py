@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import KVStackError
+from .errors import KVStackError, WriteError
 
 try:
     import fcntl
@@ -63,40 +63,40 @@ DTYPES = {
 # ---- writing
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], error: type[KVStackError] = KVStackError
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one file, complete or not at all; see `write_bytes`."""
     from safetensors.torch import save
 
-    write_bytes(path, save(dict(tensors), {**metadata, CHECKSUM: _checksum(tensors, metadata)}), error)
+    write_bytes(path, save(dict(tensors), {**metadata, CHECKSUM: _checksum(tensors, metadata)}))
 
 
-def write_bytes(path: Path, data: bytes, error: type[KVStackError] = KVStackError) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write one file, complete or not at all: a file that was there stays as it is until the new one is complete.
 
     A symbolic link stays, and what it points to is replaced. The permissions of a file that is replaced are kept, those
     of a new one obey the umask. Partial files that a killed process left behind for this path are removed.
 
     Raises:
-        error: `path` is a folder or no ordinary file, its folder cannot be written to, or the disk is full.
+        WriteError: `path` is a folder or no ordinary file, its folder cannot be written to, or the disk is full.
     """
     name = os.fspath(path)
     try:
         place = Path(os.path.realpath(path))
         if place.is_dir():
-            raise error(f"{name!r} is a folder. Name a file in it.")
+            raise WriteError(f"{name!r} is a folder. Name a file in it.")
+        if place.is_symlink():
+            raise WriteError(f"{name!r} is a symbolic link to itself. Name another file.")
         known = place.stat() if place.exists() else None
         if known is not None and not stat.S_ISREG(known.st_mode):
-            raise error(f"{name!r} is no ordinary file, so it cannot be replaced. Name another file.")
+            raise WriteError(f"{name!r} is no ordinary file, so it cannot be replaced. Name another file.")
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(place)
         _replace(place, data, known)
-    except KVStackError:
+    except WriteError:
         raise
     except (OSError, ValueError) as problem:  # ValueError: a path with a null character
         reason = getattr(problem, "strerror", None) or problem
-        raise error(
+        raise WriteError(
             f"{name!r} cannot be written: {reason}. What was there is unchanged. Free some space, or name a file that "
             "you may write."
         ) from problem

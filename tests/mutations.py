@@ -17,8 +17,8 @@ File = tuple[dict[str, Any], dict[str, Tensor]]
 
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**400, 0.5, -1.0, 1e308, float("nan"), float("inf"),
-    "", "0", "1", "nothing", "float16", "int64", "cuda:0", "__class__", [], [[]], [0], [None], [-1], ["0"], {}, {"tensor": "0"},
-    {"items": []}, {"tensor": "0", "device": "cuda:7"}, [[[[[[]]]]]], {"a": {"b": {}}},
+    "", "0", "1", "nothing", "float16", "int64", "cuda:0", "__class__", [], [[]], [0], [None], [-1], ["0"], {},
+    {"tensor": "0"}, {"items": []}, {"tensor": "0", "device": "cuda:7"}, [[[[[[]]]]]], {"a": {"b": {}}},
 ]  # fmt: skip
 
 
@@ -90,43 +90,49 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
 def change_tensor(tensors: dict[str, Tensor], described: dict[str, Any], random: random.Random) -> str:
     name = random.choice(sorted(tensors))
     x = tensors[name].clone()
-    what = random.choice(["cut", "cut", "longer", "empty", "type", "fill", "fill", "bytes", "turn", "flat", "gone", "axis"])
+    what = random.choice(
+        ["cut", "cut", "longer", "empty", "type", "fill", "fill", "bytes", "turn", "flat", "gone", "axis"]
+    )
     axis = random.randrange(max(1, x.dim()))
     if what == "gone":
         del tensors[name]
         return f"tensor {name} gone"
-    if what == "cut" and x.dim():
-        x = x.narrow(axis, 0, random.randrange(max(1, x.shape[axis]))).contiguous()
-    elif what == "longer" and x.dim():
-        x = torch.cat([x, x], dim=axis)
-    elif what == "empty":
-        x = x.flatten()[:0]
+    if what == "bytes" and x.numel():
+        flat = x.flatten().contiguous().view(torch.uint8)
+        flat[random.randrange(len(flat))] = random.choice([0, 255, 127])
+        x = flat.view(x.dtype).view(x.shape)
     elif what == "type":
         x = x.to(random.choice(DTYPES))
-    elif what == "bytes":
-        if x.numel():
-            flat = x.flatten().contiguous().view(torch.uint8)
-            flat[random.randrange(len(flat))] = random.choice([0, 255, 127])
-            x = flat.view(x.dtype).view(x.shape)
-    elif what == "turn" and x.dim() > 1:
-        other = random.randrange(x.dim())
-        x = x.transpose(axis, other).contiguous()
-    elif what == "flat":
-        x = x.flatten()
-    elif what == "axis":
-        x = x.unsqueeze(0)
+    elif what == "fill" or not x.dim():
+        what = f"filled with {fill(x, random)} at one place or all"
     else:
-        limits = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
-        number = random.choice([limits.max, limits.min, 0, 1])
-        if x.is_floating_point():
-            number = random.choice([number, float("nan"), float("inf"), float("-inf"), limits.tiny])
-        if random.random() < 0.5 or not x.numel():
-            x.fill_(number)
-        else:
-            x.flatten()[random.randrange(x.numel())] = number
-        what = f"filled with {number} at one place or all"
+        x = reshaped(x, what, axis, random)
     tensors[name] = x
     return f"tensor {name} ({where(described, name)}): {what} along {axis}, now {tuple(x.shape)} {x.dtype}"
+
+
+def reshaped(x: Tensor, what: str, axis: int, random: random.Random) -> Tensor:
+    if what == "cut":
+        return x.narrow(axis, 0, random.randrange(max(1, x.shape[axis]))).contiguous()
+    if what == "longer":
+        return torch.cat([x, x], dim=axis)
+    if what == "turn":
+        return x.transpose(axis, random.randrange(x.dim())).contiguous()
+    if what == "empty":
+        return x.flatten()[:0]
+    return x.unsqueeze(0) if what == "axis" else x.flatten()
+
+
+def fill(x: Tensor, random: random.Random) -> float:
+    limits: Any = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
+    number = random.choice([limits.max, limits.min, 0, 1])
+    if x.is_floating_point():
+        number = random.choice([number, float("nan"), float("inf"), float("-inf"), limits.tiny])
+    if random.random() < 0.5 or not x.numel():
+        x.fill_(number)
+    else:
+        x.view(-1)[random.randrange(x.numel())] = number
+    return number
 
 
 def where(described: dict[str, Any], name: str) -> Path | None:

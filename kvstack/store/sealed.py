@@ -166,6 +166,8 @@ class Sealed(Track):
             if codes:
                 raise misfit(f"{what} are none, and some are described.")
             return
+        if not self.plan.seals:
+            raise misfit(f"{what} are {self.tokens}, and nothing seals them here.")
         # every part is as many times as large as that of one granule that is encoded here
         like = self._sample(get)
         granule = self.plan.granule(get.layouts[0].key_width)
