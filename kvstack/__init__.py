@@ -43,6 +43,7 @@ __all__ = [
     "Streaming",
     "Transform",
     "UseError",
+    "WriteError",
     "__version__",
     "calibrate",
     "sensitivity",
@@ -54,7 +55,16 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .calibration.calibration import Calibration
     from .calibration.sensitivity import sensitivity
     from .encode.quant import Quant
-    from .errors import BindError, CalibrationError, KVStackError, KVStackWarning, SpecError, StageError, UseError
+    from .errors import (
+        BindError,
+        CalibrationError,
+        KVStackError,
+        KVStackWarning,
+        SpecError,
+        StageError,
+        UseError,
+        WriteError,
+    )
     from .packed import Packed
     from .report import Report
     from .select.evict import Evict
@@ -83,6 +93,7 @@ else:
             "SpecError",
             "StageError",
             "UseError",
+            "WriteError",
         ),
         "packed": ("Packed",),
         "report": ("Report",),

@@ -2,7 +2,7 @@
 
 contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
 abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
-values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, wide, fitting, saturated
+values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread and the figures behind them
 the model     LayerGroups, cached_shapes, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
 calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
@@ -16,6 +16,7 @@ from .calibration.calibrate import calibration_for
 from .calibration.calibration import Calibration
 from .calibration.keep import load_or_make
 from .calibration.windows import sample_ids, tokenizer_of, windows_of
+from .checks import check_places
 from .encode.bits import pack, unpack
 from .encode.channel_codes import GAIN_BITS, ChannelCodes
 from .encode.waterfilling import DISTORTION, STEPS, spread
@@ -89,6 +90,7 @@ __all__ = [
     "cached_shapes",
     "calibration_for",
     "check",
+    "check_places",
     "expands",
     "fingerprint",
     "fitting",

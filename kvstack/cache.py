@@ -253,9 +253,7 @@ class KVStack(Cache):
         kinds = zip(binding.layer_types, binding.layer_arguments, strict=True)
         return [
             # a hybrid layer holds its state itself, and its keys and values are ours
-            StackLayer()
-            if layer in binding.places and kind == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            StackLayer() if binding.is_ours_alone(layer) else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for layer, (kind, arguments) in enumerate(kinds)
         ]
 
@@ -459,6 +457,12 @@ class KVStack(Cache):
             path: the file.
             compress: deflate every tensor that gets smaller by it (zlib, level 9), which takes longer. `load` reads
                 both, and gives back the same bits.
+
+        A file that was there stays as it is until the new one is complete, keeps its permissions, and is replaced where
+        `path` is a symbolic link to it.
+
+        Raises:
+            UseError: the stack is not bound yet. WriteError: the file cannot be written.
         """
         if self.binding is None:
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
@@ -471,13 +475,20 @@ class KVStack(Cache):
     def load(cls, path: str | os.PathLike[str], *, model: PreTrainedModel) -> Self:
         """A stack that goes on where the one that was saved to `path` stopped.
 
+        The model reads one token first: what it caches tells how large every tensor of the file must be. Tensors go
+        where the layers of `model` are, wherever they were saved.
+
         Raises:
-            UseError: no such file, damaged, or saved with another model or calibration.
+            UseError: no such file, damaged, saved with another model or calibration, or by a newer kvstack.
         """
         saved = disk.load(path)
         saved.check(model)
-        stack = cls.from_spec(saved.stack, model=model)
-        saved.fill(repr(stack), stack.batch, stack._learned, stack._others)
+        stack = saved.stack(lambda settings: cls.from_spec(settings, model=model))
+        try:
+            saved.fill(repr(stack), stack.batch, stack._learned, stack._others)
+        except BaseException:
+            stack.unbind()
+            raise
         return stack
 
     # ---- bytes

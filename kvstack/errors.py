@@ -6,6 +6,7 @@
     ├── BindError    the stack and this model do not fit each other
     ├── CalibrationError  a calibration is damaged, is missing, or belongs to another model
     └── UseError     a bound stack was used in a way that would give wrong results
+        └── WriteError   a file cannot be written; an `OSError` too
 
 All of them are `ValueError`s as well, so code that knows nothing of kvstack can still catch bad input.
 
@@ -39,3 +40,7 @@ class CalibrationError(KVStackError):
 
 class KVStackWarning(UserWarning):
     """What a stack leaves undone for a model, without any result being wrong."""
+
+
+class WriteError(UseError, OSError):
+    """A file cannot be written: what was there is unchanged."""

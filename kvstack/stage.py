@@ -228,6 +228,10 @@ class Codec:
         """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
         raise NotImplementedError  # the other method a codec must write
 
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        """Raise `UseError` where decoded latents from a file hold values that `forward` never makes. Their names,
+        shapes and types are right, and no number is infinite; places of tokens may still be out of bounds."""
+
 
 class BoundTransform:
     """A transform for one model: how its layers are grouped, and the codec of each group.

@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     StableLmConfig,
@@ -75,6 +77,23 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
+    # three of four layers hold a state instead of keys and values
+    "qwen3_next": (
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,
@@ -83,7 +102,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 # deepseek_v3 attends to something else than it caches, so scores that look at queries refuse it
-ARCHITECTURES = sorted(MODELS.keys() - {"deepseek_v3"})
+ARCHITECTURES = sorted(MODELS.keys() - {"deepseek_v3", "qwen3_next"})
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

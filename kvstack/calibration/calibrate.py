@@ -171,6 +171,8 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
     def read(path: Path) -> Calibration:
         calibration = Calibration.load(path)
         calibration.check(model, metric, groups.size)
+        if calibration.layers != groups.size or not calibration.covers(groups.groups):
+            raise CalibrationError(f"{os.fspath(path)!r} is for other groups of layers than {groups.groups}.")
         return calibration
 
     every = LayerGroups(model, 1).full

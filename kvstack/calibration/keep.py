@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from filelock import FileLock
 
-from ..errors import CalibrationError
+from ..errors import KVStackError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: N
 def _read(path: Path, read: Callable[[Path], F]) -> F | None:
     try:
         return read(path)
-    except CalibrationError as error:
+    except KVStackError as error:
         log.warning("%s It is made anew.", error)
         return None
 

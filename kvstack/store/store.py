@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from ..abilities import Picked
+from ..checks import Get, items, misfit
 from ..errors import UseError
 from ..floats import saturated, wide
 from ..packed import Packed
 from ..stage import Codec
-from ..types import KV, Context, Rotation, positions_between
+from ..types import KV, Context, Layout, Rotation, positions_between
 from ..workspace import Workspace
 from .budget import Choice, allowance, choose, how_many
 from .plan import Plan
 from .sealed import GroupLatents, LayerCodes, Sealed
-from .tracks import Crop, Cut, Get, Memory, Positions, Put, Queries, RawTokens, Track
+from .tracks import Crop, Cut, Memory, Positions, Put, Queries, RawTokens, Track
 
 __all__ = ["Expand", "Store"]
 
@@ -42,6 +43,9 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 GUESSES = 256
 """Tokens of a forward that assisted decoding may take back, as far as their queries are told apart: it guesses tens."""
+
+SAMPLE = 32
+"""Tokens that a score is shown to see what it remembers."""
 
 
 class Store:
@@ -98,6 +102,11 @@ class Store:
         self.kept_positions: Positions = held["kept"][0]
         self.memory: list[Memory] = held["memory"]
         self.queries: list[Queries] = held["recent"]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the kinds of tracks, as they are on disk."""
+        return list(self._held)
 
     def tracks(self) -> Iterator[Track]:
         return (track for tracks in self._held.values() for track in tracks)
@@ -432,11 +441,71 @@ class Store:
         """A description of all tracks."""
         return {name: [track.state(put) for track in tracks] for name, tracks in self._held.items()}
 
-    def restore(self, state: Mapping[str, Sequence[Any]], sealed_tokens: int, gets: Sequence[Get]) -> None:
-        """Hold what `state` described; `gets` reads a tensor to the device of each layer."""
+    def restore(self, state: Mapping[str, Sequence[Any]], get: Get) -> None:
+        """Hold what `state` described; `get` is for all layers.
+
+        Raises:
+            UseError: something does not fit the layers, or the parts do not fit each other.
+        """
         for name, tracks in self._held.items():
-            each = -(-len(gets) // len(tracks))  # layers that a track is for; the last may be for fewer
-            for i, track in enumerate(tracks):
-                track.restore(state[name][i], gets[i * each])
-        for part in self.sealed:
-            part.tokens = sealed_tokens
+            each = -(-len(self.layers) // len(tracks))  # layers that a track is for; the last may be for fewer
+            for i, (track, described) in enumerate(zip(tracks, items(state[name], name, len(tracks)), strict=True)):
+                track.restore(described, get.part(i * each, each))
+        self._check_lengths(get)
+        if self.held:
+            self._check_positions(get)
+        for slot, layout in enumerate(get.layouts):
+            self._check_scores(slot, layout, get)
+
+    def _check_lengths(self, get: Get) -> None:
+        plan, lengths = self.plan, {track.length for track in self.raw}
+        if len(lengths) > 1:
+            raise misfit(f"{get.where('raw tokens')} are {sorted(lengths)} tokens, not equally many.")
+        sealed, raw = self.sealed_tokens, self.raw_tokens
+        if sealed and not (plan.seals and sealed % self.granule == 0 and raw >= plan.sinks):
+            raise misfit(f"{get.where('sealed tokens')} are {sealed}, beside {raw} raw ones: no whole granules.")
+        if self.held > get.seen or (self.kept_positions.kept is None and self.held < get.seen):
+            raise misfit(f"{get.where('tokens')} are {self.held} of the {get.seen} that were read.")
+
+    def _check_positions(self, get: Get) -> None:
+        kept = self.kept_positions.kept
+        if kept is None:
+            return
+        heads = 1 if self.plan.share_heads else get.layouts[0].heads
+        fits = self.plan.evict is not None and kept.shape[1] == heads and kept.shape[2] <= self.held - self.sinks
+        if fits:
+            positions = self.positions(get.seen).long()
+            fits = bool((positions.diff(dim=-1) > 0).all() and (positions >= 0).all() and (positions < get.seen).all())
+        if not fits:
+            raise misfit(f"{get.where('positions')} are not ascending, or not those of {self.held} tokens.")
+
+    def _check_scores(self, slot: int, layout: Layout, get: Get) -> None:
+        """Refuse memory and queries that the score does not keep."""
+        evict, queries, memory = self.plan.evict, self.queries[slot].before, self.memory[slot].tensors
+        what = get.part(slot, 1).where("the memory of a score")
+        if queries is not None and (evict is None or not evict.looks_at_queries or queries.shape[2] > self.held):
+            raise misfit(f"{what} holds queries, and no score looks at them.")
+        like: Mapping[str, Tensor] = {}
+        if evict is not None and evict.tracks and self.held:
+            like = self._any_memory(slot, layout)
+        if memory.keys() != like.keys() or any(x.dtype != like[name].dtype for name, x in memory.items()):
+            raise misfit(f"{what} is of {sorted(memory)}, not of {sorted(like)}.")
+        if any(x.shape[2] > self.held for x in memory.values()):
+            raise misfit(f"{what} is of more tokens than are held.")
+
+    def _any_memory(self, slot: int, layout: Layout) -> Mapping[str, Tensor]:
+        """What the score remembers of any numbers: for its names and types."""
+        assert self.plan.evict is not None
+        heads, device = layout.heads, layout.device
+        keys = torch.ones(1, heads, SAMPLE, layout.key_width, dtype=layout.key_dtype, device=device)
+        values = torch.ones(1, heads, SAMPLE, layout.value_width, dtype=layout.value_dtype, device=device)
+        queries = keys[:, :, -1:].repeat_interleave(layout.queries or 1, dim=1)
+        positions = positions_between(0, SAMPLE, device)[None, None]
+        context = Context(
+            layer=self.layers[slot],
+            seen=SAMPLE,
+            positions=positions,
+            queries=queries,
+            rope=self.ropes.get(self.layers[slot]),
+        )
+        return self.plan.evict.ranking.track(KV(keys, values), context)

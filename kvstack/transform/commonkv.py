@@ -21,6 +21,7 @@ from ..calibration.calibrate import calibration_for
 from ..calibration.calibration import Calibration
 from ..calibration.weight_axes import weight_axes
 from ..calibration.windows import sample_ids
+from ..checks import check_places
 from ..encode.channel_codes import ChannelCodes
 from ..encode.waterfilling import leading
 from ..errors import BindError
@@ -312,6 +313,10 @@ class Project(ReadsDirectly):
     def merged(self, z: Tensor) -> Tensor:
         """`latents` -> (B, T, R)."""
         return z
+
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        if self.apart:
+            check_places(latents[WHERE][:, 0, :, 0], self.apart, TOGETHER, "tokens that are not merged")
 
     # ---- tokens that are not merged
 

@@ -17,6 +17,7 @@ from kvstack.authoring import (
     ReadsDirectly,
     cached_shapes,
     check,
+    check_places,
     fitting,
     saturated,
     take_tokens,
@@ -185,6 +186,10 @@ class Merged(Pair):
             return x
         index = _in_text(latents[f"places of {role}"].squeeze(-1).long().unflatten(2, (-1, self.retained)))
         return x.scatter(2, _wide(index, x), latents[f"unmerged {role}"].to(x.dtype))
+
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        for role in ROLES if self.retained else ():
+            check_places(latents[f"places of {role}"][..., 0], self.retained, TOGETHER, f"retained {role}")
 
     def _divergent(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of widest `angle` (B, H, T), as many in every granule: their places in it and their indices,

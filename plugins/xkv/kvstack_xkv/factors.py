@@ -86,6 +86,24 @@ class Factors(RefitsText, ReadsDirectly):
     def with_fitted(self, fitted: Mapping[str, Tensor]) -> Self:
         return type(self)(self.stage, self.caches_latents, fitted)
 
+    def check_fitted(self, group: Sequence[KV]) -> None:
+        roles = self._roles(group)
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+        for (role, layers), most in zip(roles.items(), self.stage.ranks(_widths(roles)), strict=True):
+            first = self.fitted.get(f"{role} 0")
+            rank = min(most, first.shape[1] if first is not None and first.dim() > 1 else 0)
+            for i, x in enumerate(layers):
+                expected[f"{role} {i}"] = (x.shape[0], rank, x.shape[1], x.shape[3]), x.dtype
+        if self.stage.refit is not None:
+            expected[MOST] = (len(group[0].keys), len(roles)), None
+        found = {name: (tuple(x.shape), x.dtype) for name, x in self.fitted.items()}
+        same = found.keys() == expected.keys() and all(
+            shape == found[name][0] and dtype in (None, found[name][1]) and 0 not in shape
+            for name, (shape, dtype) in expected.items()
+        )
+        if not same:
+            raise UseError(f"the bases are {found}, not {expected}. Save the cache again.")
+
     def _roles(self, group: Sequence[KV]) -> dict[str, list[Tensor]]:
         """What is decomposed together: (B, H, T, D) of every layer."""
         roles = {KEYS: [kv.keys for kv in group]}
