@@ -22,7 +22,7 @@ from .encode.waterfilling import leading
 from .errors import BindError, KVStackWarning, StageError
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
 from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
-from .model.layers import FULL, Layers, find_layers
+from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
 from .model.rope import Rope, find_ropes
 from .select.evict import Evict
@@ -96,7 +96,7 @@ class Binding:
 
     def is_ours_alone(self, layer: int) -> bool:
         """Whether transformers holds nothing of a layer: a hybrid one has a state, too, beside its keys and values."""
-        return layer in self.places and self.layer_types[layer] == FULL
+        return layer in self.places and self.layer_types[layer] != "hybrid"
 
     def device_of(self, layer: int) -> torch.device:
         return device_of(self.modules[layer])

@@ -11,6 +11,7 @@ the bytes of each tensor are deflated where that makes them fewer; "deflated" in
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -190,7 +191,11 @@ class Saved:
             self._check_shapes(batch, layouts)
             rows, seen = batch.size, max(batch.columns.values(), default=None)
             batch.cohorts = self._cohorts(binding, layouts, rows, seen)
-            models = [layer for i, layer in enumerate(layers) if not binding.is_ours_alone(i)]
+            models = [
+                _state_of(layer) if i in binding.places else layer
+                for i, layer in enumerate(layers)
+                if not binding.is_ours_alone(i)
+            ]
             held = items(self.described["others"], "the list of other layers", len(others))
             for other, model, state in zip(others, models, held, strict=True):
                 fill_layer(other, model, state, self.tensors, rows, seen)
@@ -285,6 +290,15 @@ STORE = ("sealed_tokens", "fitted")
 """What is said of a store beside its tracks; the first versions said nothing of `bases`."""
 MOST_SCALING = 1e6
 UNEXPECTED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _state_of(layer: Any) -> Any:
+    """A hybrid layer without its keys and values, which are ours."""
+    from transformers.cache_utils import DynamicLayer
+
+    state = copy.copy(layer)
+    vars(state).update(vars(DynamicLayer()))
+    return state
 
 
 def _columns(described: Any, seen: int, most: int) -> Columns:
