@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ class Verdict:
     """What came of a cell.
 
     Attributes:
-        kind: exact (equal to the dense cache, evicted tokens masked), close (equal to a dense cache of what is held, which
-            is as near to what was fed as the stage promises), works (the same, of a stage that promises nothing),
-            refused, not checked (a part that the dense cache cannot be told), none (the model itself cannot do it),
-            or wrong.
+        kind: exact (equal to the dense cache, evicted tokens masked), close (equal to a dense cache of what is held,
+            which is as near to what was fed as the stage promises), works (the same, of a stage that promises
+            nothing), refused, not checked (the dense cache cannot be told), none (the model itself cannot do it), or
+            wrong.
         words: of a refusal, or what was wrong.
     """
 
@@ -48,10 +49,9 @@ def _model(name: str, attention: str) -> Any:
 def _dense(name: str, attention: str, mode: str) -> list[torch.Tensor] | str:
     """Logits of the mode with a `DynamicCache`, or why there are none."""
     model = _model(name, attention)
-    steps = record(model, DynamicCache(config=model.config), MODES[mode])
-    recorded = next(steps)
+    recorded = Recorded()
     try:
-        next(steps)
+        record(model, DynamicCache(config=model.config), MODES[mode], recorded)
     except Exception as error:
         return _first_line(error)
     own = [forward.logits for forward in recorded.forwards if forward.logits is not None]
@@ -69,22 +69,26 @@ def run(name: str, attention: str, mode: str, stack_name: str) -> Verdict:
         return Verdict("none", dense)
     entry = STACKS[stack_name]
     stack = entry.stack(model)
-    steps = record(model, stack, MODES[mode])
-    recorded = next(steps)
+    recorded = Recorded()
     try:
-        next(steps)
-    except KVStackError as error:
-        begun = bool(recorded.forwards) and recorded.forwards[-1].attended > 0
-        return Verdict("wrong", f"refused after a layer had run: {error}") if begun else Verdict("refused", str(error))
+        record(model, stack, MODES[mode], recorded)
     except Exception as error:
-        return Verdict("wrong", f"{type(error).__name__}: {_first_line(error)} ({_place(error)})")
+        return _stopped(error, recorded)
     finally:
         stack.unbind()
     if recorded.replaced:
         return Verdict("wrong", f"a {recorded.replaced} took the stack's place")
-    if stack_name == "empty":
-        return _same_bits(recorded, dense)
-    return _as_told(model, stack, recorded, entry.loss)
+    return _same_bits(recorded, dense) if stack_name == "empty" else _as_told(model, stack, recorded, entry.loss)
+
+
+def _stopped(error: Exception, recorded: Recorded) -> Verdict:
+    if not isinstance(error, KVStackError):
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the harness"
+        return Verdict("wrong", f"{type(error).__name__}: {_first_line(error)} ({place})")
+    if recorded.forwards and recorded.forwards[-1].attended:
+        return Verdict("wrong", f"refused after a layer had run: {error}")
+    return Verdict("refused", str(error))
 
 
 def _same_bits(recorded: Recorded, dense: list[torch.Tensor]) -> Verdict:
@@ -120,8 +124,3 @@ def _as_told(model: Any, stack: Any, recorded: Recorded, most: float | None) -> 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _place(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/tests/" not in f.filename]
-    return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "the harness"

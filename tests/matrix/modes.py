@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import VOCABULARY
+from .architectures import VOCABULARY, pictures
 
 __all__ = ["MODES", "tokens"]
 
@@ -24,8 +24,14 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 
 def read(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> None:
     """One forward. `mask` is over all columns so far; `places` are positions, for models that are told them."""
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-    if places is not None and "position_ids" in inspect.signature(model.forward).parameters:
+    seen = cache.get_seq_length()
+    given = {"input_ids": ids} if seen else pictures(model, ids, mask)
+    given |= {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    if hasattr(model.base_model, "get_rope_index"):  # it counts pictures in several dimensions, as generate has it
+        if seen:
+            places = torch.arange(seen, seen + ids.shape[1])[None] if places is None else places
+            given["position_ids"] = (places + model.base_model.rope_deltas).expand(3, -1, -1)
+    elif places is not None and "position_ids" in inspect.signature(model.forward).parameters:
         given["position_ids"] = places
     model(**given)
 
@@ -57,13 +63,13 @@ def plain(model: Any, cache: Any) -> None:
 
 
 def left(model: Any, cache: Any) -> None:
-    mask = padded([PROMPT, 45, 9], PROMPT)
+    mask = padded([PROMPT, 45, 20], PROMPT)
     read(model, cache, tokens(3, PROMPT), mask, places_of(mask))
     go_on(model, cache, mask, 3)
 
 
 def right(model: Any, cache: Any) -> None:
-    mask = padded([PROMPT, 45, 9], PROMPT, left=False)
+    mask = padded([PROMPT, 45, 20], PROMPT, left=False)
     read(model, cache, tokens(3, PROMPT), mask, places_of(mask))
     go_on(model, cache, mask, 3)
 
@@ -116,9 +122,9 @@ def _additive(model: Any, allow: Tensor) -> Any:
 def holes(model: Any, cache: Any) -> None:
     """A mask with a hole in the prompt, and others later over tokens that are in the cache."""
     mask = torch.ones(2, PROMPT + 4, dtype=torch.long)
-    mask[0, 10:15] = 0
+    mask[0, 20:25] = 0
     read(model, cache, tokens(2, PROMPT), mask[:, :PROMPT], places_of(mask)[:, :PROMPT])
-    mask[0, 20:40], mask[1, 50:70] = 0, 0
+    mask[0, 30:45], mask[1, 50:70] = 0, 0
     places = torch.arange(PROMPT, PROMPT + 4)[None].expand(2, -1)
     read(model, cache, tokens(2, 4, seed=1), mask, places)
     mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)

@@ -9,7 +9,7 @@ holds, at the right positions, under the model's own mask. How far that is from 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,17 +75,14 @@ class Recorded:
 # ---- recording
 
 
-def record(model: Any, cache: Any, run: Any) -> Iterator[Recorded]:
-    """Yields the record, first empty, then filled by `run(model, cache)`; so it can be read when that raises."""
-    recorded = Recorded()
-    yield recorded
+def record(model: Any, cache: Any, run: Callable[[Any, Any], None], recorded: Recorded) -> None:
+    """Call `run(model, cache)` and fill `recorded`, which can be read when that raises."""
     with ExitStack() as hooks:
         for handle in _listen(model, cache, recorded):
             hooks.callback(handle.remove)
         for name in ("activate_past_recording", "reorder_cache", "crop"):
             hooks.enter_context(_noted(cache, name, recorded))
         run(model, cache)
-    yield recorded
 
 
 def _listen(model: Any, cache: Any, recorded: Recorded) -> Iterator[Any]:
@@ -105,7 +102,7 @@ def _listen(model: Any, cache: Any, recorded: Recorded) -> Iterator[Any]:
             forward.held = snapshot(cache, forward.real)
 
     def attended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if recorded.forwards:
+        if any(given is cache for given in [*args, *kwargs.values()]):
             recorded.forwards[-1].attended += 1
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
