@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import traceback
 from dataclasses import dataclass
@@ -67,25 +68,29 @@ def run(name: str, attention: str, mode: str, stack_name: str) -> Verdict:
     dense = _dense(name, attention, mode)
     if isinstance(dense, str):
         return Verdict("none", dense)
-    entry = STACKS[stack_name]
-    stack = entry.stack(model)
-    recorded = Recorded()
+    entry, recorded, stack = STACKS[stack_name], Recorded(), None
     try:
+        stack = entry.stack(model)
         record(model, stack, MODES[mode], recorded)
     except Exception as error:
-        return _stopped(error, recorded)
+        return _stopped(error, recorded, stack)
     finally:
-        stack.unbind()
+        if stack is not None:
+            stack.unbind()
     if recorded.replaced:
         return Verdict("wrong", f"a {recorded.replaced} took the stack's place")
     return _same_bits(recorded, dense) if stack_name == "empty" else _as_told(model, stack, recorded, entry.loss)
 
 
-def _stopped(error: Exception, recorded: Recorded) -> Verdict:
+def _stopped(error: Exception, recorded: Recorded, stack: Any) -> Verdict:
     if not isinstance(error, KVStackError):
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the harness"
         return Verdict("wrong", f"{type(error).__name__}: {_first_line(error)} ({place})")
+    try:
+        copy.deepcopy(stack)  # which a stack whose last forward did not end refuses
+    except KVStackError:
+        return Verdict("wrong", f"refused in the middle of a forward: {error}")
     if recorded.forwards and recorded.forwards[-1].attended:
         return Verdict("wrong", f"refused after a layer had run: {error}")
     return Verdict("refused", str(error))

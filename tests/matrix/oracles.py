@@ -86,27 +86,28 @@ def record(model: Any, cache: Any, run: Callable[[Any, Any], None], recorded: Re
 
 
 def _listen(model: Any, cache: Any, recorded: Recorded) -> Iterator[Any]:
+    def ours(args: Any, kwargs: Any) -> bool:
+        return any(given is cache for given in [*args, *kwargs.values()])
+
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if kwargs.get("past_key_values") is cache:
+        if ours(args, kwargs):
             recorded.events.append(Forward(args, dict(kwargs), _real(recorded)))
-        elif (
-            recorded.events and recorded.forwards[-1].logits is not None
-        ):  # not a search that a first forward waits for
+        elif recorded.forwards and recorded.forwards[-1].logits is not None:
+            # not one that fits a stage to the model while the first forward waits
             recorded.replaced = type(kwargs.get("past_key_values")).__name__
 
     def attend(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not recorded.forwards:
-            return
-        forward = recorded.forwards[-1]
-        if isinstance(cache, KVStack) and not forward.attended and not forward.held and cache.seen:
-            forward.held = snapshot(cache, forward.real)
+        if isinstance(cache, KVStack) and ours(args, kwargs) and cache.seen:
+            forward = recorded.forwards[-1]
+            if not forward.attended and not forward.held:
+                forward.held = snapshot(cache, forward.real)
 
     def attended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if any(given is cache for given in [*args, *kwargs.values()]):
+        if ours(args, kwargs):
             recorded.forwards[-1].attended += 1
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if kwargs.get("past_key_values") is cache:
+        if ours(args, kwargs):
             recorded.forwards[-1].logits = output.logits.detach().clone()
 
     yield model.register_forward_pre_hook(begin, with_kwargs=True)

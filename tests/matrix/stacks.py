@@ -33,10 +33,10 @@ class Entry:
         return KVStack(self.make(model), sinks=2, window=8, block=8, fused=self.fused)
 
 
-@functools.lru_cache(maxsize=1)
-def _variance(model: Any) -> Calibration:
+@functools.lru_cache(maxsize=4)
+def _calibration(model: Any, **settings: Any) -> Calibration:
     """A calibration on a few tokens, which is all that the plumbing needs."""
-    return calibrate(model, tokens=512, metric="variance")
+    return calibrate(model, tokens=512, **settings)
 
 
 def _scores() -> dict[str, Entry]:
@@ -53,7 +53,7 @@ def _plugins() -> dict[str, Entry]:
     if importlib.util.find_spec("kvstack_kvtc"):
         from kvstack_kvtc import KVTC
 
-        entries["KVTC"] = Entry(lambda model: [KVTC(2, calibration=_variance(model))], None)
+        entries["KVTC"] = Entry(lambda model: [KVTC(2, calibration=_calibration(model, metric="variance"))], None)
     if importlib.util.find_spec("kvstack_minicache"):
         from kvstack_minicache import MiniCache
 
@@ -72,8 +72,9 @@ STACKS: dict[str, Entry] = {
     "Quant(8)": Entry(lambda model: [Quant(8)], 0.02),
     "Quant(8), not fused": Entry(lambda model: [Quant(8)], 0.02, fused=False),
     "Quant(2)": Entry(lambda model: [Quant(2)], None),
-    "CommonKV": Entry(lambda model: [CommonKV(0.99, layers=1, basis="weights")], 0.2),
-    "the line": Entry(lambda model: [CommonKV(basis="weights"), Quant(2), Evict(0.2)], None),
+    "CommonKV": Entry(lambda model: [CommonKV(0.99, layers=1, calibration=_calibration(model, layers=1))], 0.2),
+    "CommonKV, weights": Entry(lambda model: [CommonKV(0.99, layers=1, basis="weights")], 0.2),
+    "the line": Entry(lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Evict(0.2)], None),
     **_scores(),
     **_plugins(),
 }
