@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .attend import Learned
 from .batch import Batch, Cohort
+from .columns import Columns
 from .errors import UseError
 from .files import read_tensors, write_tensors
 from .model.fingerprint import fingerprint
@@ -97,6 +98,7 @@ def write(
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
                 "seen": cohort.seen,
+                "columns": cohort.columns.runs,
                 "stores": [_describe_store(store, writer) for store in cohort.stores],
             }
             for cohort in batch.cohorts
@@ -195,7 +197,10 @@ class Saved:
         cohorts = []
         for entry in described["cohorts"]:
             rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
-            cohort = Cohort(rows, binding.stores(), entry["seen"])
+            # files of 0.1 knew of padding on the left only
+            runs = entry.get("columns", [[0, max(batch.columns.values(), default=0) - entry["seen"]]])
+            columns = Columns(tuple((token, column) for token, column in runs))
+            cohort = Cohort(rows, binding.stores(), entry["seen"], columns)
             for store, state in zip(cohort.stores, entry["stores"], strict=True):
                 self._fill_store(store, state, [binding.device_of(layer) for layer in store.layers])
             cohorts.append(cohort)
