@@ -10,6 +10,8 @@ from typing import Any
 
 from kvstack import Calibration, CommonKV, Evict, KVStack, Quant, calibrate
 
+from .modes import tokens
+
 __all__ = ["STACKS", "Entry"]
 
 
@@ -35,8 +37,12 @@ class Entry:
 
 @functools.lru_cache(maxsize=4)
 def _calibration(model: Any, **settings: Any) -> Calibration:
-    """A calibration on a few tokens, which is all that the plumbing needs."""
-    return calibrate(model, tokens=512, **settings)
+    """A calibration on one window of random tokens, which is all that the plumbing needs."""
+
+    def tokenizer(text: str, **options: Any) -> dict[str, Any]:
+        return {"input_ids": tokens(1, 2048)}
+
+    return calibrate(model, {"random": "numbers"}, tokens=1, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
 
 
 def _scores() -> dict[str, Entry]:
