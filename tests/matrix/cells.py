@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def _dense(name: str, attention: str, mode: str) -> list[torch.Tensor] | str:
 
 def run(name: str, attention: str, mode: str, stack_name: str) -> Verdict:
     """The verdict on a cell."""
+    with warnings.catch_warnings(action="ignore"):
+        return _run(name, attention, mode, stack_name)
+
+
+def _run(name: str, attention: str, mode: str, stack_name: str) -> Verdict:
     try:
         model = _model(name, attention)
     except ValueError as error:

@@ -124,6 +124,7 @@ def holes(model: Any, cache: Any) -> None:
     mask = torch.ones(2, PROMPT + 4, dtype=torch.long)
     mask[0, 20:25] = 0
     read(model, cache, tokens(2, PROMPT), mask[:, :PROMPT], places_of(mask)[:, :PROMPT])
+    mask = mask.clone()
     mask[0, 30:45], mask[1, 50:70] = 0, 0
     places = torch.arange(PROMPT, PROMPT + 4)[None].expand(2, -1)
     read(model, cache, tokens(2, 4, seed=1), mask, places)
