@@ -55,11 +55,11 @@ def _plugins() -> dict[str, Entry]:
     if importlib.util.find_spec("kvstack_xkv"):
         from kvstack_xkv import XKV
 
-        entries["XKV"] = Entry(lambda model: [XKV(keep=1.0, layers=1)], None)
+        entries["XKV"] = Entry(lambda model: [XKV(keep=1.0, layers=1)], 0.02)
     if importlib.util.find_spec("kvstack_kvtc"):
         from kvstack_kvtc import KVTC
 
-        entries["KVTC"] = Entry(lambda model: [KVTC(2, calibration=_calibration(model, metric="variance"))], None)
+        entries["KVTC"] = Entry(lambda model: [KVTC(2, calibration=_calibration(model, metric="variance"))], 0.05)
     if importlib.util.find_spec("kvstack_minicache"):
         from kvstack_minicache import MiniCache
 
