@@ -172,7 +172,9 @@ def columns_of(positions: Tensor, real: Tensor) -> Tensor:
     tokens alone were counted."""
     if bool(real.all()) or (positions.numel() and int(positions.max()) + 1 == len(real)):
         return positions
-    return real.nonzero().flatten()[positions]
+    columns = real.nonzero().flatten()
+    assert positions.numel() == 0 or int(positions.max()) < len(columns), "positions beyond the tokens that were fed"
+    return columns[positions]
 
 
 # ---- replaying
@@ -217,10 +219,10 @@ def replay(model: Any, recorded: Recorded, cache: DynamicCache) -> list[Tensor]:
     """The logits of the recorded forwards on another cache."""
     logits = []
     with ExitStack() as hooks:
-        if isinstance(cache, Told):
-            for layer, module in attention_modules(model).items():
-                hook = _hiding(cache, getattr(module, "kv_shared_layer_index", None) or layer, module)
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        modules = attention_modules(model) if isinstance(cache, Told) else {}
+        for layer, module in modules.items():
+            hook = _hiding(cache, _read_by(layer, modules), module, model.config.get_text_config(decoder=True))
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for event in recorded.events:
             if isinstance(event, Change):
                 getattr(cache, event.name)(*event.args)
@@ -231,7 +233,15 @@ def replay(model: Any, recorded: Recorded, cache: DynamicCache) -> list[Tensor]:
     return logits
 
 
-def _hiding(cache: Told, layer: int, module: nn.Module) -> Any:
+def _read_by(layer: int, modules: Mapping[int, nn.Module]) -> int:
+    """The layer whose keys and values a layer reads: in Gemma 3n and 4, maybe the last of its type that makes some."""
+    if not getattr(modules[layer], "is_kv_shared_layer", False):
+        return layer
+    kind = modules[layer].layer_type
+    return max(i for i, m in modules.items() if m.layer_type == kind and not m.is_kv_shared_layer)
+
+
+def _hiding(cache: Told, layer: int, module: nn.Module, config: Any) -> Any:
     signature = inspect.signature(module.forward)
 
     def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -243,10 +253,10 @@ def _hiding(cache: Told, layer: int, module: nn.Module) -> Any:
         given = signature.bind(*args, **kwargs)
         states = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
         mask = given.arguments.get("attention_mask")
-        new, heads = states.shape[1], module.config.num_attention_heads
+        new, heads = states.shape[1], config.num_attention_heads
         hidden = hidden.repeat_interleave(heads // hidden.shape[1] if hidden.shape[1] > 1 else 1, 1)
         hidden = torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], new)], dim=2)[:, :, None]
-        given.arguments["attention_mask"] = _with_hidden(mask, hidden, new, module.config._attn_implementation, states)
+        given.arguments["attention_mask"] = _with_hidden(mask, hidden, new, config._attn_implementation, states)
         return given.args, given.kwargs
 
     return hide
