@@ -91,7 +91,9 @@ def _listen(model: Any, cache: Any, recorded: Recorded) -> Iterator[Any]:
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         if ours(args, kwargs):
-            recorded.events.append(Forward(args, dict(kwargs), _real(recorded)))
+            # a model may take things out of a dict that it is given
+            given = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+            recorded.events.append(Forward(args, given, _real(recorded)))
         elif recorded.forwards and recorded.forwards[-1].logits is not None:
             # not one that fits a stage to the model while the first forward waits
             recorded.replaced = type(kwargs.get("past_key_values")).__name__
@@ -229,7 +231,8 @@ def replay(model: Any, recorded: Recorded, cache: DynamicCache) -> list[Tensor]:
                 continue
             if isinstance(cache, Told):
                 cache.held, cache.real = event.held, event.real
-            logits.append(model(*event.args, **(event.kwargs | {"past_key_values": cache})).logits)
+            given = {name: dict(value) if isinstance(value, dict) else value for name, value in event.kwargs.items()}
+            logits.append(model(*event.args, **(given | {"past_key_values": cache})).logits)
     return logits
 
 

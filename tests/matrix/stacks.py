@@ -42,7 +42,7 @@ def _calibration(model: Any, **settings: Any) -> Calibration:
     def tokenizer(text: str, **options: Any) -> dict[str, Any]:
         return {"input_ids": tokens(1, 2048)}
 
-    return calibrate(model, {"random": "numbers"}, tokens=1, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
+    return calibrate(model, {"random": "numbers"}, tokens=1024, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
 
 
 def _scores() -> dict[str, Entry]:
@@ -78,8 +78,8 @@ STACKS: dict[str, Entry] = {
     "Quant(8)": Entry(lambda model: [Quant(8)], 0.02),
     "Quant(8), not fused": Entry(lambda model: [Quant(8)], 0.02, fused=False),
     "Quant(2)": Entry(lambda model: [Quant(2)], None),
-    "CommonKV": Entry(lambda model: [CommonKV(0.99, layers=1, calibration=_calibration(model, layers=1))], 0.2),
-    "CommonKV, weights": Entry(lambda model: [CommonKV(0.99, layers=1, basis="weights")], 0.2),
+    "CommonKV": Entry(lambda model: [CommonKV(1.0, layers=1, calibration=_calibration(model, layers=1))], 0.01),
+    "CommonKV, weights": Entry(lambda model: [CommonKV(1.0, layers=1, basis="weights")], 0.01),
     "the line": Entry(lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Evict(0.2)], None),
     **_scores(),
     **_plugins(),
