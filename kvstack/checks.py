@@ -194,8 +194,8 @@ class Tensors:
         if not fits or (dtypes and dtype not in dtypes):
             wanted = "of another size" if shape is None else str(tuple("any" if n is None else n for n in shape))
             types = " or ".join(str(each) for each in dtypes)
-            bound = "" if most is None else f" with at most {most} in place of any" * (None in (shape or ()))
-            problem = f"{what} are {tuple(size)} {dtype}, not {wanted.replace("'any'", 'any')} {types}{bound}"
+            bound = f" with at most {most} in place of any" if None in (shape or ()) and most is not None else ""
+            problem = f"{what} are {tuple(size)} {dtype}, not {wanted} {types}".replace("'any'", "any") + bound
             raise misfit(f"{problem.replace('torch.', '').rstrip()}.")
         x = _inflated(plain, dtype, size, what) if name in self._deflated else plain
         # tensors that were one when they were saved must not be changed together
