@@ -40,7 +40,7 @@ ODD = ["../../outside", "/tmp/outside", "a\0b", "x" * 300, "<b>&amp;\"'", "..", 
 def test_the_report_stays_in_its_folder(tmp_path):
     """Whatever names stand in the files of figures."""
     folder = tmp_path / "deep" / "figures"
-    invoke("needles", "--out", folder, "--stack", "quant:4", "--task", "niah_single_2")
+    invoke("needles", "--out", folder, "--stack", "quant:4", "--task", "niah_single_2", "--samples", "1")
     path = folder / "needles.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     renamed = [{**one, "key": {**one["key"], "task": odd, "mode": odd}} for one in records for odd in ODD]
