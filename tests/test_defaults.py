@@ -1,4 +1,4 @@
-"""Every stage binds as it stands, whatever the number of layers, and so does every spec that the documentation shows."""
+"""Every stage binds as it stands, on any number of layers, and so does every spec that the documentation shows."""
 
 import importlib.util
 import re

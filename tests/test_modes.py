@@ -149,8 +149,9 @@ def test_a_model_that_caches_latents():
     found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
     assert cache.compression > 0.3
     assert float((found - dense).norm() / dense.norm()) < 0.05
-    with pytest.raises(UseError, match="does not attend to the keys it caches"):
-        model(ids, past_key_values=KVStack([Evict(0.5)], **SETTINGS))
+    cache = KVStack([Evict(0.5)], **SETTINGS)
+    model(ids, past_key_values=cache)
+    assert cache.held < 60, "scores that look at queries compare them with the keys that latents expand to"
 
 
 def test_a_model_without_the_interface():

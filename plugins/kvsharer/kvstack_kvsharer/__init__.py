@@ -72,8 +72,8 @@ class KVSharer(Share):
         if by_default and not layers_of(self.share, len(kinds)):
             more = "Leave it out for this model." if len(kinds) < 2 else f"Use share={1 / len(kinds):.2g} or more."
             warnings.warn(
-                f"{self!r}: a share of {self.share} is no whole layer of the {len(kinds)} full-attention layers of {name}, "
-                f"so all of them hold their own keys and values. {more}",
+                f"{self!r}: a share of {self.share} is no whole layer of the {len(kinds)} full-attention layers of "
+                f"{name}, so all of them hold their own keys and values. {more}",
                 KVStackWarning,
                 stacklevel=2,
             )
