@@ -150,9 +150,11 @@ def test_a_model_whose_attention_gives_no_queries():
         BindError, match=r"needs the queries, and the attention of GPTJForCausalLM \(layer 0\) does not"
     ):
         KVStack([Evict(0.2)], model=model)
-    stack = KVStack([Evict(0.2, "keydiff"), Quant(4, group=8)], sinks=2, window=8)
+    with pytest.raises(BindError, match="drops tokens, and the attention of GPTJForCausalLM"):
+        forward(model, KVStack([Evict(0.2, "keydiff"), Quant(4, group=8)], sinks=2, window=8))
+    stack = KVStack([Quant(4, group=8)], sinks=2, window=8)
     forward(model, stack)
-    assert stack.held < 20
+    assert stack.held == 40
 
 
 def test_another_batch_size():

@@ -52,7 +52,8 @@ class KeptStack:
 
         @functools.wraps(inside)
         def prepare(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            inputs, given = inside(self, input_ids, *args, **kwargs), kwargs.get("past_key_values")
+            given: Any = kwargs.get("past_key_values")
+            inputs = inside(self, input_ids, *args, **kwargs)
             if hasattr(given, "begin_again") and inputs.get("past_key_values") is None:
                 _check_whole(type(self).__name__, input_ids, inputs, given, kwargs.get("next_sequence_length"))
                 given.begin_again()
