@@ -7,13 +7,14 @@ padded row goes through exactly the arithmetic it would go through alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .binding import Binding
 from .errors import UseError
+from .store.given import Given
 from .store.store import Store
 from .types import KV
 from .workspace import Workspace
@@ -30,6 +31,11 @@ class Cohort:
     seen: int = 0
     new: int = 0  # tokens of the running forward
     unsettled: int = 0  # tokens since the last settling
+    given: Given = field(default_factory=Given)  # positions that the model was given
+
+    def __post_init__(self) -> None:
+        for store in self.stores:
+            store.given = self.given
 
     def its(self, x: Tensor) -> Tensor:
         """This cohort's rows and new tokens of `x` (B, heads, new, ...)."""
@@ -38,7 +44,8 @@ class Cohort:
 
     def picked(self, rows: Tensor | None, local: Tensor) -> Cohort:
         """The cohort of those of our own rows that `local` names, now numbered `rows` in the batch."""
-        return Cohort(rows, [store.rows(local) for store in self.stores], self.seen, self.new, self.unsettled)
+        stores = [store.rows(local) for store in self.stores]
+        return Cohort(rows, stores, self.seen, self.new, self.unsettled, self.given.rows(local))
 
     @property
     def dirty(self) -> bool:
@@ -118,6 +125,7 @@ class Batch:
                     stores[i] = store
                 else:  # a layer more in its group
                     stores[i].take_over(store)
+                stores[i].given = cohort.given
             cohort.stores = stores
 
     def check_complete(self) -> None:
@@ -139,6 +147,12 @@ class Batch:
             cohort.new = new
             if not cohort.dirty:
                 cohort.unsettled = 0
+
+    def place(self, positions: Tensor) -> None:
+        """The new tokens were given `positions` (B, axes, new); `count` comes after it."""
+        for cohort in self.cohorts:
+            if cohort.new:
+                cohort.given.append(cohort.its(positions), cohort.seen)
 
     def count(self) -> None:
         """Count the new tokens, now that padding is known."""
@@ -213,6 +227,7 @@ class Batch:
             for store in cohort.stores:
                 store.crop(cohort.seen, gone, stay)
             cohort.seen -= gone
+            cohort.given.crop(cohort.seen)
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
         self._uncropped = 0

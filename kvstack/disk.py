@@ -4,7 +4,7 @@ Nothing is decoded: what is packed stays packed, so the file is about as large a
 the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
 
     description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
-                   cohorts: rows, seen, stores: one entry per track of the store, "sealed" by (slot, role)
+                   cohorts: rows, seen, positions given (where not the tokens' indices), stores: one entry per track of the store, "sealed" by (slot, role)
                    others:  layers that transformers caches
     tensors        by number; the description holds the numbers in their place
 """
@@ -97,6 +97,7 @@ def write(
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
                 "seen": cohort.seen,
+                "given": writer.put(cohort.given.told),
                 "stores": [_describe_store(store, writer) for store in cohort.stores],
             }
             for cohort in batch.cohorts
@@ -196,6 +197,7 @@ class Saved:
         for entry in described["cohorts"]:
             rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
             cohort = Cohort(rows, binding.stores(), entry["seen"])
+            cohort.given.restore(self._told(entry))
             for store, state in zip(cohort.stores, entry["stores"], strict=True):
                 self._fill_store(store, state, [binding.device_of(layer) for layer in store.layers])
             cohorts.append(cohort)
@@ -203,6 +205,16 @@ class Saved:
         for layer, held in zip(others, described["others"], strict=True):
             for key, value in held.items():
                 setattr(layer, key, restored(value, self._get))
+
+    def _told(self, entry: Mapping[str, Any]) -> Tensor | None:
+        """The positions that the rows of a cohort were given; files of earlier versions have none."""
+        told = self._get(entry.get("given"), torch.device("cpu"))
+        rows = self.described["batch"] if entry["rows"] is None else len(entry["rows"])
+        if told is not None and (
+            told.dtype != torch.int32 or told.dim() != 3 or (told.shape[0], told.shape[2]) != (rows, entry["seen"])
+        ):
+            raise UseError(f"{self.name!r} is damaged: its positions are not those of its tokens. Save it again.")
+        return told
 
     def _fill_store(self, store: Store, state: Mapping[str, Any], devices: Sequence[torch.device]) -> None:
         stage = store.plan.transform.stage if store.plan.transform else None

@@ -264,7 +264,7 @@ class Sums:
         for i in self.layers:
             kv, rope = kvs[i], self.ropes[i]
             if rope is not None:
-                positions = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
+                positions = rope.marked(torch.arange(kv.tokens, device=kv.keys.device)[None, None])
                 kv = KV(turn(rope, kv.keys, positions), kv.values)
             unrotated.append(kv)
         return flat(unrotated)[0, SINKS:]

@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
+from .rope import rotary_modules, tables_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-__all__ = ["Call", "Listener", "ModelHooks", "install", "running"]
+    from .rotation import RotaryCall, Tables
+
+__all__ = ["Call", "Listener", "ModelHooks", "Told", "install", "running", "told"]
 
 
 class Listener(Protocol):
@@ -59,6 +62,8 @@ class Call:
     mask: Any
     hidden: Tensor | None
     shares: bool  # the layer reads another's keys and values, and its own are not needed
+    tables: Tables = ()  # the rotary tables the module was given
+    positions: Tensor | None = None  # and positions, where it was given any
     swapped: bool = False  # our function stands in for the model's
     asked: Sequence[int] = ()  # rows and tokens that a resting projection was asked for
 
@@ -68,6 +73,53 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+@dataclass(frozen=True)
+class Told:
+    """The last call of a rotary module in this thread.
+
+    Attributes:
+        positions: what it was given, (B or 1, T) or (axes, B or 1, T).
+        tables: what it made of them, as long as that is in use.
+    """
+
+    positions: Tensor
+    tables: tuple[weakref.ref[Tensor], ...]
+
+    def made(self, tables: Tables) -> bool:
+        """Whether these very tables came from this call."""
+        return bool(tables) and all(mine() is x for mine, x in zip(self.tables, tables, strict=False))
+
+
+class _Rotary(threading.local):
+    def __init__(self) -> None:
+        # rotary module -> its other arguments -> its last call with them
+        self.told: weakref.WeakKeyDictionary[nn.Module, dict[Any, Told]] = weakref.WeakKeyDictionary()
+
+
+_rotary = _Rotary()
+
+
+def told(rotary: RotaryCall) -> Told | None:
+    """The last call of this kind in this thread."""
+    return _rotary.told.get(rotary.module, {}).get(_kind(rotary.extra))
+
+
+def _kind(extra: Mapping[str, Any]) -> Any:
+    return tuple(sorted((name, str(x)) for name, x in extra.items()))
+
+
+def _telling(names: Sequence[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        positions, tables = given.get("position_ids"), tables_of({"position_embeddings": output})
+        if isinstance(positions, Tensor) and tables:
+            extra = {name: x for name, x in given.items() if name not in (names[0], "position_ids")}
+            calls = _rotary.told.setdefault(module, {})
+            calls[_kind(extra)] = Told(positions, tuple(map(weakref.ref, tables)))
+
+    return hook
 
 
 def running() -> Call | None:
@@ -137,6 +189,8 @@ class ModelHooks:
         self.handles: list[RemovableHandle] = []
         self.guards: list[_Guard] = []
         self.resting: set[int] = set()
+        for rotary in rotary_modules(model):
+            self.handles.append(rotary.register_forward_hook(_telling(list(parameters(rotary))), with_kwargs=True))
         for module in attention_modules(model).values():
             names = list(parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
@@ -243,7 +297,9 @@ def _entering(names: list[str]) -> Callable[..., None]:
         layer = module.layer_idx
         assert isinstance(layer, int)
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
-        _running.call = call = Call(listener, module, layer, how, mask, hidden, listener.reads_another(layer))
+        shares = listener.reads_another(layer)
+        call = Call(listener, module, layer, how, mask, hidden, shares, tables_of(given), given.get("position_ids"))
+        _running.call = call
         try:
             listener.enter(call)
         except BaseException:

@@ -55,10 +55,12 @@ class LayerGroups:
             )
         self.groups = [self.full[i : i + self.size] for i in range(0, len(self.full), self.size)]
         self.devices = {i: device_of(self.modules[i]) for i in self.full}
-        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full}, types)
-        self.rotates = all(rope is not None for rope in self.ropes.values())
-        if not self.rotates:  # all or none: keys of a group are compared with each other
-            self.ropes = dict.fromkeys(self.full)
+        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full})
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any of the layers rotates its keys; those that don't have no rope."""
+        return any(rope is not None for rope in self.ropes.values())
 
     def number_of(self, layers: Sequence[int]) -> int:
         """Which of the groups is `layers`."""

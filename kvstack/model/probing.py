@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..types import KV
 from .layers import LayerGroups
+from .rest import at_rest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,23 +20,6 @@ __all__ = ["SINKS", "at_rest", "cached_shapes", "observe"]
 
 SINKS = 4
 """First tokens of a text, which are unlike all others and stay raw in any stack."""
-
-
-@contextmanager
-def at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off."""
-    training = model.training
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
-        model.train(training)
 
 
 def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:
@@ -65,7 +48,8 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
         layer: Any = cache.layers[i]
         keys, rope = layer.keys, groups.ropes[i]
         if rope is not None:
-            keys = rope.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None, None])
+            positions = torch.arange(keys.shape[2], device=keys.device)[None, None]
+            keys = rope.unrotate(keys, rope.marked(positions))
         observed[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
     return observed
 

@@ -4,7 +4,8 @@
     GroupLatents    layers that a transform stores together: latents by name, each packed by an encoder of its own
 
 Reading asks for the layer's place in what is stored together (`layer`, 0 first), and for keys where they belong:
-`where` gives the true positions of the sealed tokens, (B or 1, H or 1, T), for keys that must be rotated to them.
+`where` gives the positions of the sealed tokens that the model was given, (B or 1, H or 1, T) or (B, axes, H or 1, T),
+for keys that must be rotated to them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Sealed(Track):
 
     @abstractmethod
     def append(self, block: Sequence[KV], positions: Tensor) -> None:
-        """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens at `positions` (B or 1, H or 1, T)."""
+        """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens that the model was
+        given `positions` for, (B or 1, H or 1, T) or (B, axes, H or 1, T)."""
 
     def needs(self, raw: Sequence[KV]) -> int:
         """How many tokens the first block must have."""
@@ -215,7 +217,7 @@ class GroupLatents(Sealed):
 
     Args:
         codec: of this group, not fitted to a text yet.
-        ropes: by slot, how each layer rotates keys; used where the transform wants them un-rotated.
+        ropes: by slot, how each layer rotates keys, None: not at all; used where the transform wants them un-rotated.
     """
 
     def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rotation | None]) -> None:
@@ -231,8 +233,8 @@ class GroupLatents(Sealed):
     def append(self, block: Sequence[KV], positions: Tensor) -> None:
         if self._unrotated:
             block = [
-                replace(kv, keys=self._rope(i).unrotate(kv.keys, positions.to(kv.keys.device)))
-                for i, kv in enumerate(block)
+                kv if rope is None else replace(kv, keys=rope.unrotate(kv.keys, positions.to(kv.keys.device)))
+                for kv, rope in zip(block, self.ropes, strict=True)
             ]
         new = block[0].tokens
         for name, latent in self._fit(block).items():
@@ -297,11 +299,14 @@ class GroupLatents(Sealed):
 
     def _rotated(self, layer: int, keys: Tensor, where: Where, places: Tensor | None = None) -> Tensor:
         """Rebuilt keys as attention wants them: of all sealed tokens, or of those at `places`."""
-        if not self._unrotated:
+        rope = self.ropes[layer]
+        if not self._unrotated or rope is None:
             return keys
-        rope, positions = self._rope(layer), where().to(keys.device)
+        positions = where().to(keys.device)
         if places is not None:
-            return rope.rotate(keys, positions.take_along_dim(places.to(keys.device), dim=-1))
+            places = places.to(keys.device)
+            places = places if positions.dim() == 3 else places.unsqueeze(1)  # the same for all axes
+            return rope.rotate(keys, positions.take_along_dim(places, dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
 
@@ -316,11 +321,6 @@ class GroupLatents(Sealed):
     def _unrotated(self) -> bool:
         assert self.plan.transform is not None
         return self.plan.transform.unrotated
-
-    def _rope(self, layer: int) -> Rotation:
-        rope = self.ropes[layer]
-        assert rope is not None  # checked when the stack was bound
-        return rope
 
     def _encoder(self, name: str) -> Encoder:
         encoder = self.codec.encoders.get(name, self.plan.encode)

@@ -19,7 +19,7 @@ def random(*shape, seed=0):
 )
 def test_unrotating_and_rotating_is_the_identity(positions, name):
     model = tiny.model(name)
-    rope = find_ropes(model, attention_modules(model), ["full_attention"] * 4)[0]
+    rope = find_ropes(model, attention_modules(model))[0]
     where = torch.tensor(sorted(positions), dtype=torch.int32)[None, None]
     keys = random(2, 2, len(positions), 16)
     torch.testing.assert_close(rope.rotate(rope.unrotate(keys, where), where), keys, atol=1e-4, rtol=1e-4)
@@ -34,7 +34,7 @@ def test_a_gradient_is_pulled_back_by_the_transpose(name, changes):
     """Also where attention is scaled, or a part of each head is not rotated."""
     config_type, model_type, own = tiny.MODELS[name]
     model = model_type(config_type(**(tiny.SHAPE | own | changes))).eval()
-    rope = find_ropes(model, attention_modules(model), ["full_attention"] * 4)[0]
+    rope = find_ropes(model, attention_modules(model))[0]
     where = torch.arange(5, 11)[None, None]
     keys, gradient = random(1, 2, 6, 16), random(1, 2, 6, 16, seed=1)
     here, there = (gradient * rope.rotate(keys, where)).sum(), (rope.pull(gradient, where) * keys).sum()
