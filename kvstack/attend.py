@@ -234,8 +234,8 @@ class Attention:
 
     def _unknown_rotation(self, call: Call) -> str:
         return (
-            f"{self.label} needs the positions that keys are rotated by, and layer {call.layer} of {self._bound.name} was "
-            "handed rotary tables (position_embeddings) that are not those of the position_ids. Let the model compute "
+            f"{self.label} needs the positions that keys are rotated by, and layer {call.layer} of {self._bound.name} "
+            "was handed rotary tables (position_embeddings) that are not those of the position_ids. Let the model compute "
             "its tables, or use stages that take keys as they are cached, such as Quant."
         )
 

@@ -195,7 +195,8 @@ class KVStack(Cache):
         if recording:
             self.activate_past_recording()
         resting = {layer: binding.modules[layer] for layer in binding.shares}
-        self._unhook = install(self, binding.model, resting)
+        rotary = [rope.call.module for rope in binding.rotary if rope.call is not None]
+        self._unhook = install(self, binding.model, resting, rotary)
         if self._disarm is not None:
             self._disarm()
             self._disarm = None

@@ -4,7 +4,7 @@ Nothing is decoded: what is packed stays packed, so the file is about as large a
 the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
 
     description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
-                   cohorts: rows, seen, positions given (where not the tokens' indices), stores: one entry per track of the store, "sealed" by (slot, role)
+                   cohorts: rows, seen, given: positions where these are not the tokens' indices; stores: one entry per track of the store, "sealed" by (slot, role)
                    others:  layers that transformers caches
     tensors        by number; the description holds the numbers in their place
 """

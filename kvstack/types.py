@@ -19,7 +19,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["KV", "LONG", "Channels", "Context", "Latent", "Rotation", "TokenRotation", "positions_between", "take_tokens"]
+__all__ = [
+    "KV",
+    "LONG",
+    "Channels",
+    "Context",
+    "Latent",
+    "Rotation",
+    "TokenRotation",
+    "positions_between",
+    "take_tokens",
+]
 
 
 LONG = 1 << 30

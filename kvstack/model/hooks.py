@@ -15,14 +15,14 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
-from .rope import rotary_modules, tables_of
+from .rope import tables_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -189,8 +189,7 @@ class ModelHooks:
         self.handles: list[RemovableHandle] = []
         self.guards: list[_Guard] = []
         self.resting: set[int] = set()
-        for rotary in rotary_modules(model):
-            self.handles.append(rotary.register_forward_hook(_telling(list(parameters(rotary))), with_kwargs=True))
+        self.told: set[nn.Module] = set()
         for module in attention_modules(model).values():
             names = list(parameters(module))
             self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
@@ -208,6 +207,12 @@ class ModelHooks:
                 for projection in projections:
                     self.handles.append(projection.register_forward_pre_hook(_resting))
                     self.handles.append(projection.register_forward_hook(_rested))
+
+    def tell(self, rotary: Iterable[nn.Module]) -> None:
+        """Let these modules tell which positions they are given."""
+        for module in set(rotary) - self.told:
+            self.told.add(module)
+            self.handles.append(module.register_forward_hook(_telling(list(parameters(module))), with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -263,15 +268,19 @@ _hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDicti
 _binding = threading.RLock()  # a stack may end, and release, while the same thread installs another
 
 
-def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> weakref.finalize[Any, Any]:
+def install(
+    owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module], rotary: Iterable[nn.Module] = ()
+) -> weakref.finalize[Any, Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
-    of `owner` does so too. The layers `resting` need no keys and values of their own."""
+    of `owner` does so too. The layers `resting` need no keys and values of their own; the modules `rotary` tell the
+    positions they are given."""
     with _binding:
         hooks = _hooked.get(model)
         if hooks is None:
             hooks = _hooked[model] = ModelHooks(model)
         hooks.users += 1
         hooks.rest(resting)
+        hooks.tell(rotary)
         return weakref.finalize(owner, _release, weakref.ref(model))
 
 

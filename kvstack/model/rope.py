@@ -111,9 +111,9 @@ def _reader(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> PreTrai
 
     wanted, reader = set(map(id, modules.values())), model
     for inner in model.modules():  # from the outside in
-        if isinstance(inner, PreTrainedModel) and "input_ids" in parameters(inner):
-            if wanted <= set(map(id, inner.modules())):
-                reader = inner
+        reads = isinstance(inner, PreTrainedModel) and "input_ids" in parameters(inner)
+        if reads and wanted <= set(map(id, inner.modules())):
+            reader = inner
     return reader
 
 

@@ -22,19 +22,21 @@ class Given:
 
     def __init__(self) -> None:
         self._told: Tensor | None = None
-        self._new: list[tuple[int, Tensor]] = []  # not compared yet: comparing waits for the device
+        # (tokens seen before, their positions), not compared yet: comparing waits for the device
+        self._new: list[tuple[int, Tensor]] = []
 
     @property
     def told(self) -> Tensor | None:
         """(rows, axes, seen) int32; None where positions are the tokens' indices."""
-        for first, new in self._new:
-            count = new.shape[-1]
-            if self._told is None and _plain(new, first):
+        for seen, new in self._new:
+            if self._told is None and _plain(new, seen):
                 continue
-            before = positions_between(0, first, new.device).expand(*new.shape[:2], first)
-            before, new = _alike(before if self._told is None else self._told, new.to(torch.int32))
-            self._told = torch.cat([before.to(new.device), new], dim=-1)
-            assert self._told.shape[-1] == first + count
+            before = self._told
+            if before is None:
+                before = positions_between(0, seen, new.device).expand(*new.shape[:2], seen)
+            axes = max(before.shape[1], new.shape[1])
+            parts = (x.expand(-1, axes, -1).to(new.device, torch.int32) for x in (before, new))
+            self._told = torch.cat(list(parts), dim=-1)
         self._new = []
         return self._told
 
@@ -43,8 +45,8 @@ class Given:
         self._new.append((seen, positions))
 
     def at(self, index: Tensor) -> Tensor:
-        """Positions of the tokens at `index` (B or 1, H or 1, n): the indices themselves, or (B, axes, H or 1, n). Tokens
-        to come are counted on from the last one."""
+        """Positions of the tokens at `index` (B or 1, H or 1, n): the indices themselves, or (B, axes, H or 1, n).
+        Tokens to come are counted on from the last one."""
         told = self.told
         if told is None:
             return index
@@ -92,12 +94,6 @@ def _plain(positions: Tensor, first: int) -> bool:
     """Whether positions (rows, axes, n) are the indices of the tokens from `first` on."""
     count = torch.arange(first, first + positions.shape[-1], device=positions.device)
     return bool((positions == count).all())
-
-
-def _alike(before: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with as many axes as the one that has more."""
-    rows, axes = new.shape[0], max(before.shape[1], new.shape[1])
-    return before.expand(rows, axes, -1), new.expand(rows, axes, -1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Tiny random models of many architectures: no weights, no network.
 
-They cover what differs for a cache: grouped and multi-query heads, norms of queries and keys, soft caps, attention sinks,
+They cover what differs for a cache: grouped and multi-query heads, norms of queries and keys, soft caps, sinks,
 sliding and chunked layers, layers that share keys and values, latent attention, hybrids with linear attention or state
 spaces, mixtures of experts, no rotary embedding, ALiBi, rotary tables of every type, positions of several dimensions.
 
