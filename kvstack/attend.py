@@ -1,29 +1,35 @@
 """Answering attention: what `update` hands to a layer's attention module, and what stands in for its function.
 
 enter      an attention module with our cache begins                        (model/hooks.py)
-update     new keys and values go behind the raw tokens; attention gets all
+update     new keys and values go behind the raw tokens; attention gets all, or a promise of them
 attention  runs on exact new tokens, or is answered from the store; the stack sees its queries
 leave      the group of layers is complete: it is settled
+
+The model's mask is over all tokens it has seen, and each answer takes the part of it that is held (model/masks.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, Cohort
 from .binding import Binding
 from .errors import UseError
-from .model.attention import gives_queries
+from .lazy import Lazy, refusing_gradient
+from .model import masks
+from .model.attention import device_of, gives_queries
 from .model.hooks import Call, running, told
-from .model.masks import causal_mask, new_tokens
 from .model.rotation import Rope
 from .store.store import Store
 from .types import KV
+from .workspace import Workspace
 
 __all__ = ["Attention", "Learned"]
 
@@ -42,19 +48,39 @@ class Learned:
 
 
 @dataclass
-class Given:
-    """What one layer's `update` returned, until its attention has run."""
+class Promise:
+    """What one layer's `update` returned.
 
+    Attributes:
+        layer: whose keys and values they are.
+        kv: what was returned.
+        whole: these are the plain tensors that a dense cache would have returned.
+        attached: the new keys and values, where gradients may be asked for.
+    """
+
+    layer: int
     kv: KV
-    deferred: bool  # attention is to be answered from the store
+    whole: bool
+    attached: KV | None
+
+    def holds(self, key: Tensor, value: Tensor) -> bool:
+        """Whether attention was called with just these, or with what became of them by a move that moved nothing."""
+        return _same(key, self.kv.keys) and _same(value, self.kv.values)
+
+
+def _same(x: Tensor, promised: Tensor) -> bool:
+    return x is promised or (isinstance(promised, Lazy) and promised.is_decoded_as(x))
 
 
 @dataclass
 class Forward:
     """What is known while one forward runs."""
 
+    new: int = 0
+    begun: bool = False  # for the layer that comes first
     fed: set[int] = field(default_factory=set)
-    given: dict[int, Given] = field(default_factory=dict)
+    promises: dict[int, Promise] = field(default_factory=dict)
+    masks: dict[tuple[int, int], tuple[Any, Tensor | None]] = field(default_factory=dict)
     positions: Tensor | None = None  # (B, axes, new) that the model was given
     rotated: set[Rope] = field(default_factory=set)  # by those positions, as far as was seen
 
@@ -67,7 +93,7 @@ class Attention:
         binding: None until the stack is bound to a model.
         batch: what is held.
         fused: whether a single query may be answered from packed codes.
-        splits: whether padding is held apart from real tokens.
+        splits: whether padding is left out.
     """
 
     def __init__(
@@ -82,7 +108,8 @@ class Attention:
     def reads_another(self, layer: int) -> bool:
         return self.binding is not None and layer in self.binding.shares
 
-    def enter(self, call: Call) -> None:
+    def enter(self, call: Call) -> Any:
+        """An attention module begins; what is returned takes the place of its mask."""
         if self.binding is None:
             raise UseError(f"{self.label} was put on a model's attention without being bound to the model.")
         if self.binding.modules.get(call.layer) is not call.module:
@@ -90,18 +117,31 @@ class Attention:
                 f"{self.label} is bound to a {self.binding.name} and was given to another model. "
                 "A stack serves one model: make a new KVStack for the other."
             )
+        # a module that makes something else of what it reads applies the mask to that, by itself
+        indirect = call.layer in self.learned.scaling and call.layer not in self.learned.direct
+        if call.layer in self.batch.columns and (indirect or not gives_queries(call.module)):
+            return self._mask_for_module(call)
+        return call.mask
 
     @torch.no_grad()
     def leave(self, call: Call) -> None:
-        if self._forward.given.pop(call.layer, None) is None:
+        if not self._forward.fed:
             return
         binding = self._bound
-        group, _ = binding.places[call.layer]
-        if call.layer == binding.ends[group] and not self.batch.recording:
-            self.batch.settle(group, self.learned.scaling)
+        if not self.batch.recording:
+            with exactly(call.module):
+                for group, end in enumerate(binding.ends):
+                    if end == call.layer:
+                        self.batch.settle(group, self.learned.scaling)
         if call.layer == binding.last:
             self.batch.end_forward()
             self.batch.running = False
+            self._forget()
+
+    def _forget(self) -> None:
+        """The forward is over."""
+        self.batch.attached |= any(promise.attached for promise in self._forward.promises.values())
+        self._forward = Forward()
 
     def attention(
         self,
@@ -113,32 +153,32 @@ class Attention:
         kwargs: Mapping[str, Any],
         plain: Any,
     ) -> Any:
-        given = self._forward.given.get(call.layer)
-        if given is None:  # a layer that is not ours to compress
+        promise = next((p for p in self._forward.promises.values() if p.holds(key, value)), None)
+        own = call.layer in self._forward.promises
+        if promise is None and not own:  # a layer that is not ours to compress
             return plain(query, key, value, mask)
-        binding, evict = self._bound, self.batch.binding.plan.evict
+        evict = self.batch.binding.plan.evict
         looks = evict is not None and evict.looks_at_queries
         # learn how this layer attends
-        direct = key is given.kv.keys and value is given.kv.values
-        if direct:
-            self.learned.direct.add(call.layer)
-        elif given.deferred or looks:
-            what = "a padded batch" if given.deferred else repr(evict)
-            raise UseError(
-                f"layer {call.layer} of {binding.name} does not attend to the keys it caches, so {what} cannot "
-                'work with it. Use batch size 1 and a score without queries, such as "keydiff".'
-            )
         scaling = kwargs.get("scaling")
         self.learned.scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        if promise is None:
+            if looks:
+                raise UseError(
+                    f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
+                    'cannot work with it. Use a score without queries, such as "keydiff".'
+                )
+            return plain(query, key, value, mask)
+        self.learned.direct.add(call.layer)
         # show the score the queries
-        if looks and call.layer not in binding.shares:
-            group, slot = binding.places[call.layer]
+        if own and looks and call.layer not in self._bound.shares:
+            group, slot = self._bound.places[call.layer]
             for cohort in self.batch.cohorts:
                 if cohort.new:
                     cohort.stores[group].remember(slot, cohort.its(query), self.batch.recording)
-        if not given.deferred:
+        if promise.whole:
             return plain(query, key, value, mask)
-        return self._answer(call, query, value, kwargs, plain)
+        return self._answer(call, promise, query, value.shape[-1], mask, kwargs, plain)
 
     # ---- what the cache is asked
 
@@ -146,45 +186,40 @@ class Attention:
         """Store a layer's new keys and values (B, H, new, D); returns all that its attention should see."""
         batch, call = self.batch, running()
         ours = call is not None and call.listener is self
-        if not self._forward.fed or layer in self._forward.fed:
-            self._begin(key_states, call if ours else None)
+        rows, new = key_states.shape[0], key_states.shape[2]
+        if self._begins(layer):
+            self._begin(rows, new, call if ours else None)
+        self._forward.begun = False
         if ours and call is not None and self._forward.positions is not None:
             self._check_rotation(call, self._forward.positions)
         self._forward.fed.add(layer)
         # count what a dense cache would hold
-        new = key_states.shape[2]
         batch.columns[layer] += new
         numbers = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
         batch.shapes[layer] = (numbers, key_states.element_size())
         # store it, unless the layer reads another one
         group, slot = batch.binding.places[layer]
-        rows = [key_states, value_states]
+        fresh = [key_states, value_states]
         if batch.binding.plan.hidden:
             assert call is not None  # a stack with a transform is bound
-            rows.append(self._hidden(call))
+            fresh.append(self._hidden(call))
         if layer not in batch.binding.shares:
             for cohort in batch.cohorts:
                 if cohort.new:
-                    cohort.stores[group].append(slot, KV(*(cohort.its(x) for x in rows)))
-        # hand out all that is held, or put the answer off until the query is there
-        kv, deferred = KV(key_states, value_states), True
-        if len(batch.cohorts) == 1 and batch.cohorts[0].new == new:
-            (cohort,) = batch.cohorts
-            store = cohort.stores[group]
-            deferred = ours and self._may_fuse(store, layer, new)
-            if not deferred:
-                kv = store.read(slot, cohort.seen, batch.work)
-        if deferred and not (call is not None and ours and gives_queries(call.module)):
-            raise UseError(
-                f"padded batches need a model that calls attention through transformers' interface, and "
-                f"{batch.binding.name} does not. Use batches of texts of one length."
-            )
-        self._forward.given[layer] = Given(kv, deferred)
-        return kv.keys, kv.values
+                    cohort.stores[group].append(slot, KV(*(cohort.its(x) for x in fresh)))
+        # hand out all that is held, or a promise of it
+        promise = self._promise(layer, KV(key_states, value_states), ours)
+        self._forward.promises[layer] = promise
+        return promise.kv.keys, promise.kv.values
 
-    def _begin(self, keys: Tensor, call: Call | None) -> None:
+    def _begins(self, layer: int) -> bool:
+        """Whether this layer is the first of a forward, whose beginning was not seen yet."""
+        forward = self._forward
+        return not forward.begun and (not forward.fed or layer in forward.fed)
+
+    def _begin(self, rows: int, new: int, call: Call | None) -> None:
         """A new forward: check it, and find out which of its tokens are padding."""
-        batch, rows, new = self.batch, keys.shape[0], keys.shape[2]
+        batch = self.batch
         if batch.size is not None and rows != batch.size:
             raise UseError(
                 f"{self.label} holds {batch.size} rows and was given {rows}. Use reset() or a new stack for another "
@@ -192,17 +227,16 @@ class Attention:
             )
         batch.check_complete()
         batch.catch_up(self.learned.scaling)
-        self._forward = Forward()
-        batch.begin(rows, new)
-        batch.running = call is not None  # without hooks nobody says when it ends
-        if self.splits and call is not None and new > 1:
-            real = new_tokens(call.mask, new)
-            if real is not None:
-                batch.split(real)
-        if call is not None and batch.binding.rotary:
-            positions = self._forward.positions = self._positions(call, rows, new)
+        seen = batch.seen
+        real = masks.real_tokens(call.mask, seen, new) if self.splits and call is not None else None
+        self._forget()
+        watched = call is not None and bool(batch.binding.rotary)
+        positions = self._forward.positions = self._positions(call, rows, new) if call and watched else None
+        self._forward.begun, self._forward.new = True, new
+        batch.begin(rows, new, real)
+        if positions is not None:
             batch.place(batch.binding.rotary[0].marked(positions))
-        batch.count()
+        batch.running = call is not None  # without hooks nobody says when it ends
 
     def _positions(self, call: Call, rows: int, new: int) -> Tensor:
         """The positions (B, axes, new) that the model's rotary module was given for the new tokens."""
@@ -235,8 +269,8 @@ class Attention:
     def _unknown_rotation(self, call: Call) -> str:
         return (
             f"{self.label} needs the positions that keys are rotated by, and layer {call.layer} of {self._bound.name} "
-            "was handed rotary tables (position_embeddings) that are not those of the position_ids. Let the model compute "
-            "its tables, or use stages that take keys as they are cached, such as Quant."
+            "was handed rotary tables (position_embeddings) that are not those of the position_ids. Let the model "
+            "compute its tables, or use stages that take keys as they are cached, such as Quant."
         )
 
     def _hidden(self, call: Call) -> Tensor:
@@ -249,48 +283,282 @@ class Attention:
             )
         return call.hidden.unsqueeze(1)
 
-    def _may_fuse(self, store: Store, layer: int, new: int) -> bool:
-        return self.fused and new == 1 and store.sealed_tokens > 0 and layer in self.learned.direct
+    # ---- what `update` returns
+
+    def _promise(self, layer: int, new: KV, ours: bool) -> Promise:
+        batch = self.batch
+        group, slot = batch.binding.places[layer]
+        attached = new if torch.is_grad_enabled() and (new.keys.requires_grad or new.values.requires_grad) else None
+        if layer in batch.binding.shares:
+            attached = self._forward.promises[batch.binding.shares[layer]].attached
+        stores = [cohort.stores[group] for cohort in batch.cohorts]
+        store, dense = stores[0], batch.columns[layer]
+        if len(stores) == 1 and store.held == dense and not store.sealed_tokens:
+            # views: they stay right for whoever holds on to them until the forward ends
+            kv = self._attach(store.read(slot, dense, batch.work), batch.cohorts[0], attached)
+            return Promise(layer, kv, True, attached)
+        promise = Promise(layer, new, False, attached)
+        lay = partial(self._laid_out, promise)
+        if not ours:  # nobody will ask: hand it out as it is
+            promise.kv = lay()
+            return promise
+        rows, heads, width = new.keys.shape[0], new.keys.shape[1], self._width(group, dense)
+        raw = store.raw[slot].kv if store.raw_tokens else new
+        decoded: list[KV] = []
+
+        def part(name: str) -> Tensor:
+            if not decoded:
+                decoded.append(lay())
+            return getattr(decoded[0], name)
+
+        promise.kv = KV(
+            *(
+                Lazy((rows, heads, width, x.shape[-1]), like, partial(part, name))
+                for name, x, like in (("keys", new.keys, raw.keys), ("values", new.values, raw.values))
+            )
+        )
+        return promise
+
+    def _width(self, group: int, dense: int) -> int:
+        """Tokens in one tensor for all rows: as a dense cache has them, padding included, or what is left of them."""
+        held = [(cohort.stores[group].held, cohort.seen) for cohort in self.batch.cohorts]
+        return dense if all(n == seen for n, seen in held) else max(n for n, _ in held)
+
+    def _laid_out(self, promise: Promise) -> KV:
+        """All that a layer holds, decoded, in one tensor for all rows: every token in its column where nothing was
+        evicted, at the right end otherwise. Padding is zero."""
+        batch = self.batch
+        group, slot = batch.binding.places[promise.layer]
+        dense, new = batch.columns[promise.layer], promise.attached or promise.kv
+        width = self._width(group, dense)
+        first = batch.cohorts[0]
+        if len(batch.cohorts) == 1 and first.stores[group].held == width:
+            kv = self._attach(first.stores[group].read(slot, first.seen, Workspace()), first, promise.attached)
+            return KV(kv.keys, kv.values)
+        whole = None
+        for cohort in batch.cohorts:
+            store = cohort.stores[group]
+            if not store.held:
+                continue
+            kv = self._attach(store.read(slot, cohort.seen, batch.work), cohort, promise.attached)
+            device = kv.keys.device
+            if whole is None:
+                shapes = [(batch.size or 0, x.shape[1], width, x.shape[3]) for x in (kv.keys, kv.values)]
+                whole = KV(kv.keys.new_zeros(shapes[0]), kv.values.new_zeros(shapes[1]))
+            at = torch.arange(width - store.held, width, device=device)
+            if width == dense:
+                at = cohort.columns.of(cohort.seen, device)
+            rows = torch.arange(batch.size or 0) if cohort.rows is None else cohort.rows
+            where = rows.to(device)[:, None]
+            whole.keys[where, :, at] = kv.keys.transpose(1, 2)
+            whole.values[where, :, at] = kv.values.transpose(1, 2)
+        return whole or KV(*(x.new_zeros(*x.shape[:2], width, x.shape[3]) for x in (new.keys, new.values)))
+
+    def _attach(self, kv: KV, cohort: Cohort, attached: KV | None) -> KV:
+        """What was read, with the new tokens as the model made them, so that gradients reach them."""
+        if attached is None or not cohort.new:
+            return kv
+        whole = []
+        for read, new in ((kv.keys, attached.keys), (kv.values, attached.values)):
+            past, fresh = read[:, :, : read.shape[2] - cohort.new], cohort.its(new)
+            if past.shape[2] and self.batch.attached:
+                past = refusing_gradient(
+                    past,
+                    f"{self.label} keeps no gradients of earlier forwards, and this text was read in several with "
+                    "gradients on. Read it in one forward, read what needs no gradient under torch.no_grad(), or use "
+                    "a DynamicCache.",
+                )
+            # clone: what was read is scratch memory, and the backward pass comes later
+            whole.append(torch.cat([past, fresh.to(read.dtype)], dim=2))
+        return KV(*whole)
+
+    # ---- the answer
 
     def _answer(
-        self, call: Call, query: Tensor, value: Tensor, kwargs: Mapping[str, Any], plain: Any
+        self,
+        call: Call,
+        promise: Promise,
+        query: Tensor,
+        width: int,
+        mask: Any,
+        kwargs: Mapping[str, Any],
+        plain: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention from the store, one cohort after the other: output (B, new, query heads, D) and, with eager
-        attention, weights (B, query heads, new, most tokens of any row)."""
+        attention, weights (B, query heads, new, tokens seen): evicted tokens have none."""
         batch = self.batch
-        group, slot = batch.binding.places[call.layer]
+        group, slot = batch.binding.places[promise.layer]
         rows, heads, new, _ = query.shape
-        out = query.new_zeros(rows, new, heads, value.shape[-1])
-        weights = None
-        if call.implementation == "eager":
-            weights = query.new_zeros(rows, heads, new, max(c.stores[group].held for c in batch.cohorts))
-        for cohort in batch.cohorts:
-            if not cohort.new:
+        dense = batch.columns[promise.layer]
+        out = weights = None
+        for number, cohort in enumerate(batch.cohorts):
+            places, n = self._asked(cohort, new)
+            if not n:
                 continue
-            store, q = cohort.stores[group], cohort.its(query)
-            if self._may_fuse(store, call.layer, cohort.new) and _is_simple(kwargs):
-                scaling = self.learned.scaling[call.layer]
-                part, unsorted = store.attend(slot, q, cohort.seen, scaling, batch.work)
-                looked = None if weights is None else store.in_order(unsorted)
+            every = cohort.rows is None and places is None
+            where = torch.arange(rows, device=query.device) if cohort.rows is None else cohort.rows.to(query.device)
+            at = torch.arange(new, device=query.device) if places is None else places.to(query.device)
+            q = query if every else query[where[:, None], :, at].transpose(1, 2)
+            store, part = cohort.stores[group], self._part(mask, call, number, cohort, places, n, dense)
+            if self._may_fuse(store, n) and _is_simple(kwargs):
+                answer, looked = self._fused(call, store, slot, cohort, q, part)
             else:
-                kv = store.read(slot, cohort.seen, batch.work)
-                mask = causal_mask(call.implementation, cohort.new, kv.tokens, q)
+                kv = self._attach(store.read(slot, cohort.seen, batch.work), cohort, promise.attached)
+                fits = every and store.held == dense
+                own = mask if fits else self._own_mask(call, store, cohort, q, part)
                 # positions of all rows: only flash attention looks at them, to find packed texts
-                changes = {"position_ids": None} if "position_ids" in kwargs else {}
-                part, looked = plain(q, kv.keys, kv.values, mask, **changes)
-            part = part.to(query.dtype)
-            if cohort.rows is None and cohort.new == new:
-                return part, looked
-            where = torch.arange(rows, device=out.device) if cohort.rows is None else cohort.rows.to(out.device)
-            out[where, new - cohort.new :] = part
-            if weights is not None and looked is not None:
-                weights[where, :, new - cohort.new :, weights.shape[-1] - looked.shape[-1] :] = looked.to(weights.dtype)
-        return out, weights
+                changes = {} if every or "position_ids" not in kwargs else {"position_ids": None}
+                answer, looked = plain(q, kv.keys, kv.values, own, **changes)
+            answer = answer.to(query.dtype)
+            if looked is not None and store.held < dense:
+                looked = self._spread(looked, store, cohort, dense)
+            if every:
+                return answer, looked
+            if out is None:
+                out = query.new_zeros(rows, new, heads, width)
+            out[where[:, None], at] = answer
+            if looked is not None:
+                if weights is None:
+                    weights = query.new_zeros(rows, heads, new, dense)
+                weights[where[:, None], :, at] = looked.to(weights.dtype).transpose(1, 2)
+        return query.new_zeros(rows, new, heads, width) if out is None else out, weights
+
+    def _asked(self, cohort: Cohort, queries: int) -> tuple[Tensor | None, int]:
+        """Which of the `queries` are a cohort's tokens (None: all), and how many: a layer that reuses the keys of
+        another may ask for the newest tokens of a forward alone."""
+        if cohort.places is None:
+            return None, min(queries, cohort.new)
+        places = cohort.places - (self._forward.new - queries)
+        places = places[places >= 0]
+        return None if len(places) == queries else places, len(places)
+
+    def _may_fuse(self, store: Store, new: int) -> bool:
+        return self.fused and new == 1 and store.sealed_tokens > 0
+
+    def _fused(
+        self, call: Call, store: Store, slot: int, cohort: Cohort, query: Tensor, part: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One query, answered from packed codes."""
+        if part is not None:
+            part = masks.fitted(part, store.positions(cohort.seen), query.shape[1])
+        scaling = self.learned.scaling[call.layer]
+        with torch.no_grad(), exactly(call.module):
+            answer, unsorted = store.attend(slot, query.detach(), cohort.seen, scaling, self.batch.work, part)
+        if torch.is_grad_enabled() and query.requires_grad:
+            answer = refusing_gradient(
+                answer,
+                f"{self.label} answered a single query from packed codes, which has no gradient. Use fused=False, or a "
+                "DynamicCache.",
+            )
+        return answer, store.in_order(unsorted) if call.implementation == "eager" else None
+
+    def _part(
+        self, mask: Any, call: Call, number: int, cohort: Cohort, places: Tensor | None, n: int, dense: int
+    ) -> Tensor | None:
+        """What the model's mask says of the `n` queries of a cohort, at `places`, over all its tokens; None where that
+        is causal."""
+        key = id(mask), number
+        if key not in self._forward.masks:
+            self._forward.masks[key] = mask, self._cut(mask, call, cohort, places, n, dense)
+        return self._forward.masks[key][1]
+
+    def _cut(self, mask: Any, call: Call, cohort: Cohort, places: Tensor | None, n: int, dense: int) -> Tensor | None:
+        columns, visible = None, mask is None
+        if cohort.seen < dense:
+            columns = cohort.columns.of(cohort.seen, self._device(call))
+            left_out = torch.ones(dense, dtype=torch.bool, device=columns.device)
+            left_out[columns] = False
+            if isinstance(mask, Tensor):
+                others = masks.cut(mask, cohort.rows, places, left_out.nonzero().flatten(), dense)
+                visible = bool(masks.visible(others).any())
+            if visible:
+                raise UseError(
+                    f"{self.label} left out tokens that were padding when they came, and this forward lets its tokens "
+                    "see them. Pass the attention_mask of the whole text, earlier turns and their padding included."
+                )
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            raise UseError(
+                f"the attention mask is a {type(mask).__name__}, of which {self.label} cannot take what it holds. "
+                "Use attn_implementation='sdpa', 'eager' or a flash attention."
+            )
+        part = masks.cut(mask, cohort.rows, places, columns, dense)
+        known = n == 1 or call.implementation in ("sdpa", "eager") or "flash" in call.implementation
+        return None if known and masks.is_causal(part, n) else part
+
+    def _own_mask(self, call: Call, store: Store, cohort: Cohort, query: Tensor, part: Tensor | None) -> Tensor | None:
+        """The mask for what a store holds."""
+        if part is None:
+            return masks.causal_mask(call.implementation, query.shape[2], store.held, query)
+        if store.held == cohort.seen:
+            return part
+        return masks.fitted(part, store.positions(cohort.seen), query.shape[1])
+
+    def _mask_for_module(self, call: Call) -> Any:
+        """The mask for a module that applies it by itself, to what `_laid_out` makes."""
+        batch = self.batch
+        group, _ = batch.binding.places[call.layer]
+        if self._begins(call.layer) and call.hidden is not None:
+            self._begin(call.hidden.shape[0], call.hidden.shape[1], call)
+        stores = [cohort.stores[group] for cohort in batch.cohorts]
+        if call.mask is None or all(s.held == c.seen - c.new for s, c in zip(stores, batch.cohorts, strict=True)):
+            return call.mask
+        if call.hidden is None or not isinstance(call.mask, Tensor) or call.mask.dim() != 4:
+            raise UseError(
+                f"layer {call.layer} of {self._bound.name} applies its mask by itself, and tokens were evicted: "
+                f"{self.label} needs the mask of attn_implementation='sdpa' or 'eager' for it."
+            )
+        mask, new = call.mask, call.mask.shape[2]
+        dense = batch.columns[call.layer] + new
+        width = max(s.held + c.new for s, c in zip(stores, batch.cohorts, strict=True))
+        heads = getattr(getattr(call.module, "config", None), "num_attention_heads", 1)
+        parts = []
+        for store, cohort in zip(stores, batch.cohorts, strict=True):
+            columns = cohort.columns.of(cohort.seen, mask.device) if cohort.seen < dense else None
+            part = masks.cut(mask, cohort.rows, cohort.places, columns, dense)
+            before = cohort.seen - cohort.new
+            old = store.positions(before) if store.held else torch.empty(1, 1, 0, dtype=torch.int32)
+            fresh = torch.arange(before, cohort.seen, device=old.device).expand(*old.shape[:2], -1)
+            parts.append(masks.fitted(part, torch.cat([old, fresh], dim=-1), heads))
+        if len(parts) == 1 and batch.cohorts[0].places is None:
+            return parts[0]
+        hides = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else False
+        shape = batch.size or 0, max(part.shape[1] for part in parts), new, width
+        # what padding sees does not matter, but it must see something
+        whole = torch.full(shape, 0.0 if mask.dtype.is_floating_point else True, dtype=mask.dtype, device=mask.device)
+        for part, cohort in zip(parts, batch.cohorts, strict=True):
+            rows = torch.arange(shape[0]) if cohort.rows is None else cohort.rows
+            at = torch.arange(new) if cohort.places is None else cohort.places
+            filled = torch.full((*part.shape[:3], width), hides, dtype=mask.dtype, device=mask.device)
+            filled[..., width - part.shape[3] :] = part
+            filled = filled.expand(len(rows), shape[1], -1, -1).transpose(1, 2)
+            whole[rows.to(mask.device)[:, None], :, at.to(mask.device)] = filled
+        return whole
+
+    def _spread(self, looked: Tensor, store: Store, cohort: Cohort, dense: int) -> Tensor:
+        """Weights (b, query heads, n, held), each in the column of its token: (b, query heads, n, tokens seen)."""
+        columns = cohort.columns.of(cohort.seen, looked.device)
+        at = columns[store.positions(cohort.seen).to(looked.device).long()]  # (b or 1, H or 1, held)
+        if at.shape[1] > 1:
+            at = at.repeat_interleave(looked.shape[1] // at.shape[1], dim=1)
+        spread = looked.new_zeros(*looked.shape[:3], dense)
+        return spread.scatter(3, at.unsqueeze(2).expand_as(looked), looked)
+
+    def _device(self, call: Call) -> torch.device:
+        mask = call.mask
+        return mask.device if isinstance(mask, Tensor) else torch.device("cpu")
 
     @property
     def _bound(self) -> Binding:
         assert self.binding is not None  # `enter` has refused what is not bound
         return self.binding
+
+
+def exactly(module: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Arithmetic as it is written, whatever autocast would make of it."""
+    device = device_of(module).type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _is_simple(kwargs: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The rows of a batch, and what is held for them.
 
-Rows whose texts differ in length (left padding) are held apart, as cohorts of equal length without any padding. So a
-padded row goes through exactly the arithmetic it would go through alone.
+Rows that are padded at different places are held apart, as cohorts without any padding. So a padded row goes through
+exactly the arithmetic it would go through alone, wherever its padding is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .binding import Binding
+from .columns import Columns
 from .errors import UseError
 from .store.given import Given
 from .store.store import Store
@@ -24,28 +25,41 @@ __all__ = ["Batch", "Cohort"]
 
 @dataclass
 class Cohort:
-    """Rows of the batch that have seen equally many tokens. `rows` is None where that is all of them."""
+    """Rows of the batch whose tokens stand in the same columns.
+
+    Attributes:
+        rows: their numbers in the batch; None: all of them.
+        seen: tokens the model saw, padding left out.
+        columns: where they stand in the batch.
+        new: tokens of the running forward.
+        places: which of the running forward's columns they are; None: all of them.
+        unsettled: tokens since the last settling.
+        given: the positions that the model was given for them.
+    """
 
     rows: Tensor | None
     stores: list[Store]
     seen: int = 0
-    new: int = 0  # tokens of the running forward
-    unsettled: int = 0  # tokens since the last settling
-    given: Given = field(default_factory=Given)  # positions that the model was given
+    columns: Columns = field(default_factory=Columns)
+    new: int = 0
+    places: Tensor | None = None
+    unsettled: int = 0
+    given: Given = field(default_factory=Given)
 
     def __post_init__(self) -> None:
         for store in self.stores:
             store.given = self.given
 
-    def its(self, x: Tensor) -> Tensor:
-        """This cohort's rows and new tokens of `x` (B, heads, new, ...)."""
+    def its(self, x: Tensor, dim: int = 2) -> Tensor:
+        """This cohort's rows and new tokens of `x` (B, ..., new, ...), whose new tokens are on axis `dim`."""
         x = x if self.rows is None else x.index_select(0, self.rows.to(x.device))
-        return x if self.new == x.shape[2] else x[:, :, x.shape[2] - self.new :]
+        return x if self.places is None else x.index_select(dim, self.places.to(x.device))
 
     def picked(self, rows: Tensor | None, local: Tensor) -> Cohort:
         """The cohort of those of our own rows that `local` names, now numbered `rows` in the batch."""
         stores = [store.rows(local) for store in self.stores]
-        return Cohort(rows, stores, self.seen, self.new, self.unsettled, self.given.rows(local))
+        given = self.given.rows(local)
+        return Cohort(rows, stores, self.seen, self.columns, self.new, self.places, self.unsettled, given)
 
     @property
     def dirty(self) -> bool:
@@ -61,6 +75,7 @@ class Batch:
         columns: layer -> tokens fed through it, padding included.
         shapes: layer -> (numbers, bytes of a number) that a dense cache would hold for a token and row.
         running: a forward has begun, and has not ended for all layers.
+        attached: gradients could be asked for in a forward that has ended.
         recording: tokens may still be taken back (assisted decoding), so compressing waits for `crop`.
     """
 
@@ -72,6 +87,7 @@ class Batch:
         self.size: int | None = None
         self.running = False
         self.recording = False
+        self.attached = False
         self._uncropped = 0  # forwards since the last crop
 
     # ---- lengths
@@ -140,46 +156,40 @@ class Batch:
                 "different tokens. Call reset() and read the text again."
             )
 
-    def begin(self, rows: int, new: int) -> None:
-        """A forward of `new` tokens begins; `split` parts the rows where some of these are padding."""
+    def begin(self, rows: int, new: int, real: Tensor | None) -> None:
+        """A forward of `new` tokens begins, of which those that are `real` (B or 1, new) are held; None: all."""
         self.size = rows
-        for cohort in self.cohorts:
-            cohort.new = new
-            if not cohort.dirty:
-                cohort.unsettled = 0
-
-    def place(self, positions: Tensor) -> None:
-        """The new tokens were given `positions` (B, axes, new); `count` comes after it."""
-        for cohort in self.cohorts:
-            if cohort.new:
-                cohort.given.append(cohort.its(positions), cohort.seen)
-
-    def count(self) -> None:
-        """Count the new tokens, now that padding is known."""
         self._uncropped += 1
         for cohort in self.cohorts:
+            cohort.new, cohort.places = new, None
+            if not cohort.dirty:
+                cohort.unsettled = 0
+        if real is not None:
+            self._split(real.expand(rows, new))
+        start = max(self.columns.values(), default=0)
+        for cohort in self.cohorts:
+            places = None if cohort.places is None else cohort.places.tolist()
+            cohort.columns = cohort.columns.grown(cohort.seen, start, places, new)
             cohort.seen += cohort.new
             cohort.unsettled += cohort.new
 
-    def split(self, real: Tensor) -> None:
-        """Part the cohorts so that rows with equally many real new tokens are together; `real` is (B, new) bool."""
-        counts = real.sum(1)
-        steps = torch.arange(real.shape[1], device=real.device)
-        if not torch.equal(real, steps >= real.shape[1] - counts[:, None]):
-            raise UseError(
-                "padding must be on the left of the new tokens, and a row of this batch has it elsewhere. "
-                "Use tokenizer.padding_side = 'left'."
-            )
+    def place(self, positions: Tensor) -> None:
+        """The new tokens of the forward that has just begun were given `positions` (B, axes, new)."""
+        for cohort in self.cohorts:
+            if cohort.new:
+                cohort.given.append(cohort.its(positions), cohort.seen - cohort.new)
+
+    def _split(self, real: Tensor) -> None:
+        """Part the cohorts so that rows whose real new tokens stand in the same columns are together."""
         parted = []
         for cohort in self.cohorts:
-            rows = torch.arange(len(counts), device=counts.device) if cohort.rows is None else cohort.rows
-            rows = rows.to(counts.device)
-            mine = counts[rows]
-            lengths = mine.unique().tolist()
-            for length in lengths:
-                local = (mine == length).nonzero().flatten()
-                part = cohort if len(lengths) == 1 else cohort.picked(rows[local], local)
-                part.new = int(length)
+            rows = torch.arange(len(real), device=real.device) if cohort.rows is None else cohort.rows.to(real.device)
+            patterns, which = real[rows].unique(dim=0, return_inverse=True)
+            for number, pattern in enumerate(patterns):
+                local = (which == number).nonzero().flatten()
+                part = cohort if len(patterns) == 1 else cohort.picked(rows[local], local)
+                part.places = None if bool(pattern.all()) else pattern.nonzero().flatten()
+                part.new = int(pattern.sum())
                 parted.append(part)
         self.cohorts = parted
 
@@ -218,15 +228,17 @@ class Batch:
     @torch.no_grad()
     def crop(self, remove: int, scaling: Mapping[int, float]) -> None:
         """Forget the newest `remove` tokens; where compressing waited for this, compress now."""
+        limit = self.seen - remove
         for cohort in self.cohorts if remove else ():
-            if not cohort.seen:
+            gone = cohort.seen - cohort.columns.before(limit, cohort.seen)
+            if not gone:
                 continue
-            gone = min(remove, cohort.seen)
             # one count for all layers: one attention mask serves them all
             stay = min(store.older_than(cohort.seen - gone, cohort.seen) for store in cohort.stores)
             for store in cohort.stores:
                 store.crop(cohort.seen, gone, stay)
             cohort.seen -= gone
+            cohort.columns = cohort.columns.first(cohort.seen)
             cohort.given.crop(cohort.seen)
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
@@ -267,4 +279,5 @@ class Batch:
         ]
         other.columns, other.shapes, other.size = dict(self.columns), dict(self.shapes), self.size
         other.recording, other._uncropped = self.recording, self._uncropped
+        other.attached = self.attached
         return other

@@ -19,7 +19,7 @@ from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
 from .errors import BindError, StageError
-from .model.attention import attention_modules, device_of, expands, gives_queries
+from .model.attention import attention_modules, device_of, expands, gives_queries, reuses
 from .model.layers import FULL, layer_types
 from .model.probing import cached_shapes
 from .model.rope import find_ropes
@@ -66,7 +66,9 @@ class Binding:
     def __post_init__(self) -> None:
         places = {layer: (g, s) for g, group in enumerate(self.groups) for s, layer in enumerate(group)}
         places |= {layer: places[source] for layer, source in self.shares.items()}
-        ends = [max(i for i, (group, _) in places.items() if group == g) for g in range(len(self.groups))]
+        # layers that reuse what an earlier one read (Gemma 3n and 4) must find it as it was then
+        late = max((i for i, module in self.modules.items() if reuses(module)), default=-1)
+        ends = [max(late, *(i for i, (group, _) in places.items() if group == g)) for g in range(len(self.groups))]
         object.__setattr__(self, "places", places)
         object.__setattr__(self, "ends", ends)
 

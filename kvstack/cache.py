@@ -233,13 +233,13 @@ class KVStack(Cache):
         return self.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(tokens attention will see, position of the first of them): the held tokens count as the newest ones."""
+        """(tokens that the model has seen, the new ones included, 0), as for a DynamicCache: the stack takes what it
+        holds out of the mask that the model makes for these."""
         if layer_idx not in self.batch.columns:
             return super().get_mask_sizes(query_length, layer_idx) if self.layers else (query_length, 0)
         if not self.batch.running:
-            self._catch_up()
-        held, seen = self.held, self.batch.columns[layer_idx]
-        return held + query_length, seen - held
+            self._catch_up()  # the next forward begins
+        return self.batch.columns[layer_idx] + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1

@@ -4,7 +4,8 @@ Nothing is decoded: what is packed stays packed, so the file is about as large a
 the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
 
     description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
-                   cohorts: rows, seen, given: positions where these are not the tokens' indices; stores: one entry per track of the store, "sealed" by (slot, role)
+                   cohorts: rows, seen, columns, given (positions, where not the tokens' indices), stores: one entry
+                   per track of the store, "sealed" by (slot, role)
                    others:  layers that transformers caches
     tensors        by number; the description holds the numbers in their place
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .attend import Learned
 from .batch import Batch, Cohort
+from .columns import Columns
 from .errors import UseError
 from .files import read_tensors, write_tensors
 from .model.fingerprint import fingerprint
@@ -97,6 +99,7 @@ def write(
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
                 "seen": cohort.seen,
+                "columns": cohort.columns.runs,
                 "given": writer.put(cohort.given.told),
                 "stores": [_describe_store(store, writer) for store in cohort.stores],
             }
@@ -196,7 +199,10 @@ class Saved:
         cohorts = []
         for entry in described["cohorts"]:
             rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
-            cohort = Cohort(rows, binding.stores(), entry["seen"])
+            # files of 0.1 knew of padding on the left only
+            runs = entry.get("columns", [[0, max(batch.columns.values(), default=0) - entry["seen"]]])
+            columns = Columns(tuple((token, column) for token, column in runs))
+            cohort = Cohort(rows, binding.stores(), entry["seen"], columns)
             cohort.given.restore(self._told(entry))
             for store, state in zip(cohort.stores, entry["stores"], strict=True):
                 self._fill_store(store, state, [binding.device_of(layer) for layer in store.layers])

@@ -19,6 +19,7 @@ __all__ = [
     "interface",
     "offload_hooks",
     "parameters",
+    "reuses",
 ]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
@@ -51,6 +52,11 @@ def gives_queries(module: nn.Module) -> bool:
 def expands(module: nn.Module) -> bool:
     """Whether this module caches latents and makes keys and values of them after reading (DeepSeek V2 and V3)."""
     return hasattr(module, "expand_kv")
+
+
+def reuses(module: nn.Module) -> bool:
+    """Whether this module attends to the keys and values of an earlier layer (Gemma 3n and 4)."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
 
 
 def implementation(module: nn.Module) -> str:

@@ -39,8 +39,8 @@ class Listener(Protocol):
     def reads_another(self, layer: int) -> bool:
         """Whether a layer reads another's keys and values, so that its own are not needed."""
 
-    def enter(self, call: Call) -> None:
-        """An attention module begins."""
+    def enter(self, call: Call) -> Any:
+        """An attention module begins. What is returned takes the place of its mask."""
 
     def attention(
         self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Mapping[str, Any], plain: Any
@@ -296,13 +296,13 @@ def _release(reference: weakref.ref[PreTrainedModel]) -> None:
             del _hooked[model]
 
 
-def _entering(names: list[str]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _entering(names: list[str]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _abandon()  # attention modules do not nest: a call that is still running here was interrupted
         given = dict(zip(names, args, strict=False)) | kwargs
         listener = _listener_in(given)
         if listener is None:
-            return
+            return None
         layer = module.layer_idx
         assert isinstance(layer, int)
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
@@ -310,7 +310,7 @@ def _entering(names: list[str]) -> Callable[..., None]:
         call = Call(listener, module, layer, how, mask, hidden, shares, tables_of(given), given.get("position_ids"))
         _running.call = call
         try:
-            listener.enter(call)
+            mask = listener.enter(call)
         except BaseException:
             # the module's own hook is not called for a call that never began
             _running.call = None
@@ -319,8 +319,22 @@ def _entering(names: list[str]) -> Callable[..., None]:
         if registry is not None:
             _swap_in(registry, call.implementation, module)
             call.swapped = True
+        if mask is call.mask:
+            return None
+        call.mask = mask
+        return _replaced(names, args, kwargs, "attention_mask", mask)
 
     return hook
+
+
+def _replaced(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another `value` for one of them."""
+    at = names.index(name) if name in names else len(args)
+    if at < len(args):
+        return (*args[:at], value, *args[at + 1 :]), kwargs
+    return args, kwargs | {name: value}
 
 
 def _leaving(module: nn.Module, args: Any, output: Any) -> None:

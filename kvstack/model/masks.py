@@ -1,4 +1,15 @@
-"""Attention masks: what they say about padding, and those that a row without padding needs."""
+"""The model's attention mask, cut to what a stack holds.
+
+A model builds its mask over all tokens it has seen, as for a dense cache. A stack holds some of them: no padding, no
+evicted tokens. It takes the rows, queries and columns it holds out of the model's mask, so that any mask means here
+what it means there: padding, packed documents, images whose tokens see each other, holes.
+
+    form              shape                          of
+    boolean           (B or 1, 1 or heads, q, T)     sdpa: True is seen
+    additive          (B or 1, 1 or heads, q, T)     eager: added to the logits; hidden is very negative
+    flash             (B, T)                         which tokens are seen by all later ones
+    None                                             causal
+"""
 
 from __future__ import annotations
 
@@ -9,12 +20,20 @@ from torch import Tensor
 
 from ..errors import UseError
 
-__all__ = ["causal_mask", "new_tokens"]
+__all__ = ["causal_mask", "cut", "fitted", "is_causal", "real_tokens", "visible"]
+
+HIDDEN = -1e4
+"""What an additive mask must lie below to hide a token; float16 reaches it."""
 
 
-def new_tokens(mask: Any, length: int) -> Tensor | None:
-    """Which of the `length` new tokens are real, (B, length) bool, read from the mask that attention was given;
-    None where all are, or where the mask cannot tell."""
+def visible(mask: Tensor) -> Tensor:
+    """Which tokens a mask lets be seen, bool."""
+    return mask > HIDDEN if mask.dtype.is_floating_point else mask.bool()
+
+
+def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
+    """Which of the `new` tokens behind the `seen` ones are real, (B or 1, new) bool: those that any query of this
+    forward sees, itself included. None where all are, or where the mask cannot tell."""
     if not isinstance(mask, Tensor):
         if mask is None:
             return None
@@ -22,28 +41,68 @@ def new_tokens(mask: Any, length: int) -> Tensor | None:
             f"the attention mask is a {type(mask).__name__}, which does not tell padding. "
             "Use attn_implementation='sdpa', 'eager' or a flash attention with a KVStack."
         )
-    if mask.dim() == 2:  # flash attention: (B, all tokens)
-        real = mask[:, -length:].bool()
-    else:  # (B, 1, queries, tokens): the newest query sees all real tokens
-        row = mask[:, 0, -1, -length:]
-        real = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    columns = visible(mask[..., seen : seen + new])
+    real = columns if mask.dim() == 2 else columns.flatten(1, 2).any(1)
     return None if bool(real.all()) else real
 
 
+def cut(mask: Tensor, rows: Tensor | None, queries: Tensor | None, columns: Tensor | None, seen: int) -> Tensor:
+    """The part of a mask over `seen` tokens for some rows, queries and columns; None stands for all of them."""
+    if mask.shape[-1] < seen:
+        raise UseError(
+            f"the attention mask is for {mask.shape[-1]} tokens, and the model has seen {seen}, padding included. "
+            "Pass a mask for all of them: those of earlier turns, then the new ones."
+        )
+    mask = mask[..., :seen]
+    if rows is not None and mask.shape[0] > 1:
+        mask = mask.index_select(0, rows.to(mask.device))
+    if queries is not None and mask.dim() == 4 and mask.shape[2] > 1:
+        mask = mask.index_select(2, queries.to(mask.device))
+    return mask if columns is None else mask.index_select(-1, columns.to(mask.device))
+
+
+def is_causal(mask: Tensor, new: int) -> bool:
+    """Whether a mask says nothing but: the newest `new` tokens see all before them, and themselves."""
+    if mask.dim() == 2:
+        return bool(visible(mask).all())
+    held = mask.shape[-1]
+    queries = torch.arange(held - new, held, device=mask.device)
+    earlier = torch.arange(held, device=mask.device)[None] <= queries[:, None]
+    if mask.dtype.is_floating_point:
+        return bool(torch.where(earlier, mask == 0, mask <= HIDDEN).all())
+    return bool((mask.bool() == earlier).all())
+
+
+def fitted(mask: Tensor, positions: Tensor, heads: int) -> Tensor:
+    """A mask over tokens, for those that are held: at `positions` (B or 1, H or 1, held), which may differ by kv head.
+    There are `heads` query heads."""
+    if mask.dim() == 2:
+        if positions.shape[1] > 1:
+            raise UseError(
+                "this attention mask hides cached tokens, and the kv heads hold different ones: flash attention takes "
+                "one mask for all heads. Use Evict(..., share_heads=True), or attn_implementation='sdpa'."
+            )
+        return mask.take_along_dim(positions[:, 0].to(mask.device).long(), dim=-1)
+    if positions.shape[1] > 1:
+        positions = positions.repeat_interleave(heads // positions.shape[1], dim=1)
+    return mask.take_along_dim(positions.to(mask.device).long().unsqueeze(2), dim=-1)
+
+
 def causal_mask(name: str, new: int, held: int, like: Tensor) -> Tensor | None:
-    """The mask `name` needs for the newest `new` of `held` unpadded tokens, (1, 1, new, held) or None."""
+    """The mask `name` needs for the newest `new` of `held` tokens where all of them are seen, (1, 1, new, held) or
+    None."""
     if new == 1 or "flash" in name or (name == "sdpa" and new == held):
         return None
     queries = torch.arange(held - new, held, device=like.device)
-    visible = torch.arange(held, device=like.device)[None] <= queries[:, None]
+    earlier = torch.arange(held, device=like.device)[None] <= queries[:, None]
     if name == "sdpa":
-        return visible[None, None]
+        return earlier[None, None]
     if name == "eager":
         hidden = torch.finfo(like.dtype).min
-        return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(~visible, hidden)[
+        return torch.zeros(earlier.shape, dtype=like.dtype, device=like.device).masked_fill(~earlier, hidden)[
             None, None
         ]
     raise UseError(
-        f"padded batches need a mask of a form kvstack can make, and attn_implementation={name!r} has another. "
+        f"several tokens follow evicted ones, and attn_implementation={name!r} gives no mask that tells what they see. "
         "Use 'sdpa' or 'eager'."
     )

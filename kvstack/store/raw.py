@@ -51,6 +51,8 @@ class Buffer:
         if self._data is None:
             self.replace(new)
             return self.view
+        if new.dtype != self._data.dtype:  # under autocast only some forwards are in half precision
+            self._data = self._data.to(torch.promote_types(new.dtype, self._data.dtype))
         # a tensor made under inference_mode cannot be written to outside of it
         frozen = self._data.is_inference() and not torch.is_inference_mode_enabled()
         if total > self._data.shape[2] or frozen:

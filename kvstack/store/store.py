@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..abilities import Picked
 from ..errors import UseError
 from ..packed import Packed
 from ..stage import Codec
@@ -313,11 +314,14 @@ class Store:
 
         return where
 
-    def attend(self, slot: int, query: Tensor, seen: int, scaling: float, work: Workspace) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, slot: int, query: Tensor, seen: int, scaling: float, work: Workspace, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention of one query per row over sealed codes and raw tokens, without a decoded copy of both.
 
         query (B, H*G, 1, D) -> output (B, 1, H*G, D), weights (B, H*G, 1, held) with the sealed tokens first:
-        softmax does not care for their order.
+        softmax does not care for their order. `mask` (B or 1, H*G or 1, 1, held), in the order of positions, tells
+        what the query sees: boolean, or added to the logits.
         """
         raw, (part, layer), where = self.raw[slot].kv, self._stored(slot), self._where(seen)
         b, h, _, d = raw.keys.shape
@@ -326,6 +330,8 @@ class Store:
         picked = part.pick(layer, grouped, where)
         packed = part.dot(layer, grouped, picked, where, work)
         logits = torch.cat([packed, torch.matmul(grouped, raw.keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
+        if mask is not None:
+            logits = self._masked(logits, mask, picked)
         # one softmax over all of them, and the values of both
         weights = logits.softmax(dim=-1, dtype=torch.float32)
         sealed, loose = weights.tensor_split([packed.shape[-1]], dim=-1)
@@ -337,6 +343,20 @@ class Store:
             sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
             weights = torch.cat([sealed, loose], dim=-1)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
+
+    def _masked(self, logits: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:
+        """Logits (B, H, G, tokens) of sealed tokens, or of the picked ones, and then of raw ones, behind a mask."""
+        sinks, sealed = self.sinks, self.sealed_tokens
+        mask = mask.to(logits.device)
+        heads = logits.shape[1] if mask.shape[1] > 1 else 1
+        mask = mask.reshape(mask.shape[0], heads, -1, mask.shape[-1])  # (B or 1, H or 1, G or 1, held)
+        first, middle, last = mask.tensor_split([sinks, sinks + sealed], dim=-1)
+        if picked is not None:
+            middle = middle.take_along_dim(picked[1].to(mask.device).unsqueeze(2), dim=-1)
+        mask = torch.cat([x.expand(*logits.shape[:3], -1) for x in (middle, first, last)], dim=-1)
+        if mask.dtype.is_floating_point:
+            return logits + mask.to(logits.dtype)
+        return logits.masked_fill(~mask.bool(), torch.finfo(logits.dtype).min)
 
     def in_order(self, weights: Tensor) -> Tensor:
         """`weights` of `attend`, their last axis in the order of positions."""
