@@ -175,7 +175,7 @@ def _judge(read: _Reading, modules: Mapping[int, nn.Module]) -> dict[int, Rope |
             call, positions = read.calls[layer]
             form, apart = _best_form(keys, call, positions, module)
             if form is None and apart > loose:
-                ropes[layer] = Rope(None, None, refusal="its modelling file rotates them in a way of its own")
+                ropes[layer] = Rope(None, None, refusal="what it caches is no rotation that kvstack knows: some models norm keys after it")
             elif form is not None:
                 # the same module, called alike, with the same function
                 key = (id(call.module), tuple(call.extra.items()), form)
