@@ -89,7 +89,7 @@ class Told:
 
     def made(self, tables: Tables) -> bool:
         """Whether these very tables came from this call."""
-        return bool(tables) and all(mine() is x for mine, x in zip(self.tables, tables, strict=False))
+        return len(tables) == len(self.tables) and all(mine() is x for mine, x in zip(self.tables, tables, strict=True))
 
 
 class _Rotary(threading.local):

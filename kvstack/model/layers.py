@@ -60,7 +60,18 @@ class LayerGroups:
     @property
     def rotates(self) -> bool:
         """Whether any of the layers rotates its keys; those that don't have no rope."""
-        return any(rope is not None for rope in self.ropes.values())
+        return bool(self.rotated)
+
+    @property
+    def rotated(self) -> list[int]:
+        """The layers that rotate their keys."""
+        return [i for i, rope in self.ropes.items() if rope is not None]
+
+    @property
+    def refusal(self) -> str:
+        """Why the keys of some layer cannot be un-rotated; empty: they can."""
+        refused = ((i, rope.refusal) for i, rope in self.ropes.items() if rope is not None and rope.refusal)
+        return next((f"layer {i}: {reason}" for i, reason in refused), "")
 
     def number_of(self, layers: Sequence[int]) -> int:
         """Which of the groups is `layers`."""

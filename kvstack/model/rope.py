@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,15 +52,17 @@ def tables_of(given: Mapping[str, Any]) -> Tables:
     return tuple(tables) if fits and tables else ()
 
 
+_finding = threading.RLock()
 _known: weakref.WeakKeyDictionary[Any, dict[int, Rope | None]] = weakref.WeakKeyDictionary()
 
 
 def find_ropes(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> dict[int, Rope | None]:
     """The rotary embedding of every layer in `modules` (layer -> attention module); None where keys are not rotated.
     Layers that rotate alike share one. A rotation that cannot be undone has a `refusal`."""
-    if model not in _known:
-        _known[model] = _find(model, attention_modules(model))
-    known = _known[model]
+    with _finding:
+        if model not in _known:
+            _known[model] = _find(model, attention_modules(model))
+        known = _known[model]
     return {layer: known.get(layer) for layer in modules}
 
 
@@ -124,6 +127,8 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
     read = _Reading()
 
     def rotary(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != mine:  # somebody else uses the model meanwhile
+            return
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         tables = tables_of({"position_embeddings": output})
         if tables:
@@ -135,10 +140,11 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
 
     def attention(module: nn.Module, args: Any, kwargs: Any) -> None:
         tables = tables_of(dict(zip(parameters(module), args, strict=False)) | kwargs)
-        for call, positions, mine in made:
-            if tables and tables[0] is mine[0]:
+        for call, positions, output in made:
+            if tables and tables[0] is output[0] and threading.get_ident() == mine:
                 read.calls[numbers[id(module)]] = call, positions
 
+    mine = threading.get_ident()
     numbers = {id(module): layer for layer, module in modules.items()}
     handles = [module.register_forward_hook(rotary, with_kwargs=True) for module in rotary_modules(reader)]
     handles += [module.register_forward_pre_hook(attention, with_kwargs=True) for module in modules.values()]
@@ -175,7 +181,11 @@ def _judge(read: _Reading, modules: Mapping[int, nn.Module]) -> dict[int, Rope |
             call, positions = read.calls[layer]
             form, apart = _best_form(keys, call, positions, module)
             if form is None and apart > loose:
-                ropes[layer] = Rope(None, None, refusal="what it caches is no rotation that kvstack knows: some models norm keys after it")
+                ropes[layer] = Rope(
+                    None,
+                    None,
+                    refusal="what it caches is no rotation that kvstack knows: some models norm keys after it",
+                )
             elif form is not None:
                 # the same module, called alike, with the same function
                 key = (id(call.module), tuple(call.extra.items()), form)

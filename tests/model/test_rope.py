@@ -4,6 +4,7 @@ import contextlib
 import copy
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +21,7 @@ from kvstack.model.rope import find_ropes
 from kvstack.store.given import Given
 from tests import tiny
 from tests.matrix import architectures
+from tests.stages import Pairs
 
 
 def random(*shape, seed=0):
@@ -88,7 +90,7 @@ def witnessed(model):
 
 @contextlib.contextmanager
 def watching(model, monkeypatch):
-    """Layer -> the keys (B, H, new, D) that the modelling file's function was given to rotate, forward after forward."""
+    """Layer -> the keys (B, H, new, D) that the modelling file's function was given, forward after forward."""
     seen, running = {}, []
     modules = attention_modules(model)
 
@@ -219,8 +221,8 @@ def sees_images(kind):
 
 def image_positions(before, height, width, last):
     """(3, 1, last): text, an image whose tokens have a row and a column, text that goes on behind the larger of them."""
-    grid = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(height), torch.arange(width), indexing="ij"))
-    image = grid.flatten(1).long() + before
+    grid = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(height), torch.arange(width), indexing="ij"))
+    image = grid.flatten(1) + before
     text = torch.arange(before).expand(3, -1)
     after = torch.arange(last - before - height * width).expand(3, -1) + before + max(height, width)
     return torch.cat([text, image, after], dim=1)[:, None]
@@ -260,9 +262,7 @@ def test_reading_of_our_own_leaves_what_a_model_remembers_of_its_text():
     model.model.rope_deltas = before = torch.tensor([[-7]])
     with at_rest(model):
         model.model.rope_deltas = None
-        model.model.something = 1
     assert model.model.rope_deltas is before
-    assert not hasattr(model.model, "something")
 
 
 # ---- padding, rows, crops, copies, files
@@ -307,7 +307,7 @@ def odd_turns(cuts, rows=4):
     ids = tiny.tokens(rows, cuts[-1])
     return [
         {"input_ids": ids[:, first:last], "attention_mask": torch.ones(rows, last), "position_ids": odd(first, last)}
-        for first, last in zip(cuts, cuts[1:], strict=False)
+        for first, last in pairwise(cuts)
     ]
 
 
@@ -405,6 +405,7 @@ def test_given_positions_are_told_for_any_index(turns, data):
 
 # ---- tables
 
+fresh = tiny.model.__wrapped__  # settings that are no keys of a dictionary
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
 LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
@@ -413,10 +414,10 @@ LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 @pytest.mark.parametrize("cuts", [[0, 20, *range(21, 44)], [0, 25, 40, 41, 42], [0, 40, 41]], ids=str)
 def test_longrope_stays_right_across_the_switch(cuts):
     """Tokens that were rotated before the text got long keep the angles of short texts."""
-    model = tiny.model(rope_parameters=LONG, max_position_embeddings=256)
+    model = fresh(rope_parameters=LONG, max_position_embeddings=256)
     stack, _ = witnessed(model)
     ids = tiny.tokens(1, cuts[-1])
-    turns = [{"input_ids": ids[:, first:last]} for first, last in zip(cuts, cuts[1:], strict=False)]
+    turns = [{"input_ids": ids[:, first:last]} for first, last in pairwise(cuts)]
     dense, stacked = dense_and_stacked(model, stack, turns)
     torch.testing.assert_close(stacked, dense, atol=1e-3, rtol=1e-3)
 
@@ -424,19 +425,19 @@ def test_longrope_stays_right_across_the_switch(cuts):
 @pytest.mark.parametrize("spec", ["commonkv:basis=weights,layers=2", "evict:0.5,score=expected"])
 def test_tables_that_change_with_the_text_are_refused_by_whom_they_matter_to(spec):
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    model = tiny.model(rope_parameters=dynamic, max_position_embeddings=128)
-    with pytest.raises(BindError, match=r"layer 0 .* rope type 'dynamic'"):
+    model = fresh(rope_parameters=dynamic, max_position_embeddings=128)
+    with pytest.raises(BindError, match=r"layer 0 .*rope type 'dynamic'"):
         KVStack.from_spec(spec, model=model)
     KVStack.from_spec("evict:0.5+quant:2", model=model)
 
 
 def test_layers_without_rotation_are_left_alone_in_a_group_with_others():
-    model = tiny.model("smollm3", no_rope_layers=[1, 0, 1, 0])
+    model = fresh("smollm3", no_rope_layers=[1, 0, 1, 0])
     ropes = find_ropes(model, attention_modules(model))
     assert [ropes[layer] is None for layer in range(4)] == [False, True, False, True]
-    stack = KVStack.from_spec("commonkv:keep=1.0,layers=2,basis=weights@sinks=0,window=0,block=4", model=model)
+    stack = KVStack([Pairs()], model=model, sinks=0, window=0, block=4)
     dense, stacked = dense_and_stacked(model, stack, odd_turns([0, 16, 17, 18]))
-    torch.testing.assert_close(stacked, dense, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(stacked, dense, atol=1e-3, rtol=1e-3)
 
 
 def test_tables_that_are_not_those_of_the_positions_are_refused(monkeypatch):
