@@ -242,6 +242,7 @@ class Attention:
         """The positions (B, axes, new) that the model's rotary module was given for the new tokens."""
         binding, first = self._bound, self.batch.columns[call.layer]
         own = binding.ropes.get(call.layer)
+        own = own if own in binding.rotary else None
         rope = own or binding.rotary[0]
         last = told(rope.call) if rope.call else None
         count = torch.arange(first, first + new, device=call.hidden.device if call.hidden is not None else None)

@@ -85,8 +85,9 @@ class Binding:
 
     @property
     def rotary(self) -> list[Rope]:
-        """The rotations that a stage may ask for, each once."""
-        return list({id(rope): rope for rope in self.ropes.values() if rope is not None and not rope.refusal}.values())
+        """The rotations that a stage may ask for, each once; first one whose tables depend on a forward's length."""
+        ropes = {id(rope): rope for rope in self.ropes.values() if rope is not None and not rope.refusal}
+        return sorted(ropes.values(), key=lambda rope: rope.switch is None)
 
     @property
     def last(self) -> int:

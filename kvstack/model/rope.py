@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attention_modules, parameters
+from .attention import attention_modules, device_of, parameters
 from .rest import at_rest
 from .rotation import Form, Rope, RotaryCall, Tables
 
@@ -87,7 +87,8 @@ def _find(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> dict[int,
     if "position_ids" not in parameters(reader):
         # nothing tells such a model a position, so nothing can be tried: its file says whether it rotates at all
         return {layer: _blind(module) for layer, module in modules.items()}
-    places = torch.tensor(PLACES, device=model.device).repeat_interleave(TOKENS)[:, None]
+    device = device_of(next(iter(modules.values())))
+    places = torch.tensor(PLACES, device=device).repeat_interleave(TOKENS)[:, None]
     try:
         with at_rest(model):
             read = _read(reader, modules, None)
@@ -150,7 +151,8 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
     handles += [module.register_forward_pre_hook(attention, with_kwargs=True) for module in modules.values()]
     cache = DynamicCache(config=reader.config)
     rows = TOKENS * len(PLACES)
-    ids = torch.arange(3, 3 + TOKENS, device=reader.device).remainder(reader.config.get_text_config().vocab_size)
+    device = device_of(next(iter(modules.values())))
+    ids = torch.arange(3, 3 + TOKENS, device=device).remainder(reader.config.get_text_config().vocab_size)
     position = {} if places is None else {"position_ids": places}
     try:
         reader(input_ids=ids.repeat(rows // TOKENS)[:, None], past_key_values=cache, use_cache=True, **position)
