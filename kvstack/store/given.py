@@ -16,6 +16,9 @@ from ..types import LONG, Rotation, positions_between
 
 __all__ = ["Given", "Placed"]
 
+WAITING = 64
+"""Forwards whose positions may wait to be compared."""
+
 
 class Given:
     """The positions of rows that have seen equally many tokens."""
@@ -28,6 +31,10 @@ class Given:
     @property
     def told(self) -> Tensor | None:
         """(rows, axes, seen) int32; None where positions are the tokens' indices."""
+        self._compare()
+        return self._told
+
+    def _compare(self) -> None:
         for seen, new in self._new:
             if self._told is None and _plain(new, seen):
                 continue
@@ -38,11 +45,12 @@ class Given:
             parts = (x.expand(-1, axes, -1).to(new.device, torch.int32) for x in (before, new))
             self._told = torch.cat(list(parts), dim=-1)
         self._new = []
-        return self._told
 
     def append(self, positions: Tensor, seen: int) -> None:
         """New tokens were given `positions` (rows, axes, new), behind the `seen` ones before them."""
         self._new.append((seen, positions))
+        if len(self._new) >= WAITING:
+            self._compare()
 
     def at(self, index: Tensor) -> Tensor:
         """Positions of the tokens at `index` (B or 1, H or 1, n): the indices themselves, or (B, axes, H or 1, n).
