@@ -18,7 +18,7 @@ EXTRAS_bench := bench,bnb,peers
 # kvpress wants an older transformers than kvstack does, and so an environment of its own
 PEERS := transformers==5.2.0 kvpress==0.5.5
 
-.PHONY: help demo test check bench peers docs clean
+.PHONY: help demo test check bench peers matrix docs clean
 .NOTPARALLEL:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make check   linter, formatter, types"
 	@echo "make bench   quality, needles, memory, speed, beside transformers' own caches and other peers"
 	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
+	@echo "make matrix  every architecture with every stage, in every way to feed a text; writes docs/models.md"
 	@echo "make docs    run the code in README and docs"
 	@echo "make clean   remove .venv, .venv-peers and everything built"
 
@@ -45,6 +46,11 @@ bench: .venv/.bench
 	.venv/bin/kvstack bench all --out bench-results
 
 peers: .venv-peers/.made
+
+matrix: .venv/.test
+	rm -rf build/matrix
+	.venv/bin/python -m pytest -m matrix --numprocesses $(WORKERS) tests/matrix; \
+	status=$$?; .venv/bin/python -m tests.matrix.table && exit $$status
 
 docs: .venv/.test
 	.venv/bin/python -m pytest tests/test_docs.py

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 from kvstack import CommonKV, Evict, KVStack, Quant, UseError
 from tests import tiny
@@ -166,8 +166,12 @@ def test_a_model_without_the_interface():
     found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
     assert float((found - dense).norm() / dense.norm()) < 0.02
     ids, mask = tiny.left_padded([40, 20])
-    with pytest.raises(UseError, match="padded batches"):
-        model(ids, attention_mask=mask, past_key_values=KVStack([Quant(8, group=8)], **SETTINGS))
+    options = {"attention_mask": mask, "max_new_tokens": 20, "output_logits": True, "return_dict_in_generate": True}
+    options |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    dense = torch.stack(model.generate(ids, past_key_values=DynamicCache(), **options).logits)
+    cache = KVStack([Quant(8, group=8)], **SETTINGS)
+    found = torch.stack(model.generate(ids, past_key_values=cache, **options).logits)
+    assert float((found - dense).norm() / dense.norm()) < 0.02
 
 
 def test_a_stack_without_a_model_may_share_tokens_between_layers():

@@ -7,7 +7,7 @@ can move a number to the next code of a quantizer.
 import pytest
 import torch
 
-from kvstack import CommonKV, Evict, KVStack, Quant, SnapKV, UseError
+from kvstack import CommonKV, Evict, KVStack, Quant, SnapKV
 from tests import tiny
 
 LENGTHS = [96, 61, 96, 5]
@@ -110,8 +110,24 @@ def test_second_turn_may_be_padded_too():
         torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_right_padding_is_refused():
+@pytest.mark.parametrize("stack", STACKS)
+def test_padding_may_stand_on_the_right(stack):
+    """A batch of finished questions: each row goes on behind its padding."""
     model = tiny.model("llama", dtype=torch.float64)
-    ids, mask = tiny.left_padded([20, 12])
-    with pytest.raises(UseError, match=r"padding must be on the left .* Use tokenizer.padding_side = 'left'"):
-        model(ids, attention_mask=mask.flip(1), past_key_values=make("quant4"))
+    lengths = [40, 27, 40, 9]
+    ids, mask = tiny.left_padded(lengths)
+    ids = torch.stack([row.roll(-(40 - n)) for row, n in zip(ids, lengths, strict=True)])
+    mask = mask.flip(1)
+    together = make(stack)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(ids, attention_mask=mask, past_key_values=together, position_ids=places).logits
+    first = torch.stack([row[n - 1] for row, n in zip(logits, lengths, strict=True)])
+    found = torch.cat([first[:, None], decode(model, together, mask, 12)], dim=1)
+    for row, length in enumerate(lengths):
+        alone = make(stack)
+        own = ids[row : row + 1, :length]
+        first = model(own, past_key_values=alone).logits[:, -1]
+        expected = torch.cat([first[:, None], decode(model, alone, torch.ones_like(own), 12, row)], dim=1)
+        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+        for layer in alone.compressed_layers:
+            assert torch.equal(together.positions(layer, row), alone.positions(layer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .rest import at_rest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SINKS", "at_rest", "cached_shapes", "observe"]
+__all__ = ["SINKS", "at_rest", "cached_layers", "cached_shapes", "observe", "token_shapes"]
 
 SINKS = 4
 """First tokens of a text, which are unlike all others and stay raw in any stack."""
@@ -54,22 +54,34 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
     return observed
 
 
-_shapes: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+def cached_layers(model: PreTrainedModel) -> list[Any]:
+    """The layers of transformers' own cache after one token was run through the model: what each of them holds."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with at_rest(model):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model.base_model(ids, past_key_values=cache, use_cache=True)
+    return cast(list[Any], cache.layers)
 
 
-def cached_shapes(model: PreTrainedModel) -> dict[int, str]:
-    """Full-attention layer -> the shape of what it caches, in words; seen by running one token through the model."""
+_shapes: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, int, int]]] = weakref.WeakKeyDictionary()
+
+
+def token_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
+    """Full-attention layer -> (H, D of keys, D of values) of what it caches; seen by running one token through the
+    model."""
     if model not in _shapes:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=model.config)
-        with at_rest(model):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            model.base_model(ids, past_key_values=cache, use_cache=True)
-        layers: Any = cache.layers
-        _shapes[model] = {i: _shape(layers[i].keys, layers[i].values) for i in LayerGroups(model, 1).full}
+        layers = cached_layers(model)
+        _shapes[model] = {
+            i: (layers[i].keys.shape[1], layers[i].keys.shape[3], layers[i].values.shape[3])
+            for i in LayerGroups(model, 1).full
+        }
     return _shapes[model]
 
 
-def _shape(keys: Tensor, values: Tensor) -> str:
-    return f"{keys.shape[1]} heads of {keys.shape[3]} + {values.shape[3]} numbers"
+def cached_shapes(model: PreTrainedModel) -> dict[int, str]:
+    """Full-attention layer -> the shape of what it caches, in words."""
+    return {
+        i: f"{heads} heads of {keys} + {values} numbers" for i, (heads, keys, values) in token_shapes(model).items()
+    }

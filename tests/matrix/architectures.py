@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCABULARY = 256
 
@@ -321,22 +322,138 @@ CLASSES = {"mistral4": "Mistral4ForCausalLM"}
 """Classes of those that `AutoModelForCausalLM` does not know."""
 
 
+# ---- models that read pictures
+
+PICTURE = 16
+"""Tokens of a picture: four by four patches, or patches of patches."""
+BEFORE = 2
+"""Tokens of a text before its picture."""
+IMAGE = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+SEES = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+ROWS_AND_COLUMNS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+
+WITH_PICTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3",
+        WIDE | TURNS | {"query_pre_attn_scalar": 16},
+        SIGLIP,
+        {"mm_tokens_per_image": PICTURE, "image_token_index": 250, "boi_token_index": 252, "eoi_token_index": 253},
+    ),
+    "paligemma": (
+        "paligemma",
+        WIDE | {"model_type": "gemma"},
+        SIGLIP | {"model_type": "siglip_vision_model", "projection_dim": 64},
+        {"image_token_id": 250, "projection_dim": 64},
+    ),
+    "qwen2_vl": (
+        "qwen2_vl",
+        ROWS_AND_COLUMNS,
+        {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        IMAGE,
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        ROWS_AND_COLUMNS,
+        SEES | {"depth": 1, "window_size": 16, "fullatt_block_indexes": [0]},
+        IMAGE,
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        WIDE | ROWS_AND_COLUMNS,
+        SEES | {"depth": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        IMAGE,
+    ),
+    "glm4v": ("glm4v", ROWS_AND_COLUMNS, SEES | {"depth": 1, "image_size": 32}, IMAGE),
+    "mllama": (
+        "mllama",
+        {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        {"image_token_index": 250},
+    ),
+}
+"""Name, the type of its config, settings of its language model over `SHAPE`, of what sees, and of the whole."""
+
+NAMES = [*MODELS, *WITH_PICTURES]
+
+
+def pictures(model: Any, ids: Tensor, mask: Any) -> dict[str, Any]:
+    """What a model reads with a prompt: its ids, for models that see with a picture near the beginning of each row."""
+    kind, draw = model.config.model_type, torch.Generator().manual_seed(0)
+    if kind not in WITH_PICTURES:
+        return {"input_ids": ids}
+    rows, length = ids.shape
+    padded = isinstance(mask, Tensor) and mask.dim() == 2
+    starts = mask.argmax(1) if padded else torch.zeros(rows, dtype=torch.long)
+    places = torch.arange(length)[None] - starts[:, None] - BEFORE
+    seen = (places >= 0) & (places < (1 if kind == "mllama" else PICTURE))
+    given: dict[str, Any] = {"input_ids": torch.where(seen, 250, ids)}
+    if kind in ("gemma3", "paligemma"):
+        given |= {"pixel_values": torch.randn(rows, 3, 28, 28, generator=draw), "token_type_ids": seen.long()}
+    elif kind == "mllama":
+        one = torch.ones(rows, 1, dtype=torch.long)
+        given["pixel_values"] = torch.randn(rows, 1, 1, 3, 28, 28, generator=draw)
+        given |= {"aspect_ratio_ids": one, "aspect_ratio_mask": one[:, :, None]}
+        given["cross_attention_mask"] = torch.ones(rows, length, 1, 1, dtype=torch.long)
+    else:  # two frames of 8 x 8 patches of 4 x 4 points, of which 2 x 2 make one token
+        given["pixel_values"] = torch.randn(rows * 64, 3 * 2 * 4 * 4, generator=draw)
+        given["image_grid_thw"] = torch.tensor([[1, 8, 8]]).repeat(rows, 1)
+        given["mm_token_type_ids"] = seen.int()
+    return given
+
+
+# ---- making them
+
+
 def config(name: str) -> Any:
     """The config of the tiny model called `name`."""
+    if name in WITH_PICTURES:
+        kind, text, vision, whole = WITH_PICTURES[name]
+        return AutoConfig.for_model(kind, text_config=SHAPE | text, vision_config=vision, **whole)
     kind, own = MODELS[name]
     return AutoConfig.for_model(kind, **(SHAPE | own))
 
 
-def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     """The tiny model called `name`, always with the same weights.
 
     Raises:
         ValueError: when the model has no attention of this name.
     """
     torch.manual_seed(0)
-    maker = getattr(transformers, CLASSES[name])._from_config if name in CLASSES else AutoModelForCausalLM.from_config
-    model = maker(config(name), attn_implementation=attention)
-    model = model.to(dtype).eval()
+    maker: Any = AutoModelForImageTextToText if name in WITH_PICTURES else AutoModelForCausalLM
+    maker = getattr(transformers, CLASSES[name])._from_config if name in CLASSES else maker.from_config
+    model = maker(config(name), attn_implementation=attention).to(dtype).eval()
+    if name in WITH_PICTURES:
+        _open_eyes(model)
     # a text ends when the caller says so
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
+
+
+def _open_eyes(model: Any) -> None:
+    """Let pictures matter as they do in trained models: their tokens differ, and gates for them are open."""
+    for name, weight in model.named_parameters():
+        if "gate" in name and "cross_attn" in name:
+            weight.data.fill_(0.7)
+        elif weight.dim() > 1 and any(part in name for part in ("vision", "visual", "projector")):
+            weight.data.normal_(0, 0.5)

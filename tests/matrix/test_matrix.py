@@ -1,0 +1,38 @@
+"""Every architecture, stage and mode: exact, close, or refused before anything is computed.
+
+A small part runs with the other tests; `make matrix` runs all and writes the tables of docs/models.md.
+"""
+
+import pytest
+
+from .architectures import NAMES
+from .cells import run
+from .modes import MODES
+from .plan import ATTENTIONS, EVERYDAY, EXACT, cells
+from .table import Cell, write
+
+
+def check(cells):
+    wrong = [cell for cell in cells if cell.verdict.kind == "wrong"]
+    assert not wrong, "\n".join(f"{c.name} {c.attention}, {c.mode}, {c.stack}: {c.verdict.words}" for c in wrong)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_empty_stack_is_a_dynamic_cache(name):
+    found = [Cell(name, a, m, "empty", run(name, a, m, "empty")) for a in ATTENTIONS for m in ("plain", "left padding")]
+    check(found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_every_mode(name, mode):
+    check([Cell(name, "sdpa", mode, stack, run(name, "sdpa", mode, stack)) for stack in EXACT])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_all(name, attention):
+    found = [Cell(name, attention, mode, stack, run(name, attention, mode, stack)) for mode, stack in cells(attention)]
+    write(name, attention, found)
+    check(found)
