@@ -83,6 +83,8 @@ class _Reading:
 
 
 def _find(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> dict[int, Rope | None]:
+    if not modules:
+        return {}
     reader = _reader(model, modules)
     if "position_ids" not in parameters(reader):
         # nothing tells such a model a position, so nothing can be tried: its file says whether it rotates at all
