@@ -266,8 +266,9 @@ class KVStack(Cache):
         assert binding.model is not None
         recording = self.batch.recording  # assisted decoding says so before the first forward
         resting = {layer: binding.modules[layer] for layer in binding.shares}
+        rotary = [rope.call.module for rope in binding.rotary if rope.call is not None]
         try:
-            self._unhook = install(self, binding.model, resting)
+            self._unhook = install(self, binding.model, resting, rotary)
             self.binding = binding
             self.begin_again()
         except BaseException:  # as if it had never met the model
