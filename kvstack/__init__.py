@@ -27,6 +27,7 @@ __all__ = [
     "KNorm",
     "KVStack",
     "KVStackError",
+    "KVStackWarning",
     "KeyDiff",
     "Latent",
     "Packed",
@@ -42,6 +43,7 @@ __all__ = [
     "Streaming",
     "Transform",
     "UseError",
+    "WriteError",
     "__version__",
     "calibrate",
     "sensitivity",
@@ -53,7 +55,16 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .calibration.calibration import Calibration
     from .calibration.sensitivity import sensitivity
     from .encode.quant import Quant
-    from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
+    from .errors import (
+        BindError,
+        CalibrationError,
+        KVStackError,
+        KVStackWarning,
+        SpecError,
+        StageError,
+        UseError,
+        WriteError,
+    )
     from .packed import Packed
     from .report import Report
     from .select.evict import Evict
@@ -74,7 +85,16 @@ else:
         "calibration.calibrate": ("calibrate",),
         "calibration.calibration": ("Calibration",),
         "calibration.sensitivity": ("sensitivity",),
-        "errors": ("BindError", "CalibrationError", "KVStackError", "SpecError", "StageError", "UseError"),
+        "errors": (
+            "BindError",
+            "CalibrationError",
+            "KVStackError",
+            "KVStackWarning",
+            "SpecError",
+            "StageError",
+            "UseError",
+            "WriteError",
+        ),
         "packed": ("Packed",),
         "report": ("Report",),
         "stage": ("Encode", "Score", "Share", "Stage", "Transform"),

@@ -73,6 +73,10 @@ class FitsText(Codec):
         """A copy with `fitted` in place of its own: rows of it, or what was saved. Empty: not fitted any more."""
         raise NotImplementedError  # the other one
 
+    def check_fitted(self, group: Sequence[KV]) -> None:
+        """Raise `UseError` where `fitted`, which comes from a file, is not what `fit` makes of keys and values like
+        those of `group`. Every tensor has the rows of the batch, and no number is infinite."""
+
 
 class RefitsText(FitsText):
     """May be fitted again: to the decoded old tokens and the new ones, which are then all encoded anew."""

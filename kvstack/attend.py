@@ -24,7 +24,7 @@ from .binding import Binding
 from .errors import UseError
 from .lazy import Lazy, refusing_gradient
 from .model import masks
-from .model.attention import device_of, gives_queries
+from .model.attention import device_of, expands, gives_queries
 from .model.hooks import Call, running
 from .store.store import Store
 from .types import KV
@@ -64,7 +64,10 @@ class Promise:
 
     def holds(self, key: Tensor, value: Tensor) -> bool:
         """Whether attention was called with just these, or with what became of them by a move that moved nothing."""
-        return _same(key, self.kv.keys) and _same(value, self.kv.values)
+        return self.holds_keys(key) and _same(value, self.kv.values)
+
+    def holds_keys(self, key: Tensor) -> bool:
+        return _same(key, self.kv.keys)
 
 
 def _same(x: Tensor, promised: Tensor) -> bool:
@@ -114,11 +117,9 @@ class Attention:
                 f"{self.label} is bound to a {self.binding.name} and was given to another model. "
                 "A stack serves one model: make a new KVStack for the other."
             )
-        # a module that makes something else of what it reads applies the mask to that, by itself
+        # a module that makes something else of what it reads, or of its mask, needs a mask for just that
         indirect = call.layer in self.learned.scaling and call.layer not in self.learned.direct
-        if call.layer in self.batch.columns and (indirect or not gives_queries(call.module)):
-            return self._mask_for_module(call)
-        return call.mask
+        return self._mask_for_module(call) if indirect and call.layer in self.batch.columns else call.mask
 
     @torch.no_grad()
     def leave(self, call: Call) -> None:
@@ -159,23 +160,29 @@ class Attention:
         # learn how this layer attends
         scaling = kwargs.get("scaling")
         self.learned.scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if promise is None:
-            if looks:
-                raise UseError(
-                    f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
-                    'cannot work with it. Use a score without queries, such as "keydiff".'
-                )
-            return plain(query, key, value, mask)
-        self.learned.direct.add(call.layer)
+        known = own and (self._forward.promises[call.layer].holds_keys(key) or expands(call.module))
+        if own and looks and not known:
+            raise UseError(
+                f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
+                'cannot work with it. Use a score without queries, such as "keydiff".'
+            )
         # show the score the queries
-        if own and looks and call.layer not in self._bound.shares:
+        if known and looks and call.layer not in self._bound.shares:
             group, slot = self._bound.places[call.layer]
             for cohort in self.batch.cohorts:
                 if cohort.new:
                     cohort.stores[group].remember(slot, cohort.its(query), self.batch.recording)
-        if promise.whole:
+        if promise is not None and mask is call.mask:
+            self.learned.direct.add(call.layer)
+        # a mask that the module made may be made of what `update` returned, and is as wide as that
+        dense = promise is not None and (mask is call.mask or self._is_dense(mask, promise))
+        if promise is None or promise.whole or not dense:
             return plain(query, key, value, mask)
         return self._answer(call, promise, query, value.shape[-1], mask, kwargs, plain)
+
+    def _is_dense(self, mask: Any, promise: Promise) -> bool:
+        """Whether a mask is over all tokens that the model has seen."""
+        return not isinstance(mask, Tensor) or mask.shape[-1] >= self.batch.columns[promise.layer]
 
     # ---- what the cache is asked
 
@@ -223,7 +230,9 @@ class Attention:
         batch.check_complete()
         batch.catch_up(self.learned.scaling)
         seen = batch.seen
-        real = masks.real_tokens(call.mask, seen, new) if self.splits and call is not None else None
+        # a module that does not use the interface may mean anything by its mask
+        tells = self.splits and call is not None and gives_queries(call.module)
+        real = masks.real_tokens(call.mask, seen, new) if call is not None and tells else None
         self._forget()
         self._forward.begun, self._forward.new = True, new
         batch.begin(rows, new, real)
@@ -468,7 +477,6 @@ class Attention:
         mask, new = call.mask, call.mask.shape[2]
         dense = batch.columns[call.layer] + new
         width = max(s.held + c.new for s, c in zip(stores, batch.cohorts, strict=True))
-        heads = getattr(getattr(call.module, "config", None), "num_attention_heads", 1)
         parts = []
         for store, cohort in zip(stores, batch.cohorts, strict=True):
             columns = cohort.columns.of(cohort.seen, mask.device) if cohort.seen < dense else None
@@ -476,6 +484,7 @@ class Attention:
             before = cohort.seen - cohort.new
             old = store.positions(before) if store.held else torch.empty(1, 1, 0, dtype=torch.int32)
             fresh = torch.arange(before, cohort.seen, device=old.device).expand(*old.shape[:2], -1)
+            heads = self._bound.query_heads if old.shape[1] > 1 else 1
             parts.append(masks.fitted(part, torch.cat([old, fresh], dim=-1), heads))
         if len(parts) == 1 and batch.cohorts[0].places is None:
             return parts[0]

@@ -2,9 +2,9 @@
 
 contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
 abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
-values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens
+values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread and the figures behind them
-the model     LayerGroups, cached_shapes, expands, fingerprint, at_rest, observe
+the model     LayerGroups, cached_shapes, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
 calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
 """
 
@@ -16,13 +16,15 @@ from .calibration.calibrate import calibration_for
 from .calibration.calibration import Calibration
 from .calibration.keep import load_or_make
 from .calibration.windows import sample_ids, tokenizer_of, windows_of
+from .checks import check_places
 from .encode.bits import pack, unpack
 from .encode.channel_codes import GAIN_BITS, ChannelCodes
 from .encode.waterfilling import DISTORTION, STEPS, spread
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .files import write_bytes
+from .floats import fitting, saturated, wide
 from .model.attention import expands
-from .model.fingerprint import fingerprint
+from .model.fingerprint import fingerprint, is_of, kv_fingerprint
 from .model.layers import LayerGroups
 from .model.probing import at_rest, cached_shapes, observe
 from .packed import Packed, storage_bytes
@@ -88,18 +90,24 @@ __all__ = [
     "cached_shapes",
     "calibration_for",
     "check",
+    "check_places",
     "expands",
     "fingerprint",
+    "fitting",
     "flat",
+    "is_of",
+    "kv_fingerprint",
     "load_or_make",
     "observe",
     "pack",
     "sample_ids",
+    "saturated",
     "spread",
     "storage_bytes",
     "take_tokens",
     "tokenizer_of",
     "unpack",
+    "wide",
     "windows_of",
     "write_bytes",
 ]

@@ -8,9 +8,10 @@ select     nothing: it looks at tokens
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,20 +19,21 @@ from torch import nn
 from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
-from .errors import BindError, StageError
-from .model.attention import attention_modules, device_of, expands, gives_queries, reuses
-from .model.layers import FULL, layer_types
+from .errors import BindError, KVStackWarning, StageError
+from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
+from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
+from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
 from .model.rope import Rope, find_ropes
 from .select.evict import Evict
 from .stage import BoundTransform, Encode, Share, Stage, Transform
 from .store.plan import Plan, Spans
-from .store.store import Store
+from .store.store import Expand, Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Binding", "bind", "check_stages", "needs_model", "unbound"]
+__all__ = ["Binding", "bind", "check_stages", "is_fitted", "needs_model", "unbound"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Binding:
         ropes: how each layer rotates keys.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
+        adapters: those that were at work (PEFT): what was fitted to the model was fitted to these. `watch` tells those
+            of now.
     """
 
     plan: Plan
@@ -57,6 +61,8 @@ class Binding:
     modules: Mapping[int, nn.Module] = field(default_factory=dict)
     layer_types: Sequence[str] = ()
     layer_arguments: Sequence[Mapping[str, Any]] = ()
+    adapters: AdapterState = ()
+    watch: AdapterWatch | None = None
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     ends: Sequence[int] = field(init=False)
@@ -75,17 +81,37 @@ class Binding:
         """An empty store for every group."""
         size = self.plan.layers // self.plan.stored_together if self.plan.codecs else 0
         return [
-            Store(self.plan, group, self.plan.codecs[g * size : (g + 1) * size], self.ropes)
+            Store(self.plan, group, self.plan.codecs[g * size : (g + 1) * size], self.ropes, self._expansions)
             for g, group in enumerate(self.groups)
         ]
+
+    @property
+    def _expansions(self) -> dict[int, Expand]:
+        """How each layer that caches latents makes keys and values of them."""
+        return {i: cast(Any, module).expand_kv for i, module in self.modules.items() if expands(module)}
+
+    def serves(self, model: Any) -> bool:
+        """Whether `model` is the one this is for: the same, or the same one with or without its head."""
+        return self.model is not None and decoder_of(unwrapped(model)) is decoder_of(self.model)
+
+    def is_ours_alone(self, layer: int) -> bool:
+        """Whether transformers holds nothing of a layer: a hybrid one has a state, too, beside its keys and values."""
+        return layer in self.places and self.layer_types[layer] != "hybrid"
 
     def device_of(self, layer: int) -> torch.device:
         return device_of(self.modules[layer])
 
     @property
+    def query_heads(self) -> int:
+        """Query heads of a layer."""
+        assert self.model is not None
+        heads: int = self.model.config.get_text_config(decoder=True).num_attention_heads
+        return heads
+
+    @property
     def last(self) -> int:
         """The last layer of a forward that is compressed."""
-        return max(self.ends)
+        return max(self.ends, default=-1)
 
 
 def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
@@ -94,11 +120,15 @@ def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
+def is_fitted(stages: Sequence[Stage]) -> bool:
+    """Whether some of these stages are fitted to the weights of a model."""
+    return any(isinstance(stage, Transform | Share) for stage in stages)
+
+
 def needs_model(stages: Sequence[Stage]) -> bool:
     """Whether these stages cannot work for a caller that is no transformers model."""
     evict = _of_kind(stages, Evict)
-    fitted = any(isinstance(stage, Transform | Share) for stage in stages)
-    return fitted or (evict is not None and evict.looks_at_queries)
+    return is_fitted(stages) or (evict is not None and evict.looks_at_queries)
 
 
 def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
@@ -110,29 +140,62 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
     Raises:
         BindError: a stage and the model cannot work together.
     """
+    model = unwrapped(model)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise BindError(
             f"{name} is an encoder-decoder: kvstack compresses decoder-only models. Use transformers' own cache for it."
         )
-    types, arguments = layer_types(model)
-    modules = attention_modules(model)
-    full = [i for i, kind in enumerate(types) if kind == FULL]
-    lost = [i for i in full if i not in modules]
-    if lost or not modules:
-        where = f"layers {lost}" if lost and modules else "it"
-        raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of {where} takes one.")
+    if getattr(model.config.get_text_config(decoder=True), "add_cross_attention", False):
+        raise BindError(
+            f"{name} was made with add_cross_attention=True, as the decoder of an encoder-decoder: kvstack compresses "
+            "decoder-only models. Use transformers' own cache for it."
+        )
+    layers = find_layers(model)
+    full, modules, types = layers.full, layers.modules, layers.types
+    watch = AdapterWatch(model)
+    adapters = watch.state()
+    if differ_by_row(adapters) and is_fitted(stages):
+        raise BindError(
+            f"the rows of this batch have an adapter each ({in_words(adapters)}), and {who} is fitted to one. Use one "
+            "adapter for all rows, or stages that are not fitted to a model, such as Quant and Evict."
+        )
     plan, shares, ropes = Plan(None, None, None, *spans), dict[int, int](), dict[int, Rope | None]()
-    if stages:
-        _check_model(who, stages, name, full, types, modules)
+    if stages and not full:
+        _check_takes_cache(name, model)
+        warnings.warn(_nothing_to_do(who, name, layers), KVStackWarning, stacklevel=4)
+    elif stages:
+        _check_model(who, stages, name, full, modules)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             shares = _shares(stages, model, full, modules)
             ropes = find_ropes(model, {i: modules[i] for i in full}, types)
             plan = _plan(stages, model, [i for i in full if i not in shares], spans)
         _check_ropes(plan.transform, name, ropes)
+        if layers.growing:
+            left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
+            warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    return Binding(plan, groups, model, name, shares, ropes, modules, types, arguments)
+    return Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments, adapters, watch)
+
+
+def _check_takes_cache(name: str, model: PreTrainedModel) -> None:
+    if not any(takes_cache(module) for module in model.modules()):
+        raise BindError(f"{name} has no kv cache that kvstack can find: no attention module of it takes one.")
+
+
+def _nothing_to_do(who: str, name: str, layers: Layers) -> str:
+    holds = {layer: f"they hold {what}" for layer, what in layers.fixed.items()}
+    why = _by_reason({**holds, **layers.growing})
+    return f"{who} has nothing to compress in {name} and works as transformers' own cache: {why}."
+
+
+def _by_reason(reasons: Mapping[int, str]) -> str:
+    """`layers 0, 2 (why); layers 1 (another why)`."""
+    layers: dict[str, list[int]] = {}
+    for layer, reason in sorted(reasons.items()):
+        layers.setdefault(reason, []).append(layer)
+    return "; ".join(f"layers {', '.join(map(str, which))} ({reason})" for reason, which in layers.items())
 
 
 def _grouped(layers: Sequence[int], size: int) -> list[list[int]]:
@@ -196,19 +259,8 @@ def _check_nesting(transform: Transform, layers: int | None, evict: Any) -> None
 
 
 def _check_model(
-    who: str,
-    stages: Sequence[Stage],
-    name: str,
-    full: Sequence[int],
-    types: Sequence[str],
-    modules: Mapping[int, nn.Module],
+    who: str, stages: Sequence[Stage], name: str, full: Sequence[int], modules: Mapping[int, nn.Module]
 ) -> None:
-    if not full:
-        kinds = ", ".join(sorted(set(types)))
-        raise BindError(
-            f"{name} has only layers of type {kinds}, whose memory is bounded already, so {who} has nothing "
-            "to compress. Use a DynamicCache."
-        )
     transform, evict, share = (_of_kind(stages, kind) for kind in (Transform, Evict, Share))
     if share is None and transform and transform.layers and len(full) % transform.layers:
         divisors = [n for n in range(1, len(full) + 1) if len(full) % n == 0]
@@ -217,11 +269,8 @@ def _check_model(
             f"layers, which do not divide. Use layers= one of {divisors}."
         )
     silent = [i for i in full if not gives_queries(modules[i])]
-    if silent and evict and evict.looks_at_queries:
-        raise BindError(
-            f"{evict!r} needs the queries, and the attention of {name} (layer {silent[0]}) does not go through "
-            'transformers\' interface, so it gives none. Use score="keydiff", "knorm" or "streaming".'
-        )
+    if evict:
+        _check_evict(evict, name, modules, full)
     if share:
         problem = None
         if silent:
@@ -233,6 +282,26 @@ def _check_model(
                 f"{share!r} lets layers read each other's keys and values, and {problem}. "
                 f"Leave {share!r} out for this model."
             )
+
+
+def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full: Sequence[int]) -> None:
+    """Refuse attention whose masks and position biases are as wide as all that was seen, where nobody can cut them to
+    what is held. The one place to lift this."""
+    for layer in full:
+        if not gives_queries(modules[layer]):
+            lacks = "needs the queries" if evict.looks_at_queries else "drops tokens"
+            why = (
+                "does not go through transformers' interface: it gives no queries, and its masks and biases count "
+                "every token it has seen"
+            )
+        elif counts_tokens(modules[layer]):
+            lacks, why = "drops tokens", "makes a bias of its own that counts every token it has seen"
+        else:
+            continue
+        raise BindError(
+            f"{evict!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: "
+            "stages that keep all tokens work."
+        )
 
 
 def _shares(
@@ -268,7 +337,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         return Plan(evict, None, encode, *spans)
     bound: BoundTransform = transform.bind(model, layers)
     _check_nesting(transform, bound.layers, evict)
-    if len(layers) % bound.layers:
+    if len(layers) % bound.layers and not bound.remainder:
         divisors = [n for n in range(1, len(layers) + 1) if len(layers) % n == 0]
         raise BindError(
             f"{transform!r} stores {bound.layers} layers together, and {len(layers)} layers of {type(model).__name__} "

@@ -23,11 +23,12 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLay
 from . import accounting, disk
 from .attend import Attention, Learned
 from .batch import Batch
-from .binding import Binding, bind, check_stages, needs_model, unbound
+from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound
 from .errors import BindError, StageError, UseError
+from .model.adapters import in_words, unwrapped
 from .model.arming import arm
+from .model.head import with_head
 from .model.hooks import install, running
-from .model.layers import FULL
 from .packed import storage_bytes
 from .report import Report
 from .spec import parse, to_dict, to_spec
@@ -179,7 +180,7 @@ class KVStack(Cache):
 
     def bind(self, model: PreTrainedModel) -> Self:
         """Fit the stages to `model` and put the hooks on it. Done by itself at the first forward."""
-        if self.binding is not None and self.binding.model is model:
+        if self.binding is not None and self.binding.serves(model):
             return self
         if self.binding is not None:
             raise BindError(
@@ -187,19 +188,57 @@ class KVStack(Cache):
             )
         return self._adopt(bind(repr(self), self.stages, model, self._spans))
 
+    def bind_met(self, model: PreTrainedModel) -> Self:
+        """Bind to the outermost model that ran with this stack. What is fitted asks for predictions, so where only an
+        inner model ran (`model.model(...)`, to save the logits), it is fitted to the causal model that holds that."""
+        whole = with_head(unwrapped(model)) if is_fitted(self.stages) else None
+        return self.bind(model if whole is None else whole)
+
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
         recording = self.batch.recording  # assisted decoding says so before the first forward
-        self.binding = binding
-        self.reset()
-        if recording:
-            self.activate_past_recording()
         resting = {layer: binding.modules[layer] for layer in binding.shares}
-        self._unhook = install(self, binding.model, resting)
+        try:
+            self._unhook = install(self, binding.model, resting)
+            self.binding = binding
+            self.begin_again()
+        except BaseException:  # as if it had never met the model
+            self.unbind()
+            self.binding, self.layers = None, []
+            self._serve(Batch(self._unbound(0), self._work))
+            if recording:
+                self.batch.record()
+            raise
         if self._disarm is not None:
             self._disarm()
             self._disarm = None
         return self
+
+    def begin_forward(self) -> None:
+        """The model begins a forward with this cache (its watched forward says so). With other adapters than before,
+        the stages are fitted again; where tokens are held, they would mean something else: it is refused."""
+        binding = self.binding
+        if binding is None or binding.model is None or binding.watch is None:
+            return
+        if self.batch.size is not None:
+            self._check_adapters("continued")
+        elif binding.watch.state() != binding.adapters:
+            again = bind(repr(self), self.stages, binding.model, self._spans)
+            self.unbind()
+            self._adopt(again)
+
+    def _check_adapters(self, done: str) -> None:
+        """Raise `UseError` where other adapters are at work than the tokens held were computed with."""
+        if self.binding is None or self.binding.watch is None or self.batch.size is None:
+            return
+        then, now = self.binding.adapters, self.binding.watch.state()
+        if then != now:
+            was, is_now = in_words(then), in_words(now)
+            how = f"{is_now} is active now" if is_now != was else "that has another factor or other layers now"
+            raise UseError(
+                f"{self!r} holds tokens that {self.binding.name} computed with {was}, and {how}, so it cannot "
+                f"be {done}. Switch back, or use reset() or another stack."
+            )
 
     def unbind(self) -> None:
         """Take the hooks off the model. The stack keeps its tokens, but can no longer be used in a forward."""
@@ -211,25 +250,27 @@ class KVStack(Cache):
         return unbound(self.stages, layers, self._spans)
 
     def _new_layers(self, binding: Binding) -> list[Any]:
+        kinds = zip(binding.layer_types, binding.layer_arguments, strict=True)
         return [
-            StackLayer() if kind == FULL else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
-            for kind, arguments in zip(binding.layer_types, binding.layer_arguments, strict=True)
+            # a hybrid layer holds its state itself, and its keys and values are ours
+            StackLayer() if binding.is_ours_alone(layer) else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            for layer, (kind, arguments) in enumerate(kinds)
         ]
 
     @property
     def _others(self) -> list[Any]:
-        """The layers that are not ours to compress, as transformers made them."""
-        return [other for layer, other in enumerate(self.layers) if layer not in self.batch.binding.places]
+        """The layers that hold something that is not ours to compress, as transformers made them."""
+        return [layer for layer in self.layers if not isinstance(layer, StackLayer)]
 
     # ---- lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens the model has fed through a layer, padding included; not how many are held."""
+        if layer_idx == 0:  # layers that count no tokens are passed over, as in DynamicCache
+            layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), 0)
         if layer_idx in self.batch.columns:
             return self.batch.columns[layer_idx]
-        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CacheLayerMixin):
-            return cast(int, super().get_seq_length(layer_idx))
-        return self.seen
+        return cast(int, super().get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(tokens that the model has seen, the new ones included, 0), as for a DynamicCache: the stack takes what it
@@ -245,7 +286,7 @@ class KVStack(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.batch.size is not None
+        return self.batch.size is not None if self.batch.columns else cast(bool, super().is_initialized)
 
     @property
     def batch_size(self) -> int:
@@ -253,8 +294,10 @@ class KVStack(Cache):
 
     @property
     def seen(self) -> int:
-        """Tokens the model saw, padding included."""
-        return self.batch.seen
+        """Tokens the model saw, padding included; 0 where no layer of it counts them."""
+        if self.batch.columns:
+            return self.batch.seen
+        return max((layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)), default=0)
 
     @property
     def held(self) -> int:
@@ -283,14 +326,14 @@ class KVStack(Cache):
         call = running()
         if self.binding is None:
             self._grow_unbound(layer_idx)
+        elif layer_idx not in self.batch.columns:  # transformers caches it
+            return cast(tuple[Tensor, Tensor], super().update(key_states, value_states, layer_idx, *args, **kwargs))
         elif call is None or call.listener is not self.attention_listener:
             raise UseError(
                 f"{self!r} is bound to a {self.binding.name}, and something else called its update. A stack serves "
                 "one model: make a new KVStack for another, and call the model, not its cache. Hooks do not run inside "
                 "a model that torch.compile compiled whole: leave it uncompiled, or compile its mlp blocks."
             )
-        if layer_idx not in self.batch.columns:
-            return cast(tuple[Tensor, Tensor], super().update(key_states, value_states, layer_idx, *args, **kwargs))
         return self.attention_listener.update(key_states, value_states, layer_idx)
 
     def _grow_unbound(self, layer_idx: int) -> None:
@@ -343,16 +386,22 @@ class KVStack(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        for other in self._others:
-            other.batch_repeat_interleave(repeats)
-        if self.batch.size is not None:
-            self._select_rows(torch.arange(self.batch.size).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self._rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows at `indices`."""
+        rows = torch.arange(self._rows, device=indices.device)[indices]  # they may be a boolean mask
         for other in self._others:
-            other.batch_select_indices(indices)
+            other.reorder_cache(rows)  # the one way to choose rows that layers of every kind have
         self._select_rows(indices)
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the batch; 0 before the first forward."""
+        if self.batch.size is not None:
+            return self.batch.size
+        held = (x for other in self._others for x in accounting.tensors_in(vars(other)) if x.dim() > 2)
+        return next((x.shape[0] for x in held), 0)
 
     def _select_rows(self, indices: Tensor) -> None:
         if self.batch.size is not None:
@@ -373,6 +422,13 @@ class KVStack(Cache):
             self.layers = self._new_layers(self.binding)
         self._work.clear()
         self._serve(Batch(self.binding or self._unbound(0), self._work))
+
+    def begin_again(self) -> None:
+        """Forget everything as `reset` does, where a running generation is about to read the whole text again."""
+        recording = self.batch.recording  # assisted decoding says so once, before its first forward
+        self.reset()
+        if recording:
+            self.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
         import copy
@@ -401,9 +457,16 @@ class KVStack(Cache):
             path: the file.
             compress: deflate every tensor that gets smaller by it (zlib, level 9), which takes longer. `load` reads
                 both, and gives back the same bits.
+
+        A file that was there stays as it is until the new one is complete, keeps its permissions, and is replaced where
+        `path` is a symbolic link to it.
+
+        Raises:
+            UseError: the stack is not bound yet. WriteError: the file cannot be written.
         """
         if self.binding is None:
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
+        self._check_adapters("saved")
         self._catch_up()
         disk.write(path, self.to_dict(), self.batch, self._learned, self._others, compress)
 
@@ -412,13 +475,20 @@ class KVStack(Cache):
     def load(cls, path: str | os.PathLike[str], *, model: PreTrainedModel) -> Self:
         """A stack that goes on where the one that was saved to `path` stopped.
 
+        The model reads one token first: what it caches tells how large every tensor of the file must be. Tensors go
+        where the layers of `model` are, wherever they were saved.
+
         Raises:
-            UseError: no such file, damaged, or saved with another model or calibration.
+            UseError: no such file, damaged, saved with another model or calibration, or by a newer kvstack.
         """
         saved = disk.load(path)
         saved.check(model)
-        stack = cls.from_spec(saved.stack, model=model)
-        saved.fill(repr(stack), stack.batch, stack._learned, stack._others)
+        stack = saved.stack(lambda settings: cls.from_spec(settings, model=model))
+        try:
+            saved.fill(repr(stack), stack.batch, stack._learned, stack._others)
+        except BaseException:
+            stack.unbind()
+            raise
         return stack
 
     # ---- bytes

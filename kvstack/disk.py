@@ -11,30 +11,39 @@ the bytes of each tensor are deflated where that makes them fewer; "deflated" in
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .attend import Learned
 from .batch import Batch, Cohort
+from .binding import Binding
+from .checks import Get, Misfit, Tensors, count, entries, items, misfit, pairs
 from .columns import Columns
-from .errors import UseError
-from .files import read_tensors, write_tensors
-from .model.fingerprint import fingerprint
+from .errors import KVStackError, UseError
+from .files import DTYPES, MOST_NUMBERS, parsed_json, read_tensors, write_tensors
+from .model.adapters import unwrapped
+from .model.attention import expands, gives_queries
+from .model.fingerprint import is_of, kv_fingerprint
+from .model.probing import cached_layers
+from .other_layers import describe_layer, fill_layer
 from .store.store import Store
+from .types import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Saved", "Writer", "describe_layer", "load", "restored", "write"]
+__all__ = ["Saved", "Writer", "load", "write"]
 
 FORMAT = "kvstack cache 1"
 
@@ -46,15 +55,16 @@ class Writer:
         self.compress = compress
         self.tensors: dict[str, Tensor] = {}
         self.deflated: dict[str, tuple[str, list[int]]] = {}
-        self._known: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+        self._known: dict[tuple[Any, ...], str] = {}
 
     def put(self, x: Tensor | None) -> str | None:
         if x is None:
             return None
-        key = (x.data_ptr(), tuple(x.shape), x.stride())  # what several share is written once
+        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x.device)  # what several share is written once
         if key not in self._known or not x.numel():
             name = self._known[key] = str(len(self.tensors))
-            self.tensors[name] = x.contiguous()
+            whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+            self.tensors[name] = x.contiguous() if whole else x.clone(memory_format=torch.contiguous_format)
             if self.compress:
                 self._deflate(name)
         return self._known[key]
@@ -66,11 +76,6 @@ class Writer:
         if len(smaller) < plain.nbytes:
             self.tensors[name] = torch.frombuffer(bytearray(smaller), dtype=torch.uint8)
             self.deflated[name] = str(x.dtype).removeprefix("torch."), list(x.shape)
-
-
-def _inflated(x: Tensor, dtype: str, shape: list[int]) -> Tensor:
-    plain = torch.frombuffer(bytearray(zlib.decompress(x.numpy().data)), dtype=torch.uint8)
-    return plain.view(getattr(torch, dtype)).view(shape)
 
 
 def write(
@@ -86,7 +91,7 @@ def write(
     assert binding.model is not None
     described = {
         "stack": stack,
-        "model": fingerprint(binding.model),
+        "model": kv_fingerprint(binding.model),
         "dtype": str(binding.model.dtype),
         "batch": batch.size,
         "columns": list(batch.columns.items()),
@@ -103,7 +108,7 @@ def write(
             }
             for cohort in batch.cohorts
         ],
-        "others": [describe_layer(layer, writer) for layer in others],
+        "others": [describe_layer(layer, writer.put) for layer in others],
     }
     described["deflated"] = writer.deflated
     write_tensors(Path(path), writer.tensors, {"format": FORMAT, "cache": json.dumps(described)})
@@ -127,117 +132,263 @@ def _fitted(store: Store) -> list[str]:
     return [codec.fingerprint for codec in store.codecs]
 
 
-def describe_layer(layer: Any, writer: Writer) -> dict[str, Any]:
-    """All that a layer of transformers holds, in JSON with tensors by name."""
-    known = {name: x for name, x in vars(layer).items() if not isinstance(x, (torch.dtype, torch.device))}
-    return {name: _described(x, writer, f"{type(layer).__name__}.{name}") for name, x in known.items()}
-
-
-def _described(x: Any, writer: Writer, where: str) -> Any:
-    if isinstance(x, Tensor):
-        return {"tensor": writer.put(x), "device": str(x.device)}
-    if isinstance(x, Mapping):
-        return {"items": [[key, _described(value, writer, where)] for key, value in x.items()]}
-    if isinstance(x, (list, tuple)):
-        return [_described(value, writer, where) for value in x]
-    if isinstance(x, (bool, int, float, str, type(None))):
-        return x
-    raise UseError(f"{where} is a {type(x).__name__}, which cannot be saved: this model's cache stays in memory.")
-
-
-def restored(x: Any, get: Any) -> Any:
-    if isinstance(x, dict) and "tensor" in x:
-        return get(x["tensor"], torch.device(x["device"]))
-    if isinstance(x, dict):
-        return {key: restored(value, get) for key, value in x["items"]}
-    return [restored(value, get) for value in x] if isinstance(x, list) else x
-
-
 @dataclass(frozen=True)
 class Saved:
-    """A file that was read.
+    """A file that was read. Its description has the right keys; what they hold is checked when a stack is filled.
 
     Attributes:
         name: the file, as messages name it.
-        described: its description; tensors: by the names in it.
+        described: its description.
+        tensors: by the names in it.
     """
 
     name: str
     described: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def stack(self) -> dict[str, Any]:
-        """The dict that builds the stack."""
-        stack: dict[str, Any] = self.described["stack"]
-        return stack
+    tensors: Tensors
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model before anything is fitted to it."""
-        kind, described = type(model).__name__, self.described
-        if described["model"] != fingerprint(model):
-            raise UseError(f"{self.name!r} was saved with another model than this {kind}. Load it with that.")
+        kind, described = type(unwrapped(model)).__name__, self.described
+        if not is_of(described["model"], model):
+            raise UseError(
+                f"{self.name!r} was saved with another model than this {kind}, or another adapter. Load it with that."
+            )
         if described["dtype"] != str(model.dtype):
             raise UseError(
                 f"{self.name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}."
             )
 
+    @contextmanager
+    def named(self, label: str) -> Iterator[None]:
+        """Let every error name this file, and the stack `label` that it does not fit."""
+        try:
+            yield
+        except Misfit as error:
+            raise UseError(f"{self.name!r} does not fit {label}: {error} Save it again.") from error
+        except KVStackError as error:
+            raise UseError(f"{self.name!r} does not fit {label}: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except UNEXPECTED as error:  # of a plugin's codec or score, which got numbers that it never makes
+            raise UseError(f"{self.name!r} does not fit {label}: {error!r}. Save it again.") from error
+
+    def stack(self, build: Callable[[Mapping[str, Any]], S]) -> S:
+        """The stack that is described, still empty."""
+        with self.named("this model, or what is installed here"):
+            settings = self.described["stack"]
+            return build(settings if isinstance(settings, dict) else entries(settings, "the stack", ()))
+
     def fill(self, label: str, batch: Batch, learned: Learned, others: Sequence[Any]) -> None:
         """Fill the empty batch of the stack `label`, and the layers that transformers caches."""
+        with self.named(label):
+            binding = batch.binding
+            assert binding.model is not None
+            # the model tells what a token takes, not the file
+            layers = cached_layers(binding.model)
+            layouts = {layer: _layout(binding, layer, layers[layer]) for group in binding.groups for layer in group}
+            self._fill_batch(batch)
+            self._fill_learned(learned, binding)
+            self._check_shapes(batch, layouts)
+            rows, seen = batch.size, max(batch.columns.values(), default=None)
+            batch.cohorts = self._cohorts(binding, layouts, rows, seen)
+            models = [
+                _state_of(layer) if i in binding.places else layer
+                for i, layer in enumerate(layers)
+                if not binding.is_ours_alone(i)
+            ]
+            held = items(self.described["others"], "the list of other layers", len(others))
+            for other, model, state in zip(others, models, held, strict=True):
+                fill_layer(other, model, state, self.tensors, rows, seen)
+
+    def _fill_batch(self, batch: Batch) -> None:
         described, binding = self.described, batch.binding
-        if dict(described.get("shares", [])) != dict(binding.shares):
+        if pairs(described.get("shares", []), "the list of layers that read others") != dict(binding.shares):
             raise UseError(
-                f"{self.name!r} was saved where other layers shared keys and values than {label} lets share here. Keep "
-                "what it was made with beside the cache."
+                "it was saved where other layers shared keys and values than they do here. Keep what the stack was "
+                "made with beside the cache."
             )
-        batch.size = described["batch"]
-        batch.columns = dict(described["columns"])
-        batch.shapes = {layer: (numbers, size) for layer, numbers, size in described["shapes"]}
-        learned.scaling, learned.direct = dict(described["scaling"]), set(described["direct"])
-        cohorts = []
-        for entry in described["cohorts"]:
-            rows = None if entry["rows"] is None else torch.tensor(entry["rows"])
-            # files of 0.1 knew of padding on the left only
-            runs = entry.get("columns", [[0, max(batch.columns.values(), default=0) - entry["seen"]]])
-            columns = Columns(tuple((token, column) for token, column in runs))
-            cohort = Cohort(rows, binding.stores(), entry["seen"], columns)
-            for store, state in zip(cohort.stores, entry["stores"], strict=True):
-                self._fill_store(store, state, [binding.device_of(layer) for layer in store.layers])
-            cohorts.append(cohort)
-        batch.cohorts = cohorts
-        for layer, held in zip(others, described["others"], strict=True):
-            for key, value in held.items():
-                setattr(layer, key, restored(value, self._get))
+        fed = pairs(described["columns"], "the list of tokens fed to each layer")
+        columns = {layer: count(tokens, f"the number of tokens fed to layer {layer}") for layer, tokens in fed.items()}
+        if columns.keys() != batch.columns.keys() or len(set(columns.values())) > 1:
+            raise misfit(f"tokens are counted for layers {list(columns)}, or not equally many in each.")
+        batch.columns = columns
+        batch.size = None if described["batch"] is None else count(described["batch"], "the number of rows", 1)
 
-    def _fill_store(self, store: Store, state: Mapping[str, Any], devices: Sequence[torch.device]) -> None:
-        stage = store.plan.transform.stage if store.plan.transform else None
-        if state["fitted"] != _fitted(store):
-            raise UseError(
-                f"{self.name!r} was saved with another calibration than {stage!r} has here. "
-                f"Keep the calibration with the cache: {type(stage).__name__}(calibration=PATH)."
+    def _check_shapes(self, batch: Batch, layouts: Mapping[int, Layout]) -> None:
+        """Take over what a dense cache would hold, which the model tells as well."""
+        shapes = pairs(self.described["shapes"], "the list of shapes", 2)
+        shares = batch.binding.shares
+        expected = {}
+        for layer in batch.columns if batch.size is not None else ():
+            layout = layouts[shares.get(layer, layer)]
+            expected[layer] = [layout.numbers, layout.key_dtype.itemsize]
+        if shapes != expected:
+            raise misfit(
+                f"a token takes {shapes} numbers and bytes of each, and with this model it takes {expected}. A cache "
+                "that was made under autocast is loaded under autocast."
             )
-        size = store.plan.stored_together
-        bases = state.get("bases") or [{}] * len(store.codecs)
-        parts: list[dict[str, Any]] = [
-            {"codes": [], "bases": bases[i] if bases else {}} for i in range(len(store.sealed))
+        batch.shapes = {layer: (numbers, size) for layer, (numbers, size) in expected.items()}
+
+    def _fill_learned(self, learned: Learned, binding: Binding) -> None:
+        scaling = pairs(self.described["scaling"], "the list of scalings")
+        for layer, factor in scaling.items():
+            known = layer in binding.places and type(factor) in (int, float)
+            if not known or not 0 < abs(factor) <= MOST_SCALING:
+                raise misfit(f"the scaling of layer {layer} is {factor!r}.")
+        direct = items(self.described["direct"], "the list of layers that attend to what they cache")
+        for layer in direct:
+            module = binding.modules.get(layer) if type(layer) is int and layer in binding.places else None
+            if module is None or not gives_queries(module) or expands(module):
+                raise misfit(f"layer {layer!r} does not attend to what it caches.")
+        learned.scaling, learned.direct = {i: float(factor) for i, factor in scaling.items()}, set(direct)
+
+    # ---- rows
+
+    def _cohorts(
+        self, binding: Binding, layouts: Mapping[int, Layout], rows: int | None, columns: int | None
+    ) -> list[Cohort]:
+        described = [
+            entries(entry, "a cohort", COHORT, ["columns"])
+            for entry in items(self.described["cohorts"], "the list of cohorts")
         ]
-        for entry in state["sealed"]:
-            parts[entry["slot"] // size]["codes"].append(entry)
-        tracks = {**state, "sealed": parts, "kept": [state["kept"]]}
-        gets = [partial(self._get, device=device) for device in devices]
-        store.restore(tracks, state["sealed_tokens"], gets)
+        numbers = [each["rows"] for each in described]
+        if numbers != [None]:
+            every = [row for mine in numbers for row in items(mine, "the rows of a cohort")]
+            counts = all(type(row) is int for row in every) and [] not in numbers and len(every) == rows
+            if not counts or sorted(every) != list(range(len(every))):
+                raise misfit(f"the rows of the cohorts, {numbers}, do not part {rows} rows.")
+        cohorts = []
+        for entry in described:
+            mine = None if entry["rows"] is None else torch.tensor(entry["rows"])
+            most = columns if rows is not None else 0
+            seen = count(entry["seen"], "the number of tokens seen", 0, most)
+            cohort = Cohort(mine, binding.stores(), seen, _columns(entry.get("columns"), seen, most or 0))
+            states = items(entry["stores"], "the list of groups of layers", len(cohort.stores))
+            for store, state in zip(cohort.stores, states, strict=True):
+                get = Get(
+                    self.tensors.read,
+                    store.layers,
+                    [layouts[layer] for layer in store.layers],
+                    rows=(rows or 0) if mine is None else len(mine),
+                    seen=seen,
+                    sealed=0,
+                )
+                _fill_store(store, state, get)
+            if len({store.held for store in cohort.stores}) > 1:
+                raise misfit(f"its layers hold {sorted({store.held for store in cohort.stores})} tokens.")
+            cohorts.append(cohort)
+        return cohorts
 
-    def _get(self, key: str | None, device: torch.device) -> Tensor | None:
-        return None if key is None else self.tensors[key].to(device)
+
+S = TypeVar("S")
+COHORT = ("rows", "seen", "stores")
+"""What is said of a cohort."""
+NEEDED = ("stack", "model", "dtype", "batch", "columns", "shapes", "scaling", "direct", "cohorts", "others")
+LATER = ("shares", "deflated")
+"""What is said of a cache, and what the first versions did not say."""
+STORE = ("sealed_tokens", "fitted")
+"""What is said of a store beside its tracks; the first versions said nothing of `bases`."""
+MOST_SCALING = 1e6
+UNEXPECTED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _state_of(layer: Any) -> Any:
+    """A hybrid layer without its keys and values, which are ours."""
+    from transformers.cache_utils import DynamicLayer
+
+    state = copy.copy(layer)
+    vars(state).update(vars(DynamicLayer()))
+    return state
+
+
+def _columns(described: Any, seen: int, most: int) -> Columns:
+    """Where the `seen` tokens of a cohort stand among `most` columns. Files of the first version say nothing of it:
+    they knew of padding on the left only."""
+    if described is None:
+        return Columns(((0, most - seen),) if seen else ())
+    runs: list[tuple[int, int]] = []
+    token = column = 0
+    for run in items(described, "the runs of a cohort"):
+        first, at = (count(x, "a run of a cohort") for x in items(run, "a run of a cohort", 2))
+        if runs:
+            column = runs[-1][1] + first - runs[-1][0]  # where the tokens before it end
+        if first < token or first >= seen or at < column or (runs and at == column) or (not runs and first):
+            raise misfit(f"the runs of a cohort, {described}, are not those of {seen} tokens.")
+        runs.append((first, at))
+        token = first + 1
+    if bool(runs) != bool(seen) or (runs and runs[-1][1] + seen - runs[-1][0] > most):
+        raise misfit(f"the runs of a cohort, {described}, are not those of {seen} tokens in {most} columns.")
+    return Columns(tuple(runs))
+
+
+def _layout(binding: Binding, layer: int, held: Any) -> Layout:
+    """What the model caches for a token in a layer, of which transformers' own cache has `held` a token."""
+    keys, values, module = held.keys, held.values, binding.modules[layer]
+    assert binding.model is not None
+    return Layout(
+        keys.shape[1],
+        int(getattr(module, "num_key_value_groups", 0)),
+        keys.shape[3],
+        values.shape[3],
+        keys.dtype,
+        values.dtype,
+        binding.model.config.get_text_config(decoder=True).hidden_size,
+        binding.device_of(layer),
+    )
+
+
+def _fill_store(store: Store, state: Any, get: Get) -> None:
+    stage = store.plan.transform.stage if store.plan.transform else None
+    described = entries(state, get.where("what is held"), [*STORE, *store.names], ["bases"])
+    if described["fitted"] != _fitted(store):
+        raise UseError(
+            f"it was saved with another calibration than {stage!r} has here. "
+            f"Keep the calibration with the cache: {type(stage).__name__}(calibration=PATH)."
+        )
+    sealed = count(described["sealed_tokens"], get.where("the number of sealed tokens"), 0, get.seen)
+    # sealed tokens are one list, each entry with its slot
+    size = store.plan.stored_together
+    bases = items(described.get("bases") or [{}] * len(store.codecs), get.where("bases"), len(store.codecs))
+    parts: list[dict[str, Any]] = [{"codes": [], "bases": bases[i] if bases else {}} for i in range(len(store.sealed))]
+    for entry in items(described["sealed"], get.where("sealed tokens")):
+        slot = entry.get("slot") if isinstance(entry, dict) else None
+        if type(slot) is not int or slot % size or not 0 <= slot // size < len(parts):
+            raise misfit(f"{get.where('sealed tokens')} are not at one of {len(parts)} places.")
+        parts[slot // size]["codes"].append(entry)
+    store.restore({**described, "sealed": parts, "kept": [described["kept"]]}, replace(get, sealed=sealed))
 
 
 def load(path: str | os.PathLike[str]) -> Saved:
-    """Read a file that `write` wrote."""
-    again = "Save it again."
+    """Read a file that `write` wrote.
+
+    Raises:
+        UseError: no such file, damaged, or of another version.
+    """
+    again, name = "Save it again.", os.fspath(path)
     metadata, tensors = read_tensors(Path(path), UseError, "cache", again)
     if metadata.get("format") != FORMAT:
-        raise UseError(f"{os.fspath(path)!r} is no cache of this version of kvstack. {again}")
-    described = json.loads(metadata["cache"])
-    for key, (dtype, shape) in described.get("deflated", {}).items():
-        tensors[key] = _inflated(tensors[key], dtype, shape)
-    return Saved(os.fspath(path), described, tensors)
+        raise UseError(f"{name!r} is no cache of this version of kvstack. {again}")
+    try:
+        described = entries(parsed_json(metadata.get("cache", "")), "its description", NEEDED, LATER)
+        return Saved(name, described, Tensors(tensors, dict(_deflated(described.get("deflated", {}), tensors))))
+    except ValueError as error:
+        own = isinstance(error, KVStackError) and not isinstance(error, Misfit)  # it says what to do
+        raise UseError(f"{name!r} is no cache that can be read: {error}{'' if own else f' {again}'}") from None
+
+
+def _deflated(described: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[torch.dtype, list[int]]]]:
+    """Type and shape of the tensors that are deflated."""
+    for name, entry in entries(described, "the list of deflated tensors", described).items():
+        dtype, shape = items(entry, f"what is said of the tensor {name}", 2)
+        plain = tensors.get(name)
+        if plain is None or plain.dtype != torch.uint8 or plain.dim() != 1 or not isinstance(dtype, str):
+            raise misfit(f"the tensor {name} is not deflated.")
+        sizes = [count(n, "the length of a tensor", 1, MOST_NUMBERS) for n in items(shape, "the shape of a tensor")]
+        if dtype not in TYPES or math.prod(sizes) > DEFLATED * plain.numel():
+            raise misfit(f"the tensor {name} is deflated, and declares {shape} numbers of {dtype}.")
+        yield name, (TYPES[dtype], sizes)
+
+
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+DEFLATED = 1100
+"""Deflate makes a byte at most of this many."""

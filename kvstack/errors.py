@@ -6,8 +6,11 @@
     ├── BindError    the stack and this model do not fit each other
     ├── CalibrationError  a calibration is damaged, is missing, or belongs to another model
     └── UseError     a bound stack was used in a way that would give wrong results
+        └── WriteError   a file cannot be written; an `OSError` too
 
 All of them are `ValueError`s as well, so code that knows nothing of kvstack can still catch bad input.
+
+    KVStackWarning   what a stack leaves undone for a model, without any result being wrong
 """
 
 
@@ -33,3 +36,11 @@ class UseError(KVStackError):
 
 class CalibrationError(KVStackError):
     """A calibration is damaged, is missing, or belongs to another model."""
+
+
+class KVStackWarning(UserWarning):
+    """What a stack leaves undone for a model, without any result being wrong."""
+
+
+class WriteError(UseError, OSError):
+    """A file cannot be written: what was there is unchanged."""

@@ -47,7 +47,8 @@ class Packed:
     def append(self, newer: Packed) -> Packed:
         """This, followed by `newer` tokens of the same encoder."""
         parts = {name: torch.cat([part, newer.parts[name]], dim=2) for name, part in self.parts.items()}
-        return replace(self, parts=parts, tokens=self.tokens + newer.tokens)
+        dtype = torch.promote_types(self.dtype, newer.dtype)  # newer tokens may have been too large for a half
+        return replace(self, parts=parts, tokens=self.tokens + newer.tokens, dtype=dtype)
 
     def rows(self, index: Tensor) -> Packed:
         """Batch rows at `index`."""

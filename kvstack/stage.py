@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import StageError
+from .floats import wide
 from .packed import Packed
 from .types import KV, Channels, Context, Latent
 from .workspace import Workspace
@@ -168,10 +169,12 @@ class Encoder:
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """`query` (B, H, G, R) times the transposed packed tensor: (B, H, G, T). Override to read codes directly."""
+        query = wide(query)
         return torch.matmul(query, self.decode(packed, role).transpose(-1, -2).to(query.dtype))
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """`weights` (B, H, G, T) times the packed tensor: (B, H, G, R). Override to read codes directly."""
+        weights = wide(weights)
         return torch.matmul(weights, self.decode(packed, role).to(weights.dtype))
 
 
@@ -225,6 +228,10 @@ class Codec:
         """Keys and values of the group's layer number `layer` (0 first) from the decoded latents."""
         raise NotImplementedError  # the other method a codec must write
 
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        """Raise `UseError` where decoded latents from a file hold values that `forward` never makes. Their names,
+        shapes and types are right, and no number is infinite; places of tokens may still be out of bounds."""
+
 
 class BoundTransform:
     """A transform for one model: how its layers are grouped, and the codec of each group.
@@ -234,10 +241,19 @@ class BoundTransform:
         layers: adjacent layers that are stored together.
         unrotated: whether keys are wanted without rotary embedding; the stack rotates what `inverse` gives back.
         codec: the codec of all groups, where they need none of their own.
+        remainder: whether the last group may hold fewer layers, where their number does not divide (default False).
     """
 
-    def __init__(self, stage: Transform, layers: int, *, unrotated: bool = False, codec: Codec | None = None) -> None:
-        self.stage, self.layers, self.unrotated = stage, layers, unrotated
+    def __init__(
+        self,
+        stage: Transform,
+        layers: int,
+        *,
+        unrotated: bool = False,
+        codec: Codec | None = None,
+        remainder: bool = False,
+    ) -> None:
+        self.stage, self.layers, self.unrotated, self.remainder = stage, layers, unrotated, remainder
         self._codec = codec
 
     def for_group(self, layers: Sequence[int]) -> Codec:

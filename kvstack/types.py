@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["KV", "Channels", "Context", "Latent", "Rotation", "positions_between", "take_tokens"]
+__all__ = ["KV", "Channels", "Context", "Latent", "Layout", "Rotation", "positions_between", "take_tokens"]
 
 
 class Rotation(Protocol):
@@ -116,6 +116,33 @@ class Latent:
 
     data: Tensor
     exact: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model caches for one token of one row in one layer, and where.
+
+    Attributes:
+        heads: key and value heads.
+        queries: query heads of each of them, 0 where that is not known.
+        key_width, value_width: numbers of a key and of a value.
+        key_dtype, value_dtype: their types.
+        hidden: size of the hidden states.
+    """
+
+    heads: int
+    queries: int
+    key_width: int
+    value_width: int
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype
+    hidden: int
+    device: torch.device
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of keys and values together."""
+        return self.heads * (self.key_width + self.value_width)
 
 
 def positions_between(start: int, stop: int, device: torch.device) -> Tensor:

@@ -162,17 +162,23 @@ def test_all_a_layer_of_transformers_holds_is_saved():
     """Dicts of tensors too, as linear-attention layers have them; what cannot be written is said."""
     from types import SimpleNamespace
 
-    from kvstack.disk import Writer, describe_layer, restored
+    from kvstack.checks import Tensors
+    from kvstack.disk import Writer
+    from kvstack.other_layers import describe_layer, fill_layer
 
-    writer, state = Writer(), {0: torch.ones(2), 1: [torch.zeros(3), True]}
-    described = describe_layer(SimpleNamespace(states=state, seen=3, dtype=torch.float32), writer)
+    writer, state = Writer(), {0: torch.ones(2), 1: [torch.zeros(2, 3), True]}
+    layer = SimpleNamespace(states=state, seen=3, dtype=torch.float32)
+    described = describe_layer(layer, writer.put)
     assert set(described) == {"states", "seen"}
-    back = restored(described["states"], lambda key, device: writer.tensors[key])
+    again = SimpleNamespace(states={0: None, 1: None}, seen=3, dtype=None)
+    fill_layer(again, layer, described, Tensors(writer.tensors, {}), rows=2)
+    assert again.dtype == torch.float32
+    back = again.states
     assert torch.equal(back[0], state[0])
     assert torch.equal(back[1][0], state[1][0])
     assert back[1][1] is True
     with pytest.raises(UseError, match="is a function, which cannot be saved"):
-        describe_layer(SimpleNamespace(hook=test_mistakes), writer)
+        describe_layer(SimpleNamespace(hook=test_mistakes), writer.put)
 
 
 def test_files_can_be_read_by_others(tmp_path):

@@ -55,7 +55,8 @@ def dense_under(model, cache, ids, masks, positions):
         return lambda module, args, kwargs: (args, kwargs | {"attention_mask": as_wanted(model, masks[layer])})
 
     handles = [
-        layer.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)
+        layer.self_attn.register_forward_pre_hook(hook(i), with_kwargs=True)
+        for i, layer in enumerate(model.model.layers)
     ]
     try:
         return model(ids, past_key_values=cache, position_ids=positions).logits

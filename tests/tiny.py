@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     StableLmConfig,
@@ -74,6 +77,23 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
+    # three of four layers hold a state instead of keys and values
+    "qwen3_next": (
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,
@@ -82,7 +102,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 # deepseek_v3 attends to something else than it caches, so scores that look at queries refuse it
-ARCHITECTURES = sorted(MODELS.keys() - {"deepseek_v3"})
+ARCHITECTURES = sorted(MODELS.keys() - {"deepseek_v3", "qwen3_next"})
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -125,3 +145,21 @@ def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.
         ids[row, : longest - length] = 0
         mask[row, : longest - length] = 0
     return ids, mask
+
+
+@functools.cache
+def with_large(kind: str, dtype: torch.dtype = torch.float16, most: float = 3.5e4) -> Any:
+    """A model that caches numbers near `most` in two of its layers, as the attention of some real models does; `kind`
+    is `keys` or `values`. A dense cache gives finite logits."""
+    from transformers import DynamicCache
+
+    made = copy.deepcopy(model("llama"))
+    for _ in range(2):  # the second layer's input depends on the first one
+        cache = DynamicCache()
+        made(tokens(1, 150), past_key_values=cache)
+        largest = max(float(getattr(layer, kind).abs().max()) for layer in cache.layers[1:3])
+        for layer in made.model.layers[1:3]:
+            getattr(layer.self_attn, f"{kind[0]}_proj").weight.data.mul_(most / largest)
+            if kind == "values":
+                layer.self_attn.o_proj.weight.data.div_(most / largest)
+    return made.to(dtype)

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..floats import fitting, saturated
 from ..types import KV
 
 __all__ = ["Basis", "flat"]
@@ -48,7 +49,7 @@ class Basis:
     @cached_property
     def back(self) -> Tensor:
         """The axes, (R, N), to rebuild with."""
-        return self.axes.to(self.dtype)
+        return fitting(self.axes, self.dtype)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -94,8 +95,11 @@ class Basis:
         return torch.einsum("bhgr,rhd->bhgd", mixed, axes) + weights.sum(-1, keepdim=True) * mean
 
     def _rebuilt(self, z: Tensor, part: slice) -> Tensor:
-        x = z.flatten(0, 1).to(self.dtype) @ self.back[:, part]
-        return (x + self.mean[part]).unflatten(0, z.shape[:2])
+        half = self.dtype == torch.float16
+        # what does not fit into halves is not in halves
+        dtype = torch.promote_types(z.dtype, self.back.dtype) if half else self.dtype
+        x = z.flatten(0, 1).to(dtype) @ self.back[:, part].to(dtype) + self.mean[part].to(dtype)
+        return (saturated(x, dtype) if half else x).unflatten(0, z.shape[:2])
 
     def _slice(self, layer: int, keys: bool) -> slice:
         sizes = [heads * width for heads, *widths in self.shapes for width in widths]

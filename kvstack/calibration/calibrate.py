@@ -29,15 +29,17 @@ import torch
 from torch import Tensor
 
 from ..errors import BindError, CalibrationError
-from ..model.fingerprint import fingerprint
+from ..model.adapters import unwrapped
+from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
 from ..model.probing import SINKS, at_rest, observe
 from ..model.rope import Rope
 from ..types import KV
 from . import keep
 from .axes import flat
+from .backward import OTHERWISE, differentiable, slopes
 from .calibration import Calibration, GroupAxes, Metric, loaded
-from .windows import windows_of
+from .windows import draw, own_text, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +52,6 @@ TOKENS = 10_240
 """Tokens read by default, scored ones not counted."""
 RIDGE = 1e-3
 """Least weight of a number, as a share of the mean weight of its layer's keys or values."""
-
-SCALE = 256.0
 
 Progress = Callable[[int, int], None]
 
@@ -91,6 +91,7 @@ def calibrate(
         CalibrationError: `layers` does not divide the model's layers, all texts are shorter than a window (those
             that are get passed over), or with `variance` a group has more numbers than tokens are read.
     """
+    model = unwrapped(model)
     if metric not in ("fisher", "variance"):
         raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
     if metric == "fisher" and model.get_output_embeddings() is None:
@@ -118,10 +119,10 @@ def calibrate(
                 each.add(cache, gradients)
             if progress is not None:
                 progress(number + 1, len(windows))
-        axes = _finish(sums)
+        axes = _finish(model, sums)
     manifest = {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
-        "identity": fingerprint(model),
+        "identity": kv_fingerprint(model),
         "metric": metric,
         "texts": source,
         "tokens": str(sum(prompt for _, prompt in windows)),
@@ -162,11 +163,16 @@ def calibration_for(
 
 def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: str) -> Calibration:
     """Known in this process, loaded from the user's cache folder, or made now (for the stage `who`) and kept there."""
-    notice = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+
+    def notice() -> str:
+        what = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+        return " ".join(filter(None, [what, own_text(model)]))
 
     def read(path: Path) -> Calibration:
         calibration = Calibration.load(path)
         calibration.check(model, metric, groups.size)
+        if calibration.layers != groups.size or not calibration.covers(groups.groups):
+            raise CalibrationError(f"{os.fspath(path)!r} is for other groups of layers than {groups.groups}.")
         return calibration
 
     every = LayerGroups(model, 1).full
@@ -186,7 +192,8 @@ def _file_name(model: PreTrainedModel, layers: int, metric: Metric, only: Sequen
     kind = "" if metric == "fisher" else f"-{metric}"
     if only is not None:
         kind += f"-{hashlib.sha256(repr(list(only)).encode()).hexdigest()[:8]}"
-    return f"{model.config.model_type}-{fingerprint(model)}-{layers}{kind}.safetensors"
+    model_type = model.config.get_text_config(decoder=True).model_type
+    return f"{model_type}-{kv_fingerprint(model)}-{layers}{kind}.safetensors"
 
 
 # ---- reading it
@@ -205,15 +212,12 @@ def read_window(
         layer: Any = cache.layers[i]
         layer.keys, layer.values = (x.detach().requires_grad_(True) for x in (layer.keys, layer.values))
         held[i] = KV(layer.keys, layer.values)
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiable(model, cache):
         logits = model(ids[:, prompt:], past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
-        # a common factor makes no difference, and float16 would lose small gradients
-        likelihood = logits.gather(-1, drawn).sum() * SCALE
-        leaves = [x for kv in held.values() for x in (kv.keys, kv.values)]
-        slopes = torch.autograd.grad(likelihood, leaves, materialize_grads=True)
-    gradients = {i: KV(slopes[2 * n], slopes[2 * n + 1]) for n, i in enumerate(full)}
+        drawn = draw(model, logits.detach(), torch.Generator().manual_seed(seed))
+        likelihood = logits.gather(-1, drawn).sum()
+        found = slopes(model, likelihood, [x for kv in held.values() for x in (kv.keys, kv.values)])
+    gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
 
 
@@ -301,16 +305,19 @@ class _OneKind(Sums):
         return torch.ones_like(self.total)
 
 
-def _finish(sums: Sequence[Sums]) -> list[GroupAxes]:
+def _finish(model: PreTrainedModel, sums: Sequence[Sums]) -> list[GroupAxes]:
     weights = [group.weight() for group in sums]
     # one factor for all groups, so that latents are numbers of ordinary size
     power = sum(float((w * g.square.diagonal() / g.count).sum()) for w, g in zip(weights, sums, strict=True))
-    numbers = sum(len(w) for w in weights)
-    factor = numbers / power if power > 0 else 1.0
+    if not power > 0:
+        raise CalibrationError(
+            f"calibration takes gradients, and those of this {type(model).__name__} are all zero. {OTHERWISE}"
+        )
+    factor = sum(len(w) for w in weights) / power
     return [group.group(weight * factor + TINY) for weight, group in zip(weights, sums, strict=True)]
 
 
 TINY = 1e-12
-"""Least weight: a model that does not look at its cache at all still has axes."""
+"""Least weight: a layer that the model does not look at still has axes."""
 LEAST = 1e-8
 """Least energy, where 1 is the mean: what never varied in the text read may vary in others."""

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers, count, entries, items, misfit
 from ..errors import CalibrationError
-from ..files import read_tensors, write_tensors
-from ..model.fingerprint import fingerprint, sampled
+from ..files import parsed_json, read_tensors, write_tensors
+from ..model.fingerprint import is_of, kv_fingerprint, sampled
+from ..model.probing import token_shapes
 from ..types import Channels
 from .axes import Basis
 
@@ -168,13 +170,15 @@ class Calibration:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
-            f"{i}.{name}": getattr(group, name).contiguous()
-            for i, group in enumerate(self.groups)
-            for name in ("mean", "weight", "axes", "energy")
+            f"{i}.{name}": getattr(group, name).contiguous() for i, group in enumerate(self.groups) for name in TENSORS
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, complete or not at all."""
+        """Write one safetensors file, complete or not at all.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
         groups = [{"layers": group.layers, "shapes": group.shapes} for group in self.groups]
         metadata = {**self.manifest, "format": FORMAT, "groups": json.dumps(groups)}
         write_tensors(Path(path), self._tensors(), metadata)
@@ -190,17 +194,28 @@ class Calibration:
         metadata, tensors = read_tensors(Path(path), CalibrationError, "calibration", again)
         if metadata.get("format") != FORMAT:
             raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
-        described = json.loads(metadata.pop("groups"))
         del metadata["format"]
-        groups = [
-            GroupAxes(
-                tuple(entry["layers"]),
-                tuple(tuple(shape) for shape in entry["shapes"]),
-                *(tensors[f"{i}.{name}"] for name in ("mean", "weight", "axes", "energy")),
-            )
-            for i, entry in enumerate(described)
-        ]
-        return cls(tuple(groups), metadata)
+        try:
+            described = items(parsed_json(metadata.pop("groups", "")), "the list of groups")
+            if tensors.keys() != {f"{i}.{name}" for i in range(len(described)) for name in TENSORS} or not tensors:
+                raise misfit("the tensors are not those of its groups.")
+            groups = [
+                _read_group(entry, [tensors[f"{i}.{name}"] for name in TENSORS]) for i, entry in enumerate(described)
+            ]
+            calibration = cls(tuple(groups), metadata)
+            calibration._check_groups()
+        except ValueError as error:
+            raise CalibrationError(f"{os.fspath(path)!r} is damaged: {error} {again}") from None
+        return calibration
+
+    def _check_groups(self) -> None:
+        """Refuse groups of unequal size, or that share layers."""
+        if len({len(group.layers) for group in self.groups}) > 1 or len(self.groups) % self.parts:
+            raise misfit("its groups are not of one size.")
+        for part in range(self.parts):
+            layers = [layer for group in self.groups[part :: self.parts] for layer in group.layers]
+            if len(set(layers)) < len(layers):
+                raise misfit("a layer is in two groups.")
 
     def check(self, model: PreTrainedModel, metric: Metric = "fisher", layers: int | None = None) -> None:
         """Raise `CalibrationError` where this was made for another model or with another metric; the message says how
@@ -210,12 +225,59 @@ class Calibration:
             raise CalibrationError(
                 f"{self!r} was made with metric={self.metric!r}, and {metric!r} is needed. Make one with it: {wanted}."
             )
-        mine, theirs = self.manifest.get("identity"), fingerprint(model)
-        if mine != theirs:
+        mine = self.manifest.get("identity")
+        if not is_of(mine, model):
             raise CalibrationError(
                 f"{self!r} was made for another model than this {type(model).__name__} (fingerprint {mine}, not "
-                f"{theirs}). Make one for it: {wanted}."
+                f"{kv_fingerprint(model)}). Make one for it: {wanted}."
             )
+        cached = token_shapes(model)
+        for number, group in enumerate(self.groups):
+            for layer, shape in zip(group.layers, group.shapes, strict=True):
+                heads, keys, values = cached.get(layer, (0, 0, 0))
+                expected = ((heads, keys, values), (heads, keys, 0), (heads, 0, values))[
+                    0 if self.parts == 1 else 1 + number % 2
+                ]
+                if shape != expected:
+                    raise CalibrationError(
+                        f"{self!r} has (heads, size of a key, size of a value) {shape} for layer {layer}, and this "
+                        f"{type(model).__name__} caches {expected}. Make one for it: {wanted}."
+                    )
+
+
+TENSORS = ("mean", "weight", "axes", "energy")
+LARGEST = 1e30  # a weight grows as what it weighs gets smaller
+NEARLY_ONE = 0.05
+"""How far the length of an axis in half precision may be from 1."""
+
+
+def _read_group(entry: Any, tensors: Sequence[Tensor]) -> GroupAxes:
+    """One group of a file, of which everything is checked.
+
+    Raises:
+        UseError: it is not what `save` writes.
+    """
+    described = entries(entry, "a group", ("layers", "shapes"))
+    layers = [count(layer, "a layer") for layer in items(described["layers"], "the layers of a group")]
+    if not layers or sorted(set(layers)) != layers:
+        raise misfit(f"the layers of a group are {layers}.")
+    shapes = []
+    for shape in items(described["shapes"], "the shapes of a group", len(layers)):
+        heads, keys, values = (count(n, "the shape of a layer") for n in items(shape, "the shape of a layer", 3))
+        shapes.append((heads, keys, values))
+    n = sum(heads * (keys + values) for heads, keys, values in shapes)
+    for name, x in zip(TENSORS, tensors, strict=True):
+        types = (torch.float16, torch.bfloat16, torch.float32) if name == "axes" else (torch.float32,)
+        if x.dtype not in types or x.shape != ((n, n) if name == "axes" else (n,)) or not n:
+            raise misfit(f"{name} of layers {layers} are {tuple(x.shape)} {x.dtype}, for {n} numbers a token.")
+        check_numbers(x, f"{name} of layers {layers}", LARGEST)
+    group = GroupAxes(tuple(layers), tuple(shapes), *tensors)
+    lengths = group.axes.float().square().sum(1)
+    if not bool((group.weight > 0).all() and (group.energy >= 0).all() and (group.energy.diff() <= 0).all()):
+        raise misfit(f"weights of layers {layers} are not above 0, or their energy does not fall.")
+    if not bool(((lengths - 1).abs() <= NEARLY_ONE).all()):
+        raise misfit(f"the axes of layers {layers} are not of length 1.")
+    return group
 
 
 _loaded: weakref.WeakValueDictionary[Any, Calibration] = weakref.WeakValueDictionary()

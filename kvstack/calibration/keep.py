@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from filelock import FileLock
 
-from ..errors import CalibrationError
+from ..errors import KVStackError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +41,13 @@ class Fitted(Protocol):
 
 
 F = TypeVar("F", bound=Fitted)
+Notice = str | Callable[[], str]
 _known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
-def load_or_make(model: PreTrainedModel, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F:
+def load_or_make(
+    model: PreTrainedModel, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice
+) -> F:
     """Return what this process knows already, load it from a file in `folder()`, or make it now and keep it there, in
     one process for all.
 
@@ -52,7 +55,7 @@ def load_or_make(model: PreTrainedModel, file: str, read: Callable[[Path], F], m
         file: the name of the file, which tells the model and the settings apart from any other.
         read: loads the file; raises `CalibrationError` where that does not fit `model`.
         make: makes it anew.
-        notice: logged before it is made.
+        notice: logged before it is made; or what writes it then.
     """
     known: dict[str, F] = _known.setdefault(model, {})
     fitted = known.get(file) or _kept(file, read, make, notice)
@@ -62,7 +65,7 @@ def load_or_make(model: PreTrainedModel, file: str, read: Callable[[Path], F], m
     return fitted
 
 
-def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: str) -> F | None:
+def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F | None:
     """What the file holds, or what is made now and kept there; None where nothing can be kept."""
     try:
         path = folder() / file
@@ -84,13 +87,13 @@ def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: s
 def _read(path: Path, read: Callable[[Path], F]) -> F | None:
     try:
         return read(path)
-    except CalibrationError as error:
+    except KVStackError as error:
         log.warning("%s It is made anew.", error)
         return None
 
 
-def _made(path: Path, make: Callable[[], F], notice: str) -> F:
-    log.warning("%s Kept in %s", notice, path)
+def _made(path: Path, make: Callable[[], F], notice: Notice) -> F:
+    log.warning("%s Kept in %s", notice if isinstance(notice, str) else notice(), path)
     fitted = make()
     try:
         fitted.save(path)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BindError
-from ..model.fingerprint import fingerprint
+from ..model.attention import tensors_of
+from ..model.fingerprint import kv_fingerprint
 from ..model.probing import observe
 from ..types import KV
 from .axes import Basis
@@ -45,7 +46,7 @@ def weight_axes(model: PreTrainedModel, groups: LayerGroups) -> WeightAxes:
     Raises:
         BindError: its keys and values are not the projections of hidden states that kvstack finds.
     """
-    whose = fingerprint(model)
+    whose = kv_fingerprint(model)
     known, key = _known.setdefault(model, {}), (whose, str(groups.groups))
     if key not in known:
         axes = WeightAxes(model, {i: groups.modules[i] for i in groups.full}, groups.groups)
@@ -175,7 +176,7 @@ def matrix(linear: Any, config: Any) -> Pair:
     bias = None if bias is None else bias.detach().float()
     if type(linear) is nn.Linear and type(linear.weight.data) is Tensor:
         return linear.weight.detach().float(), bias
-    weight = next(linear.parameters())
+    weight = next(tensors_of(linear))
     dtype = weight.dtype if weight.is_floating_point() else getattr(linear, "compute_dtype", None) or torch.float32
     units = torch.eye(config.hidden_size, dtype=dtype, device=weight.device)
     with torch.no_grad():

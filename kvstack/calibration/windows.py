@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,9 @@ from .texts import mixed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "SAMPLED_TOKENS", "sample_ids", "tokenizer_of", "windows_of", "written_by"]
+__all__ = ["PROMPT", "SAMPLED_TOKENS", "draw", "own_text", "sample_ids", "tokenizer_of", "windows_of", "written_by"]
+
+log = logging.getLogger("kvstack")
 
 PROMPT, SCORED = 1024, 128
 SAMPLED_TOKENS, SAMPLED_WINDOW = 2048, 160
@@ -28,10 +33,14 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     where = getattr(model, "name_or_path", "")
     if not where:
         return None
-    try:
-        return AutoTokenizer.from_pretrained(where)
-    except Exception:  # whatever a folder without one, or a name without a network, raises
-        return None
+    # a model that was read from a GGUF file has its tokenizer in there
+    files = [file.name for file in Path(where).glob("*.gguf")] if Path(where).is_dir() else []
+    for extra in [{}, *({"gguf_file": name} for name in files[:1] if len(files) == 1)]:
+        try:
+            return AutoTokenizer.from_pretrained(where, **extra)
+        except Exception:  # whatever a folder without one, or a name without a network, raises
+            continue
+    return None
 
 
 def windows_of(
@@ -54,8 +63,26 @@ def windows_of(
             f"{type(model).__name__} predicts no tokens, so it cannot write a text, and its tokenizer is not known. "
             "Pass the causal model it is part of: KVStack([...], model=...), or tokenizer= to kvstack.calibrate."
         )
+    if told := own_text(model):
+        log.warning(told)
     with at_rest(model):
         return written_by(model, min(tokens, SAMPLED_TOKENS)), "the model itself"
+
+
+def own_text(model: PreTrainedModel) -> str:
+    """What to tell the user where calibration reads what the model writes; empty where it does not, or was told."""
+    if model in _told or tokenizer_of(model) is not None or model.get_output_embeddings() is None:
+        return ""
+    _told.add(model)
+    where = getattr(model, "name_or_path", "")
+    return (
+        f"The tokenizer of this {type(model).__name__} {f'is not in {where!r}' if where else 'is not known'}, so it is "
+        "calibrated on text that it writes itself: the axes are worse than those of real text. Pass "
+        "calibration=kvstack.calibrate(model, tokenizer=tokenizer) to the stage, with texts of your own if you like."
+    )
+
+
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _kinds(texts: Iterable[str] | Mapping[str, str] | None) -> dict[str, str]:
@@ -114,10 +141,24 @@ def written_by(model: PreTrainedModel, tokens: int) -> Windows:
     cache = DynamicCache(config=model.config)
     given = ids.to(model.device)
     while ids.shape[1] < length:
-        logits = model(given, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        ids, given = torch.cat([ids, drawn], dim=1), drawn.to(model.device)
+        logits = model(given, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        given = draw(model, logits.log_softmax(-1), generator)
+        ids = torch.cat([ids, given.cpu()], dim=1)
     return [(row[None], length * PROMPT // (PROMPT + SCORED)) for row in ids]
+
+
+def draw(model: PreTrainedModel, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token id a row (B, 1) from log probabilities (B, vocabulary).
+
+    Raises:
+        CalibrationError: they are no numbers.
+    """
+    if not bool(logits.logsumexp(-1).isfinite().all()):
+        raise CalibrationError(
+            f"this {type(model).__name__} in {model.dtype} predicts NaN, so it cannot be calibrated. Load it in "
+            "bfloat16 or float32, or look for weights that are not finite."
+        )
+    return torch.multinomial(logits.exp().cpu(), 1, generator=generator).to(logits.device)
 
 
 def sample_ids(model: PreTrainedModel) -> Tensor:

@@ -63,6 +63,8 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+EXAMPLE = "commonkv+quant:2+evict:0.2"
+
 Model = Annotated[
     str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
 ]
@@ -87,7 +89,7 @@ def main(
 @app.command()
 def demo(
     model: Model = None,
-    stack: Stack = "commonkv+quant:2+evict:0.2",
+    stack: Stack = EXAMPLE,
     tokens: Annotated[int, typer.Option(min=256, help="Tokens of documentation the fact is hidden in.")] = 4000,
     new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 64,
 ) -> None:
@@ -249,6 +251,7 @@ def stages() -> None:
     # a pipe is read by programs, and by people who can scroll: nothing is folded there
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
+    typer.echo(f"A spec names stages and their settings: {EXAMPLE!r}, for --stack and KVStack.from_spec.")
     for sentence in registry.shadowed():
         typer.echo(f"warning: {sentence}", err=True)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UseError
+from ..floats import wide
 from ..packed import Packed
 from ..workspace import Workspace
 
@@ -41,6 +42,11 @@ def int8_map(device: torch.device) -> Tensor:
     """The 256 levels of bitsandbytes' dynamic 8-bit type."""
     levels: Tensor = functional().create_dynamic_map()
     return levels.to(device)
+
+
+def _known(dtype: torch.dtype) -> torch.dtype:
+    """The floating type that bitsandbytes is given: it knows none of 64 bits, and its codes are far coarser than 32."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Blockwise:
         units = t // granule
         if role != "values":
             x = x.reshape(b, h, units, granule, d).transpose(-1, -2)
-        flat = x.reshape(-1).contiguous()
+        flat = x.reshape(-1).to(_known(x.dtype)).contiguous()
         if not bool(torch.isfinite(flat).all()):
             raise UseError(f"{role} hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
         if self.codec == "int8":
@@ -75,7 +81,9 @@ class Blockwise:
             codes, state = functional().quantize_4bit(flat, quant_type=self.codec, blocksize=self.group)
         absmax = state.absmax
         half = absmax.half()
-        absmax = half if bool(torch.isfinite(half).all()) else absmax
+        # float32 only where a half would overflow, or lose small numbers
+        close = (half.float() - absmax).abs() <= absmax * torch.finfo(half.dtype).eps
+        absmax = half if bool(close.all()) else absmax
         parts = {"codes": codes.view(b, h, units, -1), "absmax": absmax.view(b, h, units, -1)}
         return Packed(parts, tokens=t, width=d, dtype=x.dtype)
 
@@ -88,7 +96,7 @@ class Blockwise:
             code=int8_map(codes.device) if self.codec == "int8" else None,
             blocksize=self.group,
             quant_type=None if self.codec == "int8" else self.codec,
-            dtype=packed.dtype,
+            dtype=_known(packed.dtype),
         )
         if self.codec == "int8":
             flat = functional().dequantize_blockwise(codes.reshape(-1).contiguous(), state)
@@ -97,10 +105,12 @@ class Blockwise:
         if role != "values":
             flat = flat.view(b, h, units, packed.width, self.group).transpose(-1, -2)
         numbers: Tensor = flat.reshape(b, h, packed.tokens, packed.width)
-        return numbers if out is None else out.copy_(numbers)
+        return numbers.to(packed.dtype) if out is None else out.copy_(numbers)
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        query = wide(query)
         return torch.matmul(query, self.decode(packed, role).transpose(-1, -2).to(query.dtype))
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        weights = wide(weights)
         return torch.matmul(weights, self.decode(packed, role).to(weights.dtype))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UseError
+from ..floats import saturated
 from ..packed import Packed
 from ..stage import ChannelEncoder
 from .bits import pack, unpack
@@ -34,6 +35,7 @@ GRANULE = 8
 GAINS = (1 / math.sqrt(2), 1.0, math.sqrt(2), 2.0)
 GAIN_BITS = 2
 TINY = 1e-6  # a channel without energy still divides
+FAR = 1e6  # deviations; far beyond all codes, and its square is a number
 
 
 def gain_bits(groups: int) -> int:
@@ -81,8 +83,8 @@ class ChannelCodes(ChannelEncoder):
 
     def encode(self, x: Tensor, role: str) -> Packed:
         b, h, t, _ = x.shape
-        unit = x.float() / self.deviation
-        if not bool(torch.isfinite(unit.sum())):
+        unit = (x.float() / self.deviation).clamp_(-FAR, FAR)
+        if not bool(torch.isfinite(x).all()):
             raise UseError("latents hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
         codes, gains, start = [], [], 0
         for bits, count in self.runs:
@@ -109,8 +111,8 @@ class ChannelCodes(ChannelEncoder):
             numbers.copy_(unpack(run, bits, 3, GRANULE)).sub_((2**bits - 1) / 2)
             numbers.mul_(gain[..., number : number + 1] * STEPS[bits - 1])
             channel, byte = channel + count, byte + bits * count
-        x = unit.mul_(self.deviation).flatten(2, 3)
-        return x.to(packed.dtype) if out is None else out.copy_(x)
+        x = saturated(unit.mul_(self.deviation).flatten(2, 3), packed.dtype)
+        return x if out is None else out.copy_(x)
 
 
 def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

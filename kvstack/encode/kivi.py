@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UseError
+from ..floats import saturated
 from ..packed import Packed
 from ..workspace import Workspace
 from .bits import pack, runs, unpack
 
 __all__ = ["Kivi"]
 
-TINY = torch.finfo(torch.float16).tiny
 LARGE = 6e4  # above this a half overflows
+SMALL = 8 * torch.finfo(torch.float16).tiny  # steps above this are normal halves
+HUGE = torch.finfo(torch.float32).max / 4  # above this a range overflows float32
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,17 @@ class Kivi:
         bound = torch.maximum(-least, most).amax()
         if not bool(torch.isfinite(bound)):
             raise UseError(f"{role} hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
-        # float32 only where a half would overflow: it doubles what the scales cost
-        meta = torch.float16 if float(bound) < LARGE else torch.float32
+        levels = 2**self.bits - 1
+        # float32 only where a half would overflow, or cannot tell the steps from zero: it doubles what the scales cost
+        known = float(bound) == 0 or SMALL * levels < float(bound) < LARGE
+        meta = torch.float16 if known else torch.float32
+        if float(bound) > HUGE:
+            grouped, least, most = grouped.double(), least.double(), most.double()
         low = least.to(meta)
         # never above the least number, so that none lies below its grid
         low = torch.where(low.float() > least, next_below(low), low)
-        levels = 2**self.bits - 1
         # a group that does not vary still needs a step above zero
-        scale = ((most - low.float()) / levels).clamp_min(TINY).to(meta)
+        scale = ((most - low.float()) / levels).clamp_min(torch.finfo(meta).tiny).to(meta)
         codes = ((grouped - low.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
         parts = {
             "codes": pack(codes.view(b, h, t // self.group, self.group, d), self.bits, 3),
@@ -86,11 +91,16 @@ class Kivi:
         codes, scale, low = packed.parts["codes"], packed.parts["scale"].float(), packed.parts["low"].float()
         b, h, t, d = *codes.shape[:2], packed.tokens, packed.width
         numbers = unpack(codes, self.bits, 3, self.group).float()  # (B, H, T/g, g, D)
+        extreme = packed.parts["scale"].dtype == torch.float32
+        if extreme and float(scale.amax()) > HUGE / 255:
+            numbers = numbers.double()
         dim = 3
         if role == "values":
             numbers, dim = numbers.view(b, h, t, d // self.group_of(d), self.group_of(d)), 4
         numbers = numbers.mul_(scale.unsqueeze(dim)).add_(low.unsqueeze(dim)).view(b, h, t, d)
-        return numbers.to(packed.dtype) if out is None else out.copy_(numbers)
+        dtype = packed.dtype if out is None else out.dtype
+        numbers = saturated(numbers, dtype) if extreme else numbers
+        return numbers.to(dtype) if out is None else out.copy_(numbers)
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """Scales go into the query, so codes only have to become floats:  q . (low + s*c) = q.low + (q*s).c"""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..errors import BindError
-from .attention import CACHE_ARGUMENTS, parameters
+from ..errors import BindError, UseError
+from .attention import layer_of, parameters, takes_cache
+from .changes import Handles, changes
+from .keeping import leaves_out
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 __all__ = ["arm"]
@@ -21,7 +23,7 @@ __all__ = ["arm"]
 class Waiting(Protocol):
     """A cache that waits for its model."""
 
-    def bind(self, model: PreTrainedModel, /) -> Any: ...
+    def bind_met(self, model: PreTrainedModel, /) -> Any: ...
 
 
 def arm(stack: Waiting) -> Callable[[], None]:
@@ -35,42 +37,62 @@ def arm(stack: Waiting) -> Callable[[], None]:
     from transformers import PreTrainedModel
 
     reference = weakref.ref(stack)
-    handles: list[RemovableHandle] = []
+    handles = Handles()
     # module -> the outermost model seen so far that it is part of
     roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = weakref.WeakKeyDictionary()
+    disarmed = threading.Event()
 
-    def disarm() -> None:
-        while handles:
-            handles.pop().remove()
+    def take_off() -> None:
+        disarmed.set()
+        handles.remove()
         roots.clear()
 
-    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def disarm() -> None:
+        with changes:
+            take_off()
+
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         root = roots.get(module)
         waiting, model = reference(), root() if root is not None else None
-        if waiting is None or model is None:
+        if waiting is None or model is None or kwargs is None:
             return
         for value in (*args, *kwargs.values()):
             if value is waiting:
-                waiting.bind(model)
+                waiting.bind_met(model)
                 return
             if getattr(value, "self_attention_cache", None) is waiting:
                 raise BindError(
                     f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
                     "Use transformers' own cache for encoder-decoder models."
                 )
+        # generate has marked the stack as its user's, and this model was called without it
+        if isinstance(module, PreTrainedModel) and getattr(waiting, "_is_user_defined", False):
+            longest = leaves_out(model, dict(zip(parameters(module), args, strict=False)) | kwargs)
+            if longest is not None:
+                raise UseError(
+                    f"{type(model).__name__} leaves out the cache that generate was given, {waiting!r}, where a text "
+                    f"begins with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
+                )
 
     def meet(module: nn.Module, args: Any) -> None:
+        changes.catch_up()
         if not isinstance(module, PreTrainedModel) or module in roots:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
-        for inner in module.modules():
-            takes_cache = isinstance(inner, PreTrainedModel) or isinstance(getattr(inner, "layer_idx", None), int)
-            takes_cache = takes_cache or any(name in parameters(inner) for name in CACHE_ARGUMENTS)
-            if takes_cache and inner not in roots:
-                handles.append(inner.register_forward_pre_hook(probe, with_kwargs=True))
-            if takes_cache:
+        inside = [inner for inner in module.modules() if _may_take_cache(inner)]
+        with changes:
+            for inner in () if disarmed.is_set() else inside:
+                if inner not in roots:
+                    handles.before_with_keywords(inner, probe)
                 roots[inner] = weakref.ref(module)
 
-    handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
-    weakref.finalize(stack, disarm)
+    weakref.finalize(stack, changes.soon, take_off)
+    with changes:
+        handles.before_all(meet)
     return disarm
+
+
+def _may_take_cache(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) or layer_of(module) is not None or takes_cache(module)

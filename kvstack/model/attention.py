@@ -3,40 +3,124 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "CACHE_ARGUMENTS",
     "attention_modules",
+    "counts_tokens",
+    "cross_attention_layers",
+    "decoder_of",
     "device_of",
     "expands",
     "gives_queries",
     "implementation",
     "interface",
+    "layer_of",
     "offload_hooks",
     "parameters",
     "reuses",
+    "takes_cache",
+    "tensors_of",
 ]
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CROSS = re.compile(r"(cross_?att|encoder_att|encoder_decoder_att|encdec_?att)", re.IGNORECASE)
+"""Names, of modules and of their classes, that attend to something else than the text: images, an encoder's output."""
 
 
 def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(module.forward).parameters)
 
 
+def takes_cache(module: nn.Module) -> bool:
+    return any(name in parameters(module) for name in CACHE_ARGUMENTS)
+
+
+def layer_of(module: nn.Module) -> int | None:
+    """The index of the layer that a module says it belongs to."""
+    for name in ("layer_idx", "layer_id"):
+        layer = getattr(module, name, None)
+        if isinstance(layer, int) and layer >= 0:
+            return layer
+    return None
+
+
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Layer index -> the innermost module of that layer that takes a cache."""
+    """Layer index -> the module of that layer that attends to the text and updates the cache.
+
+    Left out are layers that attend to something else than the text, and those that no module has to itself: one that
+    is run several times in a forward, with another layer's cache each time, cannot be told by its index.
+    """
     by_layer: dict[int, nn.Module] = {}
-    for module in model.modules():
-        layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and any(name in parameters(module) for name in CACHE_ARGUMENTS):
-            by_layer[layer] = module  # modules() goes from the outside in
+    for layer, found in _updating(model).items():
+        own = [module for name, module in found if not _attends_elsewhere(name, module)]
+        if len(own) > 1:  # a model may hold several decoders: the text's is meant
+            config = _text_config(model)
+            own = [module for module in own if config is not None and getattr(module, "config", None) is config]
+        if len(own) == 1 and "layer_idx" not in parameters(own[0]):
+            by_layer[layer] = own[0]
     return by_layer
+
+
+def cross_attention_layers(model: nn.Module) -> set[int]:
+    """Layers that cache nothing of the text, but something else that they attend to."""
+    return {
+        layer
+        for layer, found in _updating(model).items()
+        if all(_attends_elsewhere(name, module) for name, module in found)
+    }
+
+
+def _updating(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Layer index -> the modules that say they belong to it and call `update` of a cache they take, with names."""
+    found: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        layer = layer_of(module)
+        if layer is not None and takes_cache(module) and "update" in _names_in(module):
+            found.setdefault(layer, []).append((name, module))
+    return found
+
+
+def _names_in(module: nn.Module) -> Sequence[str]:
+    """Names of the attributes and functions that a module's forward uses."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)  # what wraps it on the module is not asked
+    return () if code is None else code.co_names
+
+
+def _attends_elsewhere(name: str, module: nn.Module) -> bool:
+    own = name.rpartition(".")[2]
+    named = CROSS.search(own) or CROSS.search(type(module).__name__)
+    return bool(named) or getattr(module, "is_cross_attention", False) is True
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def decoder_of(model: Any) -> PreTrainedModel:
+    """The innermost transformers model in `model` that holds all its attention modules: `model.model` without the
+    head, or `model` itself where there is none."""
+    from transformers import PreTrainedModel
+
+    wanted, found = set(attention_modules(model).values()), model
+    if wanted:
+        for inner in model.modules():  # from the outside in
+            if isinstance(inner, PreTrainedModel) and wanted <= set(inner.modules()):
+                found = inner
+    decoder: PreTrainedModel = found
+    return decoder
 
 
 def interface(module: nn.Module) -> Any:
@@ -47,6 +131,11 @@ def interface(module: nn.Module) -> Any:
 def gives_queries(module: nn.Module) -> bool:
     """Whether this module calls its attention through transformers' interface."""
     return interface(module) is not None
+
+
+def counts_tokens(module: nn.Module) -> bool:
+    """Whether this module asks its cache how many tokens were seen, to make a mask or a position bias of its own."""
+    return not {"get_mask_sizes", "get_query_offset"}.isdisjoint(_names_in(module))
 
 
 def expands(module: nn.Module) -> bool:
@@ -70,9 +159,14 @@ def offload_hooks(module: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, then buffers: some kinds of quantized weights are buffers."""
+    return itertools.chain(module.parameters(), module.buffers())
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, though its weights may be kept elsewhere between its calls."""
-    device = next(module.parameters()).device
+    device = next(tensors_of(module)).device
     if device.type != "meta":
         return device
     places = [getattr(hook, "execution_device", None) for inner in module.modules() for hook in offload_hooks(inner)]

@@ -2,8 +2,8 @@
 
 transformers hands a cache nothing but keys, values and a layer index. So, once a stack is bound, each attention
 module of its model carries two hooks. They do nothing unless the cache in the call has an `attention_listener`; then,
-for the length of that one call, the attention function that the modelling file looks up is ours. It passes the
-queries on to the listener, which answers where a plain call would need a dense copy.
+for the length of that one call and in its thread, the attention function that the modelling file looks up is ours. It
+passes the queries on to the listener, which answers where a plain call would need a dense copy.
 
 Nothing of this exists before a stack is made, and nothing is left when the last stack of a model is gone.
 """
@@ -11,7 +11,6 @@ Nothing of this exists before a stack is made, and nothing is left when the last
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import types
 import weakref
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .attention import CACHE_ARGUMENTS, attention_modules, implementation, interface, parameters
+from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, layer_of, parameters
+from .changes import Handles, changes
+from .keeping import KeptStack
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 __all__ = ["Call", "Listener", "ModelHooks", "install", "running"]
@@ -59,7 +59,6 @@ class Call:
     mask: Any
     hidden: Tensor | None
     shares: bool  # the layer reads another's keys and values, and its own are not needed
-    swapped: bool = False  # our function stands in for the model's
     asked: Sequence[int] = ()  # rows and tokens that a resting projection was asked for
 
 
@@ -78,46 +77,24 @@ def running() -> Call | None:
 # ---- standing in for the attention function during one call
 
 
-@dataclass
-class _Swap:
-    original: Callable[..., Any]
-    had_local: bool
-    users: int
+class _StandIn:
+    """What the modelling file finds instead of its attention function."""
 
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
 
-_swaps: dict[tuple[int, str], _Swap] = {}
-_lock = threading.Lock()
-
-
-def _swap_in(interface: Any, name: str, module: nn.Module) -> None:
-    with _lock:
-        swap = _swaps.get((id(interface), name))
-        if swap is None:
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            original = interface.get_interface(name, eager)
-            swap = _swaps[id(interface), name] = _Swap(original, name in interface._local_mapping, 0)
-            interface[name] = _stand_in(swap.original)
-        swap.users += 1
-
-
-def _swap_out(interface: Any, name: str) -> None:
-    with _lock:
-        swap = _swaps[id(interface), name]
-        swap.users -= 1
-        if swap.users == 0:
-            del _swaps[id(interface), name]
-            if swap.had_local:
-                interface[name] = swap.original
-            else:
-                del interface[name]
-
-
-def _stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        call = running()
-        if call is None or call.module is not module:  # another thread's model
+        call, original = running(), self.original
+        if call is None or call.module is not module:
             return original(module, query, key, value, attention_mask, *args, **kwargs)
 
         def plain(q: Tensor, k: Tensor, v: Tensor, mask: Any, **changes: Any) -> Any:
@@ -125,24 +102,86 @@ def _stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
 
         return call.listener.attention(call, query, key, value, attention_mask, kwargs, plain)
 
-    return attention
+
+def _watching(kind: Any) -> Any:
+    """A registry of the class `kind` whose look-ups give a stand-in to a call of ours, and to nobody else. Nothing in
+    it is changed: another thread may be looking up the same name."""
+
+    class Watching(kind):
+        def __getitem__(self, name: str) -> Any:
+            return self._for_call(name, super().__getitem__(name))
+
+        def get_interface(self, attn_implementation: str, default: Callable[..., Any]) -> Any:
+            return self._for_call(attn_implementation, super().get_interface(attn_implementation, default))
+
+        def _for_call(self, name: str | None, found: Any) -> Any:
+            call = running()
+            ours = call is not None and interface(call.module) is self and call.implementation == (name or "eager")
+            return _StandIn(found) if ours and not isinstance(found, _StandIn) else found
+
+    return Watching
+
+
+class _Watch:
+    """A registry whose look-ups are watched while any model that uses it has hooks."""
+
+    def __init__(self, registry: Any) -> None:
+        self.registry, self.kind = registry, type(registry)
+        self.watching = _watching(self.kind)
+        self.users: set[ModelHooks] = set()
+
+    def start(self) -> None:
+        self.registry.__class__ = self.watching  # at once for all threads
+
+    def end(self) -> None:
+        if type(self.registry) is self.watching:
+            self.registry.__class__ = self.kind
+
+
+_watches: dict[int, _Watch] = {}
 
 
 # ---- hooks on one model, shared by all stacks bound to it
 
 
 class ModelHooks:
+    """Everything that stacks put on one model. Whoever makes or changes it holds `changes`."""
+
     def __init__(self, model: PreTrainedModel) -> None:
-        self.users = 0
-        self.handles: list[RemovableHandle] = []
+        self.model = weakref.ref(model)
+        self.users: set[object] = set()
+        self.handles = Handles()
         self.guards: list[_Guard] = []
+        self.kept: list[KeptStack] = []
         self.resting: set[int] = set()
+        self.registries: list[Any] = []
+
+    def put(self, model: PreTrainedModel) -> None:
+        self._guard(_Guard.of(model, tells=True))
         for module in attention_modules(model).values():
-            names = list(parameters(module))
-            self.handles.append(module.register_forward_pre_hook(_entering(names), with_kwargs=True))
-            # always_call: an exception in attention must not leave our function in transformers' registry
-            self.handles.append(module.register_forward_hook(_leaving, always_call=True))
-            self.guards.append(_Guard(module))
+            self._watch(interface(module))
+            self.handles.before_with_keywords(module, _entering(list(parameters(module))))
+            # always: an exception in attention must not leave a call that seems to run
+            self.handles.after(module, _leaving, always=True)
+            self._guard(_Guard.of(module))
+
+    def _guard(self, guard: _Guard) -> None:
+        self.guards.append(guard)
+        guard.stand(self)
+
+    def _watch(self, registry: Any) -> None:
+        if registry is None or any(registry is known for known in self.registries):
+            return
+        self.registries.append(registry)
+        watch = _watches.get(id(registry)) or _watches.setdefault(id(registry), _Watch(registry))
+        watch.users.add(self)
+        watch.start()
+
+    def keep(self, model: PreTrainedModel) -> None:
+        """Let generation with `model`, this one with its head, go on with a stack that it would put aside."""
+        kept = KeptStack(model)
+        if kept.prepare is not None:
+            self.kept.append(kept)
 
     def rest(self, modules: Mapping[int, nn.Module]) -> None:
         """Let these layers compute no keys and values in a call that reads another layer's."""
@@ -152,40 +191,72 @@ class ModelHooks:
             projections = [projection for projection in projected if isinstance(projection, nn.Linear)]
             if len(projections) == len(projected):
                 for projection in projections:
-                    self.handles.append(projection.register_forward_pre_hook(_resting))
-                    self.handles.append(projection.register_forward_hook(_rested))
+                    self.handles.after(projection, _rested)
+                    self.handles.before(projection, _resting)
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.handles.remove()
         for guard in self.guards:
-            guard.remove()
+            guard.remove(self)
+        for kept in self.kept:
+            kept.remove()
+        for registry in self.registries:
+            watch = _watches.get(id(registry))
+            if watch is not None:
+                watch.users.discard(self)
+                if not watch.users:
+                    watch.end()
+                    del _watches[id(registry)]
 
 
 class _Guard:
-    """torch calls no hook when a forward ends by KeyboardInterrupt or SystemExit: so the forward itself is watched."""
+    """The forward of a module, watched: torch calls no hook when it ends by KeyboardInterrupt or SystemExit, nor one
+    that another thread has removed meanwhile.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = weakref.ref(module)
+    Args:
+        tells: whether a cache in the call is told that a forward begins, before anything is computed.
+    """
+
+    def __init__(self, module: nn.Module, tells: bool = False) -> None:
+        self.module, self.users = weakref.ref(module), set[ModelHooks]()
         self.before = vars(module).get("forward")  # others wrap forwards too
         inside = type(module).forward if self.before is None else None
 
         @functools.wraps(module.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if tells:
+                _tell(dict(zip(names, args, strict=False)) | kwargs)
             try:
-                return inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    _abandon()
+                output = inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
+            except BaseException:
+                _abandon()
                 raise
+            _leaving(self if inside is not None else module, args, output)
+            return output
 
         before: Any = self.before
+        names = list(parameters(module))
+        vars(forward)["guard"] = self
         # a method, so that a copy of the module gets one of its own
-        self.forward = vars(module)["forward"] = types.MethodType(forward, module)
+        self.forward = types.MethodType(forward, module)
 
-    def remove(self) -> None:
+    @classmethod
+    def of(cls, module: nn.Module, tells: bool = False) -> _Guard:
+        """The guard that stands before `module`, or a new one."""
+        stands = vars(module).get("forward")
+        guard = getattr(stands, "guard", None)
+        return guard if isinstance(guard, cls) and guard.forward is stands else cls(module, tells)
+
+    def stand(self, user: ModelHooks) -> None:
+        self.users.add(user)
         module = self.module()
-        if module is None or vars(module).get("forward") is not self.forward:
+        if module is not None:
+            vars(module)["forward"] = self.forward
+
+    def remove(self, user: ModelHooks) -> None:
+        self.users.discard(user)
+        module = self.module()
+        if self.users or module is None or vars(module).get("forward") is not self.forward:
             return  # wrapped by others meanwhile: it stays, and does nothing any more
         if self.before is None:
             del vars(module)["forward"]
@@ -193,55 +264,64 @@ class _Guard:
             vars(module)["forward"] = self.before
 
 
+def _tell(given: Mapping[str, Any]) -> None:
+    for name in CACHE_ARGUMENTS:
+        begin = getattr(given.get(name), "begin_forward", None)
+        if begin is not None:
+            begin()
+
+
 def _abandon() -> None:
     """Forget the attention call this thread was in."""
-    call = running()
-    if call is None:
-        return
     _running.call = None
-    registry = interface(call.module)
-    if registry is not None and call.swapped:
-        call.swapped = False
-        _swap_out(registry, call.implementation)
 
 
 _hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
-_binding = threading.RLock()  # a stack may end, and release, while the same thread installs another
 
 
-def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> weakref.finalize[Any, Any]:
+def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> Callable[[], Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of `owner` does so too. The layers `resting` need no keys and values of their own."""
-    with _binding:
-        hooks = _hooked.get(model)
-        if hooks is None:
-            hooks = _hooked[model] = ModelHooks(model)
-        hooks.users += 1
-        hooks.rest(resting)
-        return weakref.finalize(owner, _release, weakref.ref(model))
+    user, whole = object(), model
+    model = decoder_of(model)  # the same one for stacks that were bound with and without the head
+    with changes:
+        hooks = _hooked.get(model) or ModelHooks(model)
+        release = functools.partial(_release, hooks, user)
+        try:
+            if model not in _hooked:
+                hooks.put(model)
+                _hooked[model] = hooks
+            finalizer = weakref.finalize(owner, changes.soon, release)
+            hooks.users.add(user)
+            hooks.keep(whole)
+            hooks.rest(resting)
+        except BaseException:
+            release()
+            raise
+        return finalizer
 
 
-def _release(reference: weakref.ref[PreTrainedModel]) -> None:
-    with _binding:
-        model = reference()
-        hooks = _hooked.get(model) if model is not None else None
-        if model is None or hooks is None:
-            return
-        hooks.users -= 1
-        if hooks.users == 0:
-            hooks.remove()
+def _release(hooks: ModelHooks, user: object) -> None:
+    hooks.users.discard(user)
+    if not hooks.users:
+        hooks.remove()
+        model = hooks.model()
+        if model is not None and _hooked.get(model) is hooks:
             del _hooked[model]
 
 
 def _entering(names: list[str]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        changes.catch_up()
         _abandon()  # attention modules do not nest: a call that is still running here was interrupted
+        if kwargs is None:
+            return None
         given = dict(zip(names, args, strict=False)) | kwargs
         listener = _listener_in(given)
         if listener is None:
             return None
-        layer = module.layer_idx
-        assert isinstance(layer, int)
+        layer = layer_of(module)
+        assert layer is not None  # only modules with an index are hooked
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
         _running.call = call = Call(listener, module, layer, how, mask, hidden, listener.reads_another(layer))
         try:
@@ -250,10 +330,6 @@ def _entering(names: list[str]) -> Callable[..., Any]:
             # the module's own hook is not called for a call that never began
             _running.call = None
             raise
-        registry = interface(module)
-        if registry is not None:
-            _swap_in(registry, call.implementation, module)
-            call.swapped = True
         if mask is call.mask:
             return None
         call.mask = mask

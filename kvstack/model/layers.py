@@ -1,51 +1,101 @@
-"""The layers of a model: their types, and its full-attention layers in groups that are stored together."""
+"""The layers of a model: which of them a stack compresses, and these in groups that are stored together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ..errors import CalibrationError
-from .attention import attention_modules, device_of
+from .attention import attention_modules, cross_attention_layers, device_of
 from .rope import find_ropes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FULL", "LayerGroups", "group_size", "layer_types"]
+__all__ = ["LayerGroups", "Layers", "find_layers", "group_size"]
 
-FULL = "full_attention"
-"""What transformers calls a layer whose cache grows with the text."""
+GROWING = ("full_attention", "hybrid")
+"""What transformers calls a layer whose cache grows with the text; a hybrid one holds a state of fixed size as well."""
+INDEXED = "indexed_attention"
+FIXED = {
+    "sliding_attention": "a window of the text",
+    "chunked_attention": "a window of the text",
+    "hybrid_sliding": "a state and a window of the text",
+    "linear_attention": "a state of fixed size",
+    "conv": "a state of fixed size",
+    "dummy": "nothing",
+}
+"""What layers of other types hold, where that is bounded whatever the length of the text."""
 MOST_LAYERS = 8
 
 
-def layer_types(model: PreTrainedModel) -> tuple[list[str], list[dict[str, Any]]]:
-    """What transformers' own cache would make of each layer: its type, and what that is built with."""
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model, as its cache sees them.
+
+    Attributes:
+        types, arguments: what transformers' own cache would make of each layer.
+        modules: the attention module of each layer that has one of its own.
+        full: layers whose keys and values a stack compresses.
+        growing: why each other layer whose cache grows with the text is left to transformers.
+        fixed: what each layer holds whose cache does not grow.
+    """
+
+    types: Sequence[str]
+    arguments: Sequence[Mapping[str, Any]]
+    modules: Mapping[int, nn.Module]
+    full: Sequence[int]
+    growing: Mapping[int, str]
+    fixed: Mapping[int, str]
+
+
+def find_layers(model: PreTrainedModel) -> Layers:
+    """Sort the layers of `model` by what a stack can do with them."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    return types, arguments
+    modules, cross = attention_modules(model), cross_attention_layers(model)
+    full, growing, fixed = [], dict[int, str](), dict[int, str]()
+    for layer, kind in enumerate(types):
+        if kind in FIXED:
+            fixed[layer] = FIXED[kind]
+        elif kind in GROWING and layer in cross:
+            fixed[layer] = "keys and values of something else than the text"
+        elif kind in GROWING and layer in modules:
+            full.append(layer)
+        elif kind in GROWING:
+            growing[layer] = "no attention module is theirs alone"
+        elif kind == INDEXED:
+            growing[layer] = "an indexer with keys of its own chooses their tokens"
+        else:
+            growing[layer] = f"they are of type {kind}, which kvstack does not know"
+    return Layers(types, arguments, modules, full, growing, fixed)
 
 
 class LayerGroups:
     """The full-attention layers of a model, in groups, on which device they are and how their keys are rotated.
 
     Args:
-        size: layers in a group; None: a divisor of their number near 5.
+        size: layers in a group; None: a divisor of their number near `near`.
         layers: the full-attention layers to group, where some hold nothing; None: all.
+        near: how many layers a group should hold, where `size` does not say it (default 5).
 
     Raises:
         CalibrationError: no such layer, or `size` does not divide their number.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int | None, layers: Sequence[int] | None = None) -> None:
-        types, _ = layer_types(model)
-        self.modules = attention_modules(model)
-        every = [i for i, kind in enumerate(types) if kind == FULL and i in self.modules]
+    def __init__(
+        self, model: PreTrainedModel, size: int | None, layers: Sequence[int] | None = None, near: float = 5
+    ) -> None:
+        found = find_layers(model)
+        self.modules, every = dict(found.modules), found.full
         self.full = every if layers is None else [i for i in every if i in layers]
         if not self.full:
             raise CalibrationError(f"{type(model).__name__} has no full-attention layer to calibrate for.")
-        self.size = group_size(len(self.full)) if size is None else size
+        self.size = group_size(len(self.full), near) if size is None else size
         if self.size < 1 or len(self.full) % self.size:
             divisors = [n for n in range(1, len(self.full) + 1) if len(self.full) % n == 0]
             left = "" if len(self.full) == len(every) else " that hold keys and values"
@@ -55,7 +105,7 @@ class LayerGroups:
             )
         self.groups = [self.full[i : i + self.size] for i in range(0, len(self.full), self.size)]
         self.devices = {i: device_of(self.modules[i]) for i in self.full}
-        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full}, types)
+        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full}, found.types)
         self.rotates = all(rope is not None for rope in self.ropes.values())
         if not self.rotates:  # all or none: keys of a group are compared with each other
             self.ropes = dict.fromkeys(self.full)
@@ -65,6 +115,6 @@ class LayerGroups:
         return self.groups.index(list(layers))
 
 
-def group_size(count: int) -> int:
-    """How many of `count` layers to store together: the divisor nearest to 5, of those up to 8."""
-    return min((n for n in range(1, MOST_LAYERS + 1) if count % n == 0), key=lambda n: (abs(n - 5), n))
+def group_size(count: int, near: float = 5) -> int:
+    """How many of `count` layers to store together: the divisor nearest to `near`, of those up to 8."""
+    return min((n for n in range(1, MOST_LAYERS + 1) if count % n == 0), key=lambda n: (abs(n - near), n))

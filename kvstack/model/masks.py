@@ -90,8 +90,8 @@ def fitted(mask: Tensor, positions: Tensor, heads: int) -> Tensor:
 
 def causal_mask(name: str, new: int, held: int, like: Tensor) -> Tensor | None:
     """The mask `name` needs for the newest `new` of `held` tokens where all of them are seen, (1, 1, new, held) or
-    None."""
-    if new == 1 or "flash" in name or (name == "sdpa" and new == held):
+    None. Eager attention always gets one: some models add it without asking."""
+    if "flash" in name or (name != "eager" and (new == 1 or (name == "sdpa" and new == held))):
         return None
     queries = torch.arange(held - new, held, device=like.device)
     earlier = torch.arange(held, device=like.device)[None] <= queries[:, None]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .layers import LayerGroups
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SINKS", "at_rest", "cached_shapes", "observe"]
+__all__ = ["SINKS", "at_rest", "cached_layers", "cached_shapes", "observe", "token_shapes"]
 
 SINKS = 4
 """First tokens of a text, which are unlike all others and stay raw in any stack."""
@@ -24,8 +24,9 @@ SINKS = 4
 
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off."""
-    training = model.training
+    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off. The
+    model is left as it was."""
+    before = [(module, _plain(vars(module)), dict(module._buffers)) for module in model.modules()]
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in asked:
@@ -36,7 +37,16 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module, attributes, buffers in before:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward may leave in a module: its mode, the offset of image positions, the longest text so far, which
+    some rotary tables depend on."""
+    kinds = (bool, int, float, str, Tensor, type(None))
+    return {name: value for name, value in attributes.items() if isinstance(value, kinds)}
 
 
 def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:
@@ -70,22 +80,34 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
     return observed
 
 
-_shapes: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+def cached_layers(model: PreTrainedModel) -> list[Any]:
+    """The layers of transformers' own cache after one token was run through the model: what each of them holds."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with at_rest(model):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model.base_model(ids, past_key_values=cache, use_cache=True)
+    return cast(list[Any], cache.layers)
 
 
-def cached_shapes(model: PreTrainedModel) -> dict[int, str]:
-    """Full-attention layer -> the shape of what it caches, in words; seen by running one token through the model."""
+_shapes: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, int, int]]] = weakref.WeakKeyDictionary()
+
+
+def token_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
+    """Full-attention layer -> (H, D of keys, D of values) of what it caches; seen by running one token through the
+    model."""
     if model not in _shapes:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=model.config)
-        with at_rest(model):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            model.base_model(ids, past_key_values=cache, use_cache=True)
-        layers: Any = cache.layers
-        _shapes[model] = {i: _shape(layers[i].keys, layers[i].values) for i in LayerGroups(model, 1).full}
+        layers = cached_layers(model)
+        _shapes[model] = {
+            i: (layers[i].keys.shape[1], layers[i].keys.shape[3], layers[i].values.shape[3])
+            for i in LayerGroups(model, 1).full
+        }
     return _shapes[model]
 
 
-def _shape(keys: Tensor, values: Tensor) -> str:
-    return f"{keys.shape[1]} heads of {keys.shape[3]} + {values.shape[3]} numbers"
+def cached_shapes(model: PreTrainedModel) -> dict[int, str]:
+    """Full-attention layer -> the shape of what it caches, in words."""
+    return {
+        i: f"{heads} heads of {keys} + {values} numbers" for i, (heads, keys, values) in token_shapes(model).items()
+    }

@@ -21,14 +21,14 @@ def attention_received(queries: Tensor, keys: Tensor, scaling: float, over: Lite
     """
     b, h, t, d = keys.shape
     q = queries.shape[2]
-    grouped = queries.reshape(b, h, -1, q, d)  # (B, H, G, Q, D)
+    grouped = queries.float().reshape(b, h, -1, q, d)  # (B, H, G, Q, D)
     g = grouped.shape[2]
-    transposed = keys.unsqueeze(2).transpose(-1, -2)  # (B, H, 1, D, T)
+    transposed = keys.float().unsqueeze(2).transpose(-1, -2)  # (B, H, 1, D, T)
     step = max(1, NUMBERS // (b * h * g * t))
     total: Tensor | None = None
     for start in range(0, q, step):
         part = grouped[:, :, :, start : start + step]
-        logits = torch.matmul(part * scaling, transposed).float()
+        logits = torch.matmul(part * scaling, transposed)
         place = torch.arange(t - q + start, t - q + start + part.shape[3], device=keys.device)
         later = torch.arange(t, device=keys.device)[None] > place[:, None]
         weights = logits.masked_fill_(later, float("-inf")).softmax(-1)

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from ..abilities import FitsText, Picked, ReadsDirectly, RefitsText
-from ..encode.exact import EXACT
+from ..checks import Get, check_numbers, entries, items, misfit
+from ..encode.exact import EXACT, Exact
 from ..errors import UseError
+from ..floats import fitting, saturated
 from ..packed import Packed
 from ..stage import Codec, Encoder
-from ..types import KV, Rotation
+from ..types import KV, Latent, Layout, Rotation
 from ..workspace import Workspace
 from .plan import Plan
-from .tracks import Crop, Cut, Get, Put, Track, rows_of
+from .tracks import Crop, Cut, Put, Track, rows_of
 
 __all__ = ["GroupLatents", "LayerCodes", "Sealed"]
 
@@ -149,7 +151,7 @@ class Sealed(Track):
                 "tokens": packed.tokens,
                 "width": packed.width,
                 "exact": packed.exact,
-                "dtype": str(packed.dtype).removeprefix("torch."),
+                "dtype": _name(packed.dtype),
                 "channels": [put(x) for x in self.knows(name, packed)] or None,
             }
             for name, packed in self.packed.items()
@@ -157,25 +159,101 @@ class Sealed(Track):
         return {"codes": codes}
 
     def restore(self, state: Any, get: Get) -> None:
-        for entry in state["codes"]:
-            packed = Packed(
-                {name: x for name, key in entry["parts"].items() if (x := get(key)) is not None},
-                tokens=entry["tokens"],
-                width=entry["width"],
-                exact=entry["exact"],
-                dtype=getattr(torch, entry["dtype"]),
+        self.tokens = get.sealed
+        what = get.where("sealed tokens")
+        self._restore_fitted(state["bases"], get)
+        codes = items(state["codes"], what)
+        if not self.tokens:
+            if codes:
+                raise misfit(f"{what} are none, and some are described.")
+            return
+        if not self.plan.seals:
+            raise misfit(f"{what} are {self.tokens}, and nothing seals them here.")
+        # every part is as many times as large as that of one granule that is encoded here
+        like = self._sample(get)
+        granule = self.plan.granule(get.layouts[0].key_width)
+        for entry in codes:
+            described = entries(entry, what, CODES, ("slot",))
+            name = described["role"]
+            if not isinstance(name, str) or name not in like or name in self.packed:
+                raise misfit(f"{what} hold {name!r} twice, or where there are only {list(like)}.")
+            times = self.tokens // granule
+            self.packed[name] = self._restore_packed(name, described, like[name], times, get)
+        if lost := like.keys() - self.packed.keys():
+            raise misfit(f"{what} lack {sorted(lost)}.")
+        self._check_decoded(get)
+
+    def _restore_packed(self, name: str, entry: Mapping[str, Any], like: Packed, times: int, get: Get) -> Packed:
+        what = get.where(name)
+        facts = {"tokens": like.tokens * times, "width": like.width, "exact": like.exact, "dtype": _name(like.dtype)}
+        for fact, expected in facts.items():
+            if type(entry[fact]) is not type(expected) or entry[fact] != expected:
+                raise misfit(f"{what}: {fact} is {entry[fact]!r}, not {expected!r}.")
+        parts = {}
+        for part, key in entries(entry["parts"], what, like.parts).items():
+            model = like.parts[part]
+            shape = (get.rows, model.shape[1], model.shape[2] * times, *model.shape[3:])
+            # encoders keep scales in float32 where a half would overflow
+            wider = [torch.float32] if model.dtype == torch.float16 and not self._exact(name, like) else []
+            parts[part] = get(key, f"{name}: {part}", shape, model.dtype, *wider)
+        packed = replace(like, parts=parts, tokens=like.tokens * times)
+        self._check_channels(name, packed, entry["channels"], get)
+        return packed
+
+    def _check_channels(self, name: str, packed: Packed, channels: Any, get: Get) -> None:
+        """Refuse codes of other channels than there are here."""
+        mine = self.knows(name, packed)
+        keys = items(channels or [], f"channels of {name}")
+        known = [get(key, f"channels of {name}") for key in keys] if len(keys) == len(mine) else []
+        if len(keys) != len(mine) or not all(torch.equal(x, y.to(x.device)) for x, y in zip(known, mine, strict=True)):
+            raise UseError(
+                f"{self.payer(packed)!r} on layer {self.layers[0]}: {name!r} was encoded for other channels than it "
+                "has here. Keep the calibration with the cache."
             )
-            known = [get(key) for key in entry["channels"] or ()]
-            mine = self.knows(entry["role"], packed)
-            same = len(known) == len(mine) and all(
-                one is not None and torch.equal(one, other) for one, other in zip(known, mine, strict=True)
-            )
-            if not same:
-                raise UseError(
-                    f"{self.payer(packed)!r} on layer {self.layers[0]}: {entry['role']!r} was encoded for other "
-                    "channels than it has here. Keep the calibration with the cache."
-                )
-            self.packed[entry["role"]] = packed
+
+    @abstractmethod
+    def _sample(self, get: Get) -> dict[str, Packed]:
+        """One granule of any numbers, encoded as those of `get` were."""
+
+    @abstractmethod
+    def _exact(self, name: str, packed: Packed) -> bool:
+        """Whether a latent is stored without an encoder."""
+
+    @abstractmethod
+    def _check_decoded(self, get: Get) -> None:
+        """Refuse codes that are not those of ordinary keys and values."""
+
+    def _restore_fitted(self, state: Any, get: Get) -> None:
+        entries(state, get.where("what was fitted"), ())
+
+
+CODES = ("role", "parts", "tokens", "width", "exact", "dtype", "channels")
+"""What is said of a latent in a description."""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _any_numbers(layout: Layout, rows: int, tokens: int) -> KV:
+    """Keys, values and hidden states of `tokens` tokens, as a layer of this layout has them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (layout.heads, layout.key_width, layout.key_dtype),
+        (layout.heads, layout.value_width, layout.value_dtype),
+        (1, layout.hidden, layout.key_dtype),
+    )
+    made = (
+        torch.randn(rows, heads, tokens, width, generator=generator).to(layout.device, dtype)
+        for heads, width, dtype in shapes
+    )
+    return KV(*made)
+
+
+def _check_shape(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, what: str) -> None:
+    if tuple(x.shape) != shape or dtype not in (None, x.dtype):
+        raise misfit(f"{what} decode to {tuple(x.shape)} {_name(x.dtype)}, not to {shape} {dtype and _name(dtype)}.")
+    check_numbers(x, what)
 
 
 class LayerCodes(Sealed):
@@ -209,6 +287,25 @@ class LayerCodes(Sealed):
     def _empty(self) -> LayerCodes:
         return LayerCodes(self.plan, self.layers)
 
+    def _sample(self, get: Get) -> dict[str, Packed]:
+        (layout,), encode = get.layouts, self.plan.encode
+        assert encode is not None
+        kv = _any_numbers(layout, 1, self.plan.granule(layout.key_width))
+        return {name: encode.encode(x, name) for name, x in (("keys", kv.keys), ("values", kv.values))}
+
+    def _exact(self, name: str, packed: Packed) -> bool:
+        return isinstance(self.plan.encode, Exact)
+
+    def _check_decoded(self, get: Get) -> None:
+        (layout,), encode = get.layouts, self.plan.encode
+        assert encode is not None
+        for name, width, dtype in (
+            ("keys", layout.key_width, layout.key_dtype),
+            ("values", layout.value_width, layout.value_dtype),
+        ):
+            shape = (get.rows, layout.heads, self.tokens, width)
+            _check_shape(encode.decode(self.packed[name], name), shape, dtype, get.where(name))
+
 
 class GroupLatents(Sealed):
     """Sealed tokens of layers that a codec stores together.
@@ -230,18 +327,21 @@ class GroupLatents(Sealed):
 
     def append(self, block: Sequence[KV], positions: Tensor) -> None:
         if self._unrotated:
-            block = [
-                replace(kv, keys=self._rope(i).unrotate(kv.keys, positions.to(kv.keys.device)))
-                for i, kv in enumerate(block)
-            ]
+            block = [replace(kv, keys=self._unrotate(i, kv.keys, positions)) for i, kv in enumerate(block)]
         new = block[0].tokens
-        for name, latent in self._fit(block).items():
-            encoder = EXACT if latent.exact else self._encoder(name)
-            packed = self._encode(name, encoder, latent.data, self._payer_of(latent.exact))
-            self._add(name, replace(packed, exact=latent.exact))
+        for name, packed in self._packed(self._fit(block)).items():
+            self._add(name, packed)
         self.tokens += new
 
-    def _fit(self, block: Sequence[KV]) -> Mapping[str, Any]:
+    def _packed(self, latents: Mapping[str, Latent]) -> dict[str, Packed]:
+        made = {}
+        for name, latent in latents.items():
+            encoder = EXACT if latent.exact else self._encoder(name)
+            packed = self._encode(name, encoder, latent.data, self._payer_of(latent.exact))
+            made[name] = replace(packed, exact=latent.exact)
+        return made
+
+    def _fit(self, block: Sequence[KV]) -> Mapping[str, Latent]:
         """Latents of a block, by a codec that is fitted to the text. Where it is fitted anew, the decoded tokens before
         the block are encoded again with it."""
         codec = self.codec
@@ -260,8 +360,8 @@ class GroupLatents(Sealed):
 
     def decode(self, layer: int, keys: Tensor, values: Tensor, where: Where) -> None:
         kv = self.codec.inverse(self._latents(), layer)
-        keys.copy_(self._rotated(layer, kv.keys, where))
-        values.copy_(kv.values)
+        keys.copy_(saturated(self._rotated(layer, kv.keys, where), keys.dtype))
+        values.copy_(saturated(kv.values, values.dtype))
 
     def pick(self, layer: int, query: Tensor, where: Where) -> Picked | None:
         if not isinstance(self.codec, ReadsDirectly):
@@ -300,10 +400,17 @@ class GroupLatents(Sealed):
         if not self._unrotated:
             return keys
         rope, positions = self._rope(layer), where().to(keys.device)
+        keys = keys.float() if keys.dtype == torch.float16 else keys  # turned, they may be too large for a half
         if places is not None:
             return rope.rotate(keys, positions.take_along_dim(places.to(keys.device), dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
+
+    def _unrotate(self, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
+        rope, positions = self._rope(layer), positions.to(keys.device)
+        if keys.dtype == torch.float16:
+            return fitting(rope.unrotate(keys.float(), positions), keys.dtype)
+        return rope.unrotate(keys, positions)
 
     def end_forward(self) -> None:
         self._decoded = {}
@@ -377,11 +484,37 @@ class GroupLatents(Sealed):
     def state(self, put: Put) -> Any:
         return super().state(put) | {"bases": {name: put(x) for name, x in self.fitted.items()}}
 
-    def restore(self, state: Any, get: Get) -> None:
-        super().restore(state, get)
-        fitted = {name: x for name, key in state["bases"].items() if (x := get(key)) is not None}
-        if fitted and isinstance(self.codec, FitsText):
+    def _restore_fitted(self, state: Any, get: Get) -> None:
+        what = get.where("what was fitted to the text")
+        names = entries(state, what, state if isinstance(self.codec, FitsText) else ())
+        if not isinstance(self.codec, FitsText):
+            return
+        if bool(names) != bool(self.tokens):
+            raise misfit(f"{what} are {len(names)} tensors for {self.tokens} tokens.")
+        if names:
+            fitted = {name: get(key, f"{name!r}, fitted to the text,") for name, key in names.items()}
+            if any(x.shape[:1] != (get.rows,) for x in fitted.values()):
+                raise misfit(f"{what} is not of {get.rows} rows.")
             self.codec = self.codec.with_fitted(fitted)
+            self.codec.check_fitted([_any_numbers(layout, get.rows, 1) for layout in get.layouts])
+
+    def _sample(self, get: Get) -> dict[str, Packed]:
+        granule = self.plan.granule(get.layouts[0].key_width)
+        return self._packed(self.codec.forward([_any_numbers(layout, get.rows, granule) for layout in get.layouts]))
+
+    def _exact(self, name: str, packed: Packed) -> bool:
+        return packed.exact or isinstance(self._encoder(name), Exact)
+
+    def _check_decoded(self, get: Get) -> None:
+        latents = self._latents()
+        for name, x in latents.items():
+            check_numbers(x, get.where(name))
+        self.codec.check_latents(latents)
+        for place, layout in enumerate(get.layouts):
+            kv = self.codec.inverse(latents, place)
+            for what, x, width in (("keys", kv.keys, layout.key_width), ("values", kv.values, layout.value_width)):
+                _check_shape(x, (get.rows, layout.heads, self.tokens, width), None, get.part(place, 1).where(what))
+        self._decoded = {}
 
 
 def _device_of(latents: Mapping[str, Tensor]) -> torch.device:

@@ -17,27 +17,35 @@ Without an encoder or transform nothing is sealed and the middle stays raw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..abilities import Picked
+from ..checks import Get, items, misfit
 from ..errors import UseError
+from ..floats import saturated, wide
 from ..packed import Packed
 from ..stage import Codec
-from ..types import KV, Context, Rotation, positions_between
+from ..types import KV, Context, Layout, Rotation, positions_between
 from ..workspace import Workspace
 from .budget import Choice, allowance, choose, how_many
 from .plan import Plan
 from .sealed import GroupLatents, LayerCodes, Sealed
-from .tracks import Crop, Cut, Get, Memory, Positions, Put, Queries, RawTokens, Track
+from .tracks import Crop, Cut, Memory, Positions, Put, Queries, RawTokens, Track
 
-__all__ = ["Store"]
+__all__ = ["Expand", "Store"]
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Makes keys and values (B, heads, T, D) of the two tensors that a layer caches in their place."""
 
 GUESSES = 256
 """Tokens of a forward that assisted decoding may take back, as far as their queries are told apart: it guesses tens."""
+
+SAMPLE = 32
+"""Tokens that a score is shown to see what it remembers."""
 
 
 class Store:
@@ -48,12 +56,19 @@ class Store:
         layers: indices in the model.
         codecs: one for each run of layers that are stored together; empty without a transform.
         ropes: how each layer rotates keys.
+        expansions: of layers that cache latents (multi-head latent attention), what makes keys and values of them.
     """
 
     def __init__(
-        self, plan: Plan, layers: Sequence[int], codecs: Sequence[Codec], ropes: Mapping[int, Rotation | None]
+        self,
+        plan: Plan,
+        layers: Sequence[int],
+        codecs: Sequence[Codec],
+        ropes: Mapping[int, Rotation | None],
+        expansions: Mapping[int, Expand],
     ) -> None:
         self.plan, self.layers, self.codecs, self.ropes = plan, list(layers), codecs, ropes
+        self.expansions = expansions
         self.dirty = False  # holds tokens of a forward that is not settled
         self._sealed_positions: Tensor | None = None
         self._reading: Sealed | None = None
@@ -87,6 +102,11 @@ class Store:
         self.kept_positions: Positions = held["kept"][0]
         self.memory: list[Memory] = held["memory"]
         self.queries: list[Queries] = held["recent"]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the kinds of tracks, as they are on disk."""
+        return list(self._held)
 
     def tracks(self) -> Iterator[Track]:
         return (track for tracks in self._held.values() for track in tracks)
@@ -131,6 +151,8 @@ class Store:
 
     def positions(self, seen: int) -> Tensor:
         """(B or 1, H or 1, held) true positions, ascending."""
+        if not self.held:
+            return torch.empty(1, 1, 0, dtype=torch.int32)
         device, kept = self.raw[0].device, self.kept_positions.kept
         if kept is None:
             return positions_between(seen - self.held, seen, device)[None, None]
@@ -197,7 +219,7 @@ class Store:
         for slot, known in enumerate(self.queries):
             queries = known.unseen()
             if queries is not None:
-                kv = self.read(slot, seen, work)
+                kv = self._attended(slot, seen, work)
                 context = self._context(slot, seen, scalings[slot], queries, self.memory[slot].grown(kv.tokens))
                 self.memory[slot].tensors = dict(evict.ranking.track(kv, context))
                 known.untracked = 0
@@ -241,10 +263,10 @@ class Store:
         return Cut(sinks, sealed, middle, granule, choice.granules, choice.raw, positions)
 
     def _scores(self, slot: int, seen: int, scaling: float, work: Workspace) -> Tensor:
-        """(B, H, sealed + middle) scores of one layer, checked."""
+        """(B, H, sealed + middle) scores of one layer, checked; H are the heads that hold something."""
         evict, layer = self.plan.evict, self.layers[slot]
         assert evict is not None
-        kv = self.read(slot, seen, work)
+        kv = self._attended(slot, seen, work)
         queries = self.queries[slot].newest(evict.queries)
         score = evict.ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
         if score.shape != kv.keys.shape[:3]:
@@ -258,7 +280,14 @@ class Store:
                 f"{evict!r} on layer {layer}: scores hold NaN or infinity, so the keys do. "
                 "Check the model's dtype (float16 overflows) and its input."
             )
-        return score
+        # all heads of latent attention read one latent of a token
+        return evict.pooled([score]) if score.shape[1] != self.raw[slot].kv.keys.shape[1] else score
+
+    def _attended(self, slot: int, seen: int, work: Workspace) -> KV:
+        """What a score compares: with queries, the keys that these attend to, where latents are held in their place."""
+        kv, evict = self.read(slot, seen, work), self.plan.evict
+        expand = self.expansions.get(self.layers[slot]) if evict is not None and evict.looks_at_queries else None
+        return kv if expand is None else KV(*expand(kv.keys, kv.values))
 
     def _seal(self, seen: int, count: int) -> None:
         """Move the oldest `count` raw middle tokens into the sealed part."""
@@ -321,23 +350,25 @@ class Store:
         """
         raw, (part, layer), where = self.raw[slot].kv, self._stored(slot), self._where(seen)
         b, h, _, d = raw.keys.shape
-        grouped = query.reshape(b, h, -1, d) * scaling  # (B, H, G, D)
+        grouped = wide(query).reshape(b, h, -1, d) * scaling  # (B, H, G, D); products of halves may not be halves
         # logits of sealed tokens, then of raw ones
         picked = part.pick(layer, grouped, where)
         packed = part.dot(layer, grouped, picked, where, work)
-        logits = torch.cat([packed, torch.matmul(grouped, raw.keys.transpose(-1, -2)).to(packed.dtype)], dim=-1)
+        loose_logits = torch.matmul(grouped, raw.keys.to(grouped.dtype).transpose(-1, -2))
+        logits = torch.cat([packed, loose_logits.to(packed.dtype)], dim=-1)
         if mask is not None:
             logits = self._masked(logits, mask, picked)
         # one softmax over all of them, and the values of both
         weights = logits.softmax(dim=-1, dtype=torch.float32)
         sealed, loose = weights.tensor_split([packed.shape[-1]], dim=-1)
         mixed = part.mix(layer, sealed, picked, work)
-        mixed = mixed.to(raw.values.dtype) + torch.matmul(loose.to(raw.values.dtype), raw.values)
+        mixed = wide(mixed) + torch.matmul(loose, wide(raw.values).to(loose.dtype))
         # tokens that were not picked have no weight
         if picked is not None:
             places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
             sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
             weights = torch.cat([sealed, loose], dim=-1)
+        mixed = saturated(mixed, raw.values.dtype)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
 
     def _masked(self, logits: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:
@@ -369,7 +400,7 @@ class Store:
 
     def rows(self, index: Tensor) -> Store:
         """A store with the batch rows at `index`; nothing is shared with this one."""
-        other = Store(self.plan, self.layers, self.codecs, self.ropes)
+        other = Store(self.plan, self.layers, self.codecs, self.ropes, self.expansions)
         other.dirty = self.dirty
         other._hold({name: [track.rows(index) for track in tracks] for name, tracks in self._held.items()})
         return other
@@ -410,11 +441,71 @@ class Store:
         """A description of all tracks."""
         return {name: [track.state(put) for track in tracks] for name, tracks in self._held.items()}
 
-    def restore(self, state: Mapping[str, Sequence[Any]], sealed_tokens: int, gets: Sequence[Get]) -> None:
-        """Hold what `state` described; `gets` reads a tensor to the device of each layer."""
+    def restore(self, state: Mapping[str, Sequence[Any]], get: Get) -> None:
+        """Hold what `state` described; `get` is for all layers.
+
+        Raises:
+            UseError: something does not fit the layers, or the parts do not fit each other.
+        """
         for name, tracks in self._held.items():
-            each = len(gets) // len(tracks)  # layers that a track is for
-            for i, track in enumerate(tracks):
-                track.restore(state[name][i], gets[i * each])
-        for part in self.sealed:
-            part.tokens = sealed_tokens
+            each = -(-len(self.layers) // len(tracks))  # layers that a track is for; the last may be for fewer
+            for i, (track, described) in enumerate(zip(tracks, items(state[name], name, len(tracks)), strict=True)):
+                track.restore(described, get.part(i * each, each))
+        self._check_lengths(get)
+        if self.held:
+            self._check_positions(get)
+        for slot, layout in enumerate(get.layouts):
+            self._check_scores(slot, layout, get)
+
+    def _check_lengths(self, get: Get) -> None:
+        plan, lengths = self.plan, {track.length for track in self.raw}
+        if len(lengths) > 1:
+            raise misfit(f"{get.where('raw tokens')} are {sorted(lengths)} tokens, not equally many.")
+        sealed, raw = self.sealed_tokens, self.raw_tokens
+        if sealed and not (plan.seals and sealed % self.granule == 0 and raw >= plan.sinks):
+            raise misfit(f"{get.where('sealed tokens')} are {sealed}, beside {raw} raw ones: no whole granules.")
+        if self.held > get.seen or (self.kept_positions.kept is None and self.held < get.seen):
+            raise misfit(f"{get.where('tokens')} are {self.held} of the {get.seen} that were read.")
+
+    def _check_positions(self, get: Get) -> None:
+        kept = self.kept_positions.kept
+        if kept is None:
+            return
+        heads = 1 if self.plan.share_heads else get.layouts[0].heads
+        fits = self.plan.evict is not None and kept.shape[1] == heads and kept.shape[2] <= self.held - self.sinks
+        if fits:
+            positions = self.positions(get.seen).long()
+            fits = bool((positions.diff(dim=-1) > 0).all() and (positions >= 0).all() and (positions < get.seen).all())
+        if not fits:
+            raise misfit(f"{get.where('positions')} are not ascending, or not those of {self.held} tokens.")
+
+    def _check_scores(self, slot: int, layout: Layout, get: Get) -> None:
+        """Refuse memory and queries that the score does not keep."""
+        evict, queries, memory = self.plan.evict, self.queries[slot].before, self.memory[slot].tensors
+        what = get.part(slot, 1).where("the memory of a score")
+        if queries is not None and (evict is None or not evict.looks_at_queries or queries.shape[2] > self.held):
+            raise misfit(f"{what} holds queries, and no score looks at them.")
+        like: Mapping[str, Tensor] = {}
+        if evict is not None and evict.tracks and self.held:
+            like = self._any_memory(slot, layout)
+        if memory.keys() != like.keys() or any(x.dtype != like[name].dtype for name, x in memory.items()):
+            raise misfit(f"{what} is of {sorted(memory)}, not of {sorted(like)}.")
+        if any(x.shape[2] > self.held for x in memory.values()):
+            raise misfit(f"{what} is of more tokens than are held.")
+
+    def _any_memory(self, slot: int, layout: Layout) -> Mapping[str, Tensor]:
+        """What the score remembers of any numbers: for its names and types."""
+        assert self.plan.evict is not None
+        heads, device = layout.heads, layout.device
+        keys = torch.ones(1, heads, SAMPLE, layout.key_width, dtype=layout.key_dtype, device=device)
+        values = torch.ones(1, heads, SAMPLE, layout.value_width, dtype=layout.value_dtype, device=device)
+        queries = keys[:, :, -1:].repeat_interleave(layout.queries or 1, dim=1)
+        positions = positions_between(0, SAMPLE, device)[None, None]
+        context = Context(
+            layer=self.layers[slot],
+            seen=SAMPLE,
+            positions=positions,
+            queries=queries,
+            rope=self.ropes.get(self.layers[slot]),
+        )
+        return self.plan.evict.ranking.track(KV(keys, values), context)

@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS, Get, entries, items, misfit
 from ..packed import storage_bytes
 from ..types import KV, take_tokens
 from .raw import Buffer
@@ -30,8 +31,6 @@ __all__ = ["Crop", "Cut", "Memory", "Positions", "Queries", "RawTokens", "Track"
 
 Put = Callable[[Tensor | None], Any]
 """Writes a tensor and gives back what stands for it in a description."""
-Get = Callable[[Any], Tensor | None]
-"""The inverse of `Put`."""
 
 RECENT_QUERIES = 8
 """Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
@@ -115,7 +114,11 @@ class Track(ABC):
 
     @abstractmethod
     def restore(self, state: Any, get: Get) -> None:
-        """Hold what `state` described."""
+        """Hold what `state` described. It comes from a file: a track checks what is its own.
+
+        Raises:
+            UseError: something is missing, or does not fit.
+        """
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -203,10 +206,24 @@ class RawTokens(Track):
         return [put(buffer.view) if buffer.tensors else None for buffer in self.buffers]
 
     def restore(self, state: Any, get: Get) -> None:
-        for buffer, name in zip(self.buffers, state, strict=True):
-            x = get(name)
-            if x is not None:
-                buffer.replace(x)
+        names = items(state, get.where("raw tokens"), len(self.buffers))
+        if not get.seen and not any(names):
+            return
+        (layout,) = get.layouts
+        tokens: int | None = None
+        for buffer, name, (what, heads, width, dtypes) in zip(
+            self.buffers,
+            names,
+            (
+                ("keys", layout.heads, layout.key_width, [layout.key_dtype]),
+                ("values", layout.heads, layout.value_width, [layout.value_dtype]),
+                ("hidden states", 1, layout.hidden, FLOATS),
+            ),
+            strict=False,  # most stacks hold no hidden states
+        ):
+            x = get(name, f"raw {what}", (get.rows, heads, tokens, width), *dtypes)
+            buffer.replace(x)
+            tokens = x.shape[2]
 
 
 class Positions(Track):
@@ -239,7 +256,8 @@ class Positions(Track):
         return put(self.kept)
 
     def restore(self, state: Any, get: Get) -> None:
-        self.kept = get(state)
+        shape = (get.rows, None, None)
+        self.kept = None if state is None else get(state, "positions", shape, torch.int32)
 
 
 class Memory(Track):
@@ -275,7 +293,10 @@ class Memory(Track):
         return {name: put(x) for name, x in self.tensors.items()}
 
     def restore(self, state: Any, get: Get) -> None:
-        self.tensors = {name: x for name, key in state.items() if (x := get(key)) is not None}
+        (layout,) = get.layouts
+        shape = (get.rows, layout.heads, None)
+        known = entries(state, get.where("the memory of a score"), state)
+        self.tensors = {name: get(key, f"memory {name!r}", shape) for name, key in known.items()}
 
 
 class Queries(Track):
@@ -357,7 +378,14 @@ class Queries(Track):
         return put(self.before)
 
     def restore(self, state: Any, get: Get) -> None:
-        self.before = get(state)
+        if state is None:
+            return
+        (layout,) = get.layouts
+        heads = layout.heads * layout.queries or None
+        self.before = get(state, "recent queries", (get.rows, heads, None, layout.key_width), layout.key_dtype)
+        count, heads = self.before.shape[2], self.before.shape[1]
+        if not 1 <= count <= RECENT_QUERIES or heads % layout.heads:
+            raise misfit(f"{get.where('recent queries')} are {count} of {heads} heads.")
 
 
 def _without(x: Tensor | None, newest: int) -> Tensor | None:

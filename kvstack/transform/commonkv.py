@@ -21,9 +21,11 @@ from ..calibration.calibrate import calibration_for
 from ..calibration.calibration import Calibration
 from ..calibration.weight_axes import weight_axes
 from ..calibration.windows import sample_ids
+from ..checks import check_places
 from ..encode.channel_codes import ChannelCodes
 from ..encode.waterfilling import leading
 from ..errors import BindError
+from ..floats import fitting, saturated
 from ..model.layers import LayerGroups
 from ..model.probing import observe
 from ..stage import BoundTransform, Transform, as_path, check
@@ -273,11 +275,12 @@ class Project(ReadsDirectly):
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         z = self.latents(group)
-        data = self.merged(z).to(group[0].keys.dtype).unsqueeze(1)
+        dtype = group[0].keys.dtype
+        data = fitting(self.merged(z), dtype).unsqueeze(1)
         if not self.apart:
             return {LATENT: Latent(data)}
         apart, rest = self._parted(self.unlike(group, z))
-        plain = flat(group).to(data.dtype).unsqueeze(1)
+        plain = fitting(flat(group), dtype).unsqueeze(1)
         return {
             UNMERGED: Latent(take_tokens(plain, apart.unsqueeze(1)), exact=True),
             WHERE: Latent((apart % TOGETHER).to(torch.uint8)[:, None, :, None], exact=True),
@@ -286,14 +289,17 @@ class Project(ReadsDirectly):
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
         z = latents[LATENT].squeeze(1)
-        kv = KV(self.basis.keys(z, layer).to(z.dtype), self.basis.values(z, layer).to(z.dtype))
+        kv = KV(self.keys_of(z, layer), saturated(self.basis.values(z, layer), z.dtype))
         return self._joined(kv, latents, layer) if self.apart else kv
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         if self.apart:
             return super().keys(latents, layer)
-        z = latents[LATENT].squeeze(1)
-        return self.basis.keys(z, layer).to(z.dtype)
+        return self.keys_of(latents[LATENT].squeeze(1), layer)
+
+    def keys_of(self, z: Tensor, layer: int) -> Tensor:
+        """Latents (B, T, R) -> keys (B, H, T, D)."""
+        return saturated(self.basis.keys(z, layer), z.dtype)
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         if self.apart:
@@ -307,6 +313,10 @@ class Project(ReadsDirectly):
     def merged(self, z: Tensor) -> Tensor:
         """`latents` -> (B, T, R)."""
         return z
+
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        if self.apart:
+            check_places(latents[WHERE][:, 0, :, 0], self.apart, TOGETHER, "tokens that are not merged")
 
     # ---- tokens that are not merged
 
@@ -332,7 +342,7 @@ class Project(ReadsDirectly):
         rest = mask.nonzero()[:, 1].view(b, t - n)
         order = torch.cat([apart, rest], dim=1).argsort(dim=1)[:, None]
         keys, values = self.basis.split(latents[UNMERGED].squeeze(1), layer)
-        plain = KV(keys.to(kv.keys.dtype), values.to(kv.values.dtype))
+        plain = KV(keys, values)
         both = KV(torch.cat([plain.keys, kv.keys], dim=2), torch.cat([plain.values, kv.values], dim=2))
         return both.take(order)
 

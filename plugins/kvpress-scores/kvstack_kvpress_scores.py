@@ -92,7 +92,9 @@ class KVPressScore(Score):
     def score(self, kv: KV, context: Context) -> Tensor:
         module = _Module(kv, context)
         with _drawn_from(context.layer, kv.keys.device):
-            scores: Tensor = self._built.score(module, module.hidden, kv.keys, kv.values, None, {})
+            # presses take norms and sums, which may be too large for a half
+            keys, values = (x.float() if x.dtype == torch.float16 else x for x in (kv.keys, kv.values))
+            scores: Tensor = self._built.score(module, module.hidden, keys, values, None, {})
         return scores
 
     # ---- refused when it is built

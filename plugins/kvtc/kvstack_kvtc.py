@@ -24,6 +24,7 @@ from kvstack.authoring import (
     calibration_for,
     check,
     flat,
+    saturated,
 )
 
 if TYPE_CHECKING:
@@ -169,11 +170,11 @@ class Components(ReadsDirectly):
         return latents
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
-        values = self.bases[1].values(latents["values"].squeeze(1), layer).to(self.dtype)
+        values = saturated(self.bases[1].values(latents["values"].squeeze(1), layer), self.dtype)
         return KV(self.keys(latents, layer), values)
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return self.bases[0].keys(latents["keys"].squeeze(1), layer).to(self.dtype)
+        return saturated(self.bases[0].keys(latents["keys"].squeeze(1), layer), self.dtype)
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         return self.bases[1].weigh(weights, latents["values"].squeeze(1), layer)

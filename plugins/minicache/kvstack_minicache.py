@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, BindError, Latent, Transform
-from kvstack.authoring import BoundTransform, LayerGroups, ReadsDirectly, cached_shapes, check, take_tokens
+from kvstack.authoring import (
+    BoundTransform,
+    LayerGroups,
+    ReadsDirectly,
+    cached_shapes,
+    check,
+    check_places,
+    fitting,
+    saturated,
+    take_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +50,8 @@ class MiniCache(Transform):
 
     Args:
         start: share of the model's layers, counted from the input, that is left alone (default 0.5): these go to the
-            encoder as they would without a transform. The rest is merged in pairs.
+            encoder as they would without a transform. The rest is merged in pairs; of an odd number of layers, the
+            last is left alone too.
         t: where the merged direction lies: 0 is the shallower layer's, 1 the deeper one's (default 0.6).
         retain: share of the tokens that is retained (default 0.05), to the nearest 64th; above 0 at least one of 64.
 
@@ -82,14 +93,8 @@ class MiniCache(Transform):
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         full, name = LayerGroups(model, 1, layers).full, type(model).__name__
-        if len(full) % 2:
-            hold = "" if full == LayerGroups(model, 1).full else " that hold keys and values"
-            raise BindError(
-                f"{self!r} merges pairs of layers, and {name} has {len(full)} full-attention layers{hold}. "
-                "Leave it out: it needs an even number."
-            )
         shapes = cached_shapes(model)
-        for one, other in zip(full[::2], full[1::2], strict=True):
+        for one, other in zip(full[::2], full[1::2], strict=False):  # an odd one is left alone
             if shapes[one] != shapes[other]:
                 raise BindError(
                     f"{self!r} pairs layers {one} and {other} of {name}, and they hold {shapes[one]} and "
@@ -106,16 +111,16 @@ class BoundMiniCache(BoundTransform):
     """MiniCache for one model: pairs of layers are merged from layer `first` on."""
 
     def __init__(self, stage: MiniCache, first: int) -> None:
-        super().__init__(stage, 2)
+        super().__init__(stage, 2, remainder=True)
         self.first = first
-        self._merged, self._alone = Merged(stage), SideBySide(stage)
+        self._merged, self._alone = Merged(stage), {layers: SideBySide(stage, layers) for layers in (1, 2)}
 
     def for_group(self, layers: Sequence[int]) -> Pair:
-        return self._merged if layers[0] >= self.first else self._alone
+        return self._merged if len(layers) == 2 and layers[0] >= self.first else self._alone[len(layers)]
 
 
 class Pair(ReadsDirectly):
-    """The codec of two layers."""
+    """The codec of two layers, or of one that is left over."""
 
     def __init__(self, stage: MiniCache) -> None:
         self.granule = self.latent_multiple = TOGETHER if stage.retained else 1
@@ -135,13 +140,17 @@ class Pair(ReadsDirectly):
 
 
 class SideBySide(Pair):
-    """Two layers that are left alone: the heads of one behind those of the other."""
+    """Layers that are left alone: the heads of one behind those of the other."""
+
+    def __init__(self, stage: MiniCache, layers: int) -> None:
+        super().__init__(stage)
+        self.layers = layers
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         return {role: Latent(torch.cat(_together(group, role), dim=1)) for role in ROLES}
 
     def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
-        return latents[role].chunk(2, dim=1)[layer]
+        return latents[role].chunk(self.layers, dim=1)[layer]
 
 
 class Merged(Pair):
@@ -165,19 +174,22 @@ class Merged(Pair):
                 latents[f"unmerged {role}"] = Latent(take_tokens(shallow, index), exact=True)
                 latents[f"places of {role}"] = Latent(within.to(torch.uint8).unsqueeze(-1), exact=True)
             latents[role] = Latent(merged.to(shallow.dtype))
-        dtype = group[0].keys.dtype
-        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)  # float16 would hold infinity
-        latents[NORMS] = Latent(torch.stack(norms, dim=-1).clamp_max(most).to(dtype), exact=True)
+        lengths = torch.stack(norms, dim=-1).clamp_max(torch.finfo(torch.float32).max)
+        latents[NORMS] = Latent(fitting(lengths, group[0].keys.dtype), exact=True)
         return latents
 
     def rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
         data = latents[role]
         number = 2 * (role == "values") + layer
-        x = (data.float() * latents[NORMS][..., number : number + 1].float()).to(data.dtype)
+        x = saturated(data.float() * latents[NORMS][..., number : number + 1].float(), data.dtype)
         if layer or not self.retained:
             return x
         index = _in_text(latents[f"places of {role}"].squeeze(-1).long().unflatten(2, (-1, self.retained)))
         return x.scatter(2, _wide(index, x), latents[f"unmerged {role}"].to(x.dtype))
+
+    def check_latents(self, latents: Mapping[str, Tensor]) -> None:
+        for role in ROLES if self.retained else ():
+            check_places(latents[f"places of {role}"][..., 0], self.retained, TOGETHER, f"retained {role}")
 
     def _divergent(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of widest `angle` (B, H, T), as many in every granule: their places in it and their indices,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from kvstack import BindError, StageError
-from kvstack.authoring import Share, as_path, check, fingerprint, load_or_make
+from kvstack import BindError, KVStackWarning, StageError
+from kvstack.authoring import Share, as_path, check, kv_fingerprint, load_or_make
 
-from .strategy import Strategy, kinds_of, search, what_is_wrong
+from .strategy import Strategy, kinds_of, layers_of, search, what_is_wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ class KVSharer(Share):
 
     Args:
         share: the part of the full-attention layers that holds NOTHING, 0 or more and below 1 (default 0.25). That part
-            of the cache is gone.
+            of the cache is gone. Where the default is less than half a layer, none shares, and a warning says so.
         strategy: which layer reads which: a `Strategy` or the path of a saved one, made by
             `kvstack_kvsharer.search`. It says all that the other settings would. Default: searched for at first use
             with these settings, and kept in the user's cache folder.
@@ -67,6 +68,16 @@ class KVSharer(Share):
 
     def bind(self, model: PreTrainedModel) -> Mapping[int, int]:
         kinds, name = kinds_of(model), type(model).__name__
+        by_default = self.strategy is None and self.share == KVSharer.share
+        if by_default and not layers_of(self.share, len(kinds)):
+            more = "Leave it out for this model." if len(kinds) < 2 else f"Use share={1 / len(kinds):.2g} or more."
+            warnings.warn(
+                f"{self!r}: a share of {self.share} is no whole layer of the {len(kinds)} full-attention layers of "
+                f"{name}, so all of them hold their own keys and values. {more}",
+                KVStackWarning,
+                stacklevel=2,
+            )
+            return {}
         if len(kinds) < 2:
             raise BindError(
                 f"{self!r} needs two full-attention layers that one can read the other, and {name} has {len(kinds)}. "
@@ -101,7 +112,7 @@ class KVSharer(Share):
         # a pair of layers may lie on two devices where the model is spread in another way
         alike = [list(kinds.values()).index(kind) for kind in kinds.values()]
         words = f"{share}-{rank}-{threshold}-{seed}-{hashlib.sha256(bytes(str(alike), 'ascii')).hexdigest()[:8]}"
-        file_name = f"{model.config.model_type}-{fingerprint(model)}-kvsharer-{words}.json"
+        file_name = f"{model.config.model_type}-{kv_fingerprint(model)}-kvsharer-{words}.json"
         notice = f"KVSharer searches which layers of this {type(model).__name__} can share, once."
         make = partial(search, model, share=share, rank=rank, threshold=threshold, seed=seed)
         return load_or_make(model, file_name, read, make, notice)

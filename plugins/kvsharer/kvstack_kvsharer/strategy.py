@@ -28,7 +28,8 @@ from kvstack.authoring import (
     Share,
     at_rest,
     cached_shapes,
-    fingerprint,
+    is_of,
+    kv_fingerprint,
     tokenizer_of,
     windows_of,
     write_bytes,
@@ -37,7 +38,7 @@ from kvstack.authoring import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Strategy", "kinds_of", "search", "what_is_wrong"]
+__all__ = ["Strategy", "kinds_of", "layers_of", "search", "what_is_wrong"]
 
 log = logging.getLogger("kvstack")
 
@@ -107,7 +108,7 @@ class Strategy:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `CalibrationError` where this was searched for another model."""
-        if self.identity and self.identity != fingerprint(model):
+        if self.identity and not is_of(self.identity, model):
             raise CalibrationError(
                 f"{self!r} was searched for another model than this {type(model).__name__}. Search one for it: "
                 "kvstack_kvsharer.search(model)."
@@ -171,7 +172,7 @@ def search(
     if problem := what_is_wrong(share, rank, threshold):
         raise CalibrationError(f"search: {problem}")
     kinds = kinds_of(model)
-    wanted = min(round(share * len(kinds)), len(kinds) - 1)  # the first layer has nothing to read
+    wanted = layers_of(share, len(kinds))
     if share and not wanted:
         least = 1 / max(1, len(kinds))
         raise CalibrationError(
@@ -180,7 +181,7 @@ def search(
         )
     settings = {"share": share, "rank": rank, "threshold": threshold, "seed": seed, "tokens": tokens}
     if not wanted:
-        return Strategy({}, identity=fingerprint(model), settings=settings)
+        return Strategy({}, identity=kv_fingerprint(model), settings=settings)
     samples, source = _samples(model, texts, tokens, tokenizer)
     shares: dict[int, int] = {}
     taken: list[tuple[int, int, float, float]] = []
@@ -206,7 +207,12 @@ def search(
             threshold,
         )
     cosine = taken[-1][3] if taken else 1.0
-    return Strategy(shares, cosine, taken, fingerprint(model), settings | {"texts": source})
+    return Strategy(shares, cosine, taken, kv_fingerprint(model), settings | {"texts": source})
+
+
+def layers_of(share: float, count: int) -> int:
+    """How many of `count` layers `share` of them is; the first layer has nothing to read."""
+    return max(0, min(round(share * count), count - 1))
 
 
 def _samples(

@@ -25,7 +25,18 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner
 
-from kvstack import BindError, CalibrationError, CommonKV, Evict, KVStack, Quant, Score, StageError, UseError
+from kvstack import (
+    BindError,
+    CalibrationError,
+    CommonKV,
+    Evict,
+    KVStack,
+    KVStackWarning,
+    Quant,
+    Score,
+    StageError,
+    UseError,
+)
 from kvstack.testing import check_registered, check_stage, tiny_model
 
 SHAPE = {
@@ -599,7 +610,15 @@ def test_a_share_of_no_layer():
 
 def test_one_layer_cannot_share():
     with pytest.raises(BindError, match="needs two full-attention layers that one can read the other"):
-        KVStack([KVSharer()], model=tiny_model(num_hidden_layers=1))
+        KVStack([KVSharer(0.5)], model=tiny_model(num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_default_of_a_model_with_few_layers(layers):
+    more = "Leave it out" if layers == 1 else "Use share=0.5 or more"
+    with pytest.warns(KVStackWarning, match=f"no whole layer of the {layers} full-attention layers .* {more}"):
+        stack = KVStack([KVSharer()], model=tiny_model(num_hidden_layers=layers))
+    assert not stack.binding.shares
 
 
 def test_layers_the_model_does_not_have():

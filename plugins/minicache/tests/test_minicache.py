@@ -323,8 +323,16 @@ def test_settings_that_are_no_share(name, value):
 
 
 def test_an_odd_number_of_layers():
-    with pytest.raises(BindError, match=r"merges pairs of layers, and LlamaForCausalLM has 5 full-attention layers\."):
-        KVStack([MiniCache()], model=tiny_model(num_hidden_layers=5))
+    """The last is left alone, and goes on as it would without the stage."""
+    model = tiny_model(num_hidden_layers=5)
+    stack, plain = (KVStack([*stages, Quant(4, group=8)], model=model) for stages in ([MiniCache(start=0.0)], []))
+    for cache in (stack, plain):
+        model(ids(2, 200), past_key_values=cache)
+        model(ids(2, 1), past_key_values=cache)
+    codecs = stack.binding.plan.codecs
+    assert [isinstance(codec, Merged) for codec in codecs] == [True, True, False]
+    assert stack.read(4).keys.shape == plain.read(4).keys.shape
+    assert stack.nbytes < plain.nbytes
 
 
 def test_layers_that_hold_something():
@@ -333,9 +341,9 @@ def test_layers_that_hold_something():
     bound = MiniCache().bind(model, [0, 3])
     assert isinstance(MiniCache(start=0.0).bind(model, [0, 3]).for_group([0, 3]), Merged)
     assert not isinstance(bound.for_group([0, 3]), Merged), "half of one pair is a pair"
-    message = "has 3 full-attention layers that hold keys and values. Leave it out: it needs an even number"
-    with pytest.raises(BindError, match=message):
-        MiniCache().bind(model, [0, 1, 3])
+    bound = MiniCache(start=0.0).bind(model, [0, 1, 3])
+    assert isinstance(bound.for_group([0, 1]), Merged)
+    assert not isinstance(bound.for_group([3]), Merged), "nothing is left to pair it with"
 
 
 def test_layers_that_hold_other_shapes():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["XKV"]
 
+LAYERS = 4.5
+"""Layers in a group by default: the paper's 4 where that divides their number, or rather 5 than 3."""
 KEEP = 0.25
 VALUES_SHARE = 0.6
 """Of a token's numbers, where `keep` decides: K:V = 1:1.5, the paper's ratio."""
@@ -35,7 +37,7 @@ class XKV(Transform):
         rank: numbers a token keeps for the keys of a group and for its values, a pair (`xkv:512/768` in a spec). A text
             stays raw until twice as many tokens as the larger rank can be sealed. What is above the channels of a group
             is cut. Default: from `keep`.
-        layers: adjacent full-attention layers in a group (default 4).
+        layers: adjacent full-attention layers in a group; default a divisor of their number near 4.
         keep: share of a token's numbers that is KEPT, in (0, 1], two fifths for keys and three for values (default
             0.25). The bases are extra: a short text needs more numbers for them than for its tokens.
         decode: what becomes of later tokens. `fold` (default): they are projected on the bases, block by block. `dense`
@@ -63,7 +65,7 @@ class XKV(Transform):
     """
 
     rank: tuple[int, int] | None = None
-    layers: int = 4
+    layers: int | None = None
     keep: float | None = None
     decode: Literal["fold", "dense"] = "fold"
     refit: float | None = 0.1
@@ -84,7 +86,7 @@ class XKV(Transform):
         share = isinstance(keep, int | float) and not isinstance(keep, bool) and 0 < keep <= 1
         check(keep is None or share, self, "keep is the share of the numbers that stays, in (0, 1].", "Use keep=0.25.")
         check(rank is None or keep is None, self, "rank and keep both say how much stays.", "Give one of them.")
-        check(_counts(self.layers), self, "layers counts layers.", "Use 1 or more.")
+        check(self.layers is None or _counts(self.layers), self, "layers counts layers.", "Use 1 or more.")
         check(self.decode in ("fold", "dense"), self, f"{self.decode!r} is no way to go on.", 'Use "fold".')
         above = isinstance(refit, int | float) and not isinstance(refit, bool) and refit > 0
         check(refit is None or above, self, "refit is a share of energy above 0.", "Use refit=0.1, or None for never.")
@@ -92,7 +94,7 @@ class XKV(Transform):
         check(select is None or _counts(select, CHUNK), self, "select counts tokens.", f"Use {CHUNK} or more.")
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
-        groups = LayerGroups(model, self.layers, layers)
+        groups = LayerGroups(model, self.layers, layers, near=LAYERS)
         # multi-head latent attention caches (latent, rotary key) and expands them after reading
         latents = all(expands(groups.modules[i]) for i in groups.full)
         if latents and self.select:

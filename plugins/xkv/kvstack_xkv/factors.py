@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvstack import KV, Latent, UseError
-from kvstack.authoring import Picked, ReadsDirectly, RefitsText, Turn, take_tokens
+from kvstack.authoring import Picked, ReadsDirectly, RefitsText, Turn, fitting, saturated, take_tokens, wide
 
 from .svd import leading
 
@@ -86,6 +86,24 @@ class Factors(RefitsText, ReadsDirectly):
     def with_fitted(self, fitted: Mapping[str, Tensor]) -> Self:
         return type(self)(self.stage, self.caches_latents, fitted)
 
+    def check_fitted(self, group: Sequence[KV]) -> None:
+        roles = self._roles(group)
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+        for (role, layers), most in zip(roles.items(), self.stage.ranks(_widths(roles)), strict=True):
+            first = self.fitted.get(f"{role} 0")
+            rank = min(most, first.shape[1] if first is not None and first.dim() > 1 else 0)
+            for i, x in enumerate(layers):
+                expected[f"{role} {i}"] = (x.shape[0], rank, x.shape[1], x.shape[3]), x.dtype
+        if self.stage.refit is not None:
+            expected[MOST] = (len(group[0].keys), len(roles)), None
+        found = {name: (tuple(x.shape), x.dtype) for name, x in self.fitted.items()}
+        same = found.keys() == expected.keys() and all(
+            shape == found[name][0] and dtype in (None, found[name][1]) and 0 not in shape
+            for name, (shape, dtype) in expected.items()
+        )
+        if not same:
+            raise UseError(f"the bases are {found}, not {expected}. Save the cache again.")
+
     def _roles(self, group: Sequence[KV]) -> dict[str, list[Tensor]]:
         """What is decomposed together: (B, H, T, D) of every layer."""
         roles = {KEYS: [kv.keys for kv in group]}
@@ -98,9 +116,9 @@ class Factors(RefitsText, ReadsDirectly):
         strength = strength.clamp_min(WEAKEST * strength.amax(dim=1, keepdim=True))
         parts = (strength.unsqueeze(-1) * axes).split([y.shape[1] * y.shape[3] for y in layers], dim=-1)
         return {
-            f"{role} {i}": part.clone(memory_format=torch.contiguous_format)
-            .to(like.dtype)
-            .unflatten(-1, (like.shape[1], like.shape[3]))
+            f"{role} {i}": fitting(part.clone(memory_format=torch.contiguous_format), like.dtype).unflatten(
+                -1, (like.shape[1], like.shape[3])
+            )
             for i, (part, like) in enumerate(zip(parts, layers, strict=True))
         }
 
@@ -128,14 +146,15 @@ class Factors(RefitsText, ReadsDirectly):
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         latents = {
-            f"{role} factors": Latent(self._project(_flat(layers), role).to(layers[0].dtype).unsqueeze(1))
+            f"{role} factors": Latent(fitting(self._project(_flat(layers), role), layers[0].dtype).unsqueeze(1))
             for role, layers in self._roles(group).items()
         }
         if self.caches_latents:
             # clone: a slice of one head is a view that would keep all raw tokens alive
             latents |= {f"rotary key {i}": Latent(kv.values.clone(), exact=True) for i, kv in enumerate(group)}
         if self.stage.select:
-            means = [kv.keys.unflatten(2, (-1, CHUNK)).mean(dim=3) for kv in group]  # (B, H, T / 8, D)
+            # (B, H, T / 8, D)
+            means = [wide(kv.keys).unflatten(2, (-1, CHUNK)).mean(dim=3).to(kv.keys.dtype) for kv in group]
             latents |= {f"mean key {i}": Latent(mean, exact=True) for i, mean in enumerate(means)}
         return latents
 
@@ -146,7 +165,9 @@ class Factors(RefitsText, ReadsDirectly):
 
     def _rebuilt(self, latents: Mapping[str, Tensor], role: str, layer: int) -> Tensor:
         """(B, H, T, D) from factors (B, 1 or H, T, r) and bases (B, r, H, D)."""
-        return torch.einsum("bhtr,brhd->bhtd", latents[f"{role} factors"], self.fitted[f"{role} {layer}"])
+        factors, bases = latents[f"{role} factors"], self.fitted[f"{role} {layer}"]
+        dtype = torch.promote_types(factors.dtype, bases.dtype)
+        return saturated(torch.einsum("bhtr,brhd->bhtd", factors.to(dtype), bases.to(dtype)), dtype)
 
     # ---- reading without rebuilding
 

@@ -127,8 +127,14 @@ def test_layers_that_hold_something_must_divide():
     model = tiny_model()
     message = r"layers=4: LlamaForCausalLM has 3 full-attention layers that hold keys and values, .* one of \[1, 3\]"
     with pytest.raises(CalibrationError, match=message):
-        XKV().bind(model, [0, 1, 3])
+        XKV(layers=4).bind(model, [0, 1, 3])
     assert XKV(layers=3).bind(model, [0, 1, 3]).layers == 3
+    assert XKV().bind(model, [0, 1, 3]).layers == 3
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 3), (7, 7), (12, 4), (30, 5)])
+def test_layers_by_default(count, size):
+    assert XKV().bind(tiny_model(num_hidden_layers=count)).layers == size
 
 
 def test_ranks_of_keep():
