@@ -500,7 +500,7 @@ class Attention:
     def _own_mask(self, call: Call, store: Store, cohort: Cohort, query: Tensor, part: Tensor | None) -> Tensor | None:
         """The mask for what a store holds."""
         if part is None:
-            return masks.causal_mask(call.implementation, query.shape[2], store.held, query)
+            return masks.causal_mask(call.implementation, query.shape[2], store.held, query, call.module)
         if store.held == cohort.seen:
             return part
         return masks.fitted(part, store.positions(cohort.seen), query.shape[1])
@@ -508,11 +508,13 @@ class Attention:
     def _mask_for_module(self, call: Call) -> Any:
         """The mask for a module that applies it by itself, to what `_laid_out` makes."""
         batch = self.batch
-        group, _ = batch.binding.places[call.layer]
+        group, slot = batch.binding.places[call.layer]
         if self._begins(call.layer) and call.hidden is not None:
             self._begin(call.hidden.shape[0], call.hidden.shape[1], call)
         stores = [cohort.stores[group] for cohort in batch.cohorts]
-        if call.mask is None or all(s.held == c.seen - c.new for s, c in zip(stores, batch.cohorts, strict=True)):
+        # the layers of a group come one after the other: this one has not got its new tokens yet
+        held = [store.sealed_tokens + store.raw[slot].length for store in stores]
+        if call.mask is None or all(n == c.seen - c.new for n, c in zip(held, batch.cohorts, strict=True)):
             return call.mask
         if call.hidden is None or not isinstance(call.mask, Tensor) or call.mask.dim() != 4:
             raise UseError(
@@ -521,16 +523,20 @@ class Attention:
             )
         mask, new = call.mask, call.mask.shape[2]
         dense = batch.columns[call.layer] + new
-        width = max(s.held + c.new for s, c in zip(stores, batch.cohorts, strict=True))
+        width = max(n + c.new for n, c in zip(held, batch.cohorts, strict=True))
         parts = []
         for store, cohort in zip(stores, batch.cohorts, strict=True):
             columns = cohort.columns.of(cohort.seen, mask.device) if cohort.seen < dense else None
             part = masks.cut(mask, cohort.rows, cohort.places, columns, dense)
-            before = cohort.seen - cohort.new
-            old = store.positions(before) if store.held else torch.empty(1, 1, 0, dtype=torch.int32)
-            fresh = torch.arange(before, cohort.seen, device=old.device).expand(*old.shape[:2], -1)
-            heads = self._bound.query_heads if old.shape[1] > 1 else 1
-            parts.append(masks.fitted(part, torch.cat([old, fresh], dim=-1), heads))
+            if slot:  # the first layer of the group has got them
+                positions = store.positions(cohort.seen)
+            else:
+                before = cohort.seen - cohort.new
+                old = store.positions(before)
+                fresh = torch.arange(before, cohort.seen, device=old.device).expand(*old.shape[:2], -1)
+                positions = torch.cat([old, fresh], dim=-1)
+            heads = self._bound.query_heads if positions.shape[1] > 1 else 1
+            parts.append(masks.fitted(part, positions, heads))
         if len(parts) == 1 and batch.cohorts[0].places is None:
             return parts[0]
         hides = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else False

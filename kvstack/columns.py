@@ -40,19 +40,17 @@ class Columns:
 
     def of(self, seen: int, device: torch.device) -> Tensor:
         """(seen,) column of every token."""
-        ends = [token for token, _ in self.runs[1:]] + [seen]
-        parts = [
-            torch.arange(column, column + end - token, device=device)
-            for (token, column), end in zip(self.runs, ends, strict=True)
-        ]
+        parts = [torch.arange(column, column + n, device=device) for column, n in self._lengths(seen)]
         return torch.cat(parts) if parts else torch.arange(0, device=device)
+
+    def _lengths(self, seen: int) -> list[tuple[int, int]]:
+        """(first column, tokens) of every run."""
+        ends = [token for token, _ in self.runs[1:]] + [seen]
+        return [(column, end - token) for (token, column), end in zip(self.runs, ends, strict=False)]
 
     def before(self, limit: int, seen: int) -> int:
         """How many of `seen` tokens stand before the column `limit`."""
-        ends = [token for token, _ in self.runs[1:]] + [seen]
-        return sum(
-            max(0, min(limit - column, end - token)) for (token, column), end in zip(self.runs, ends, strict=True)
-        )
+        return sum(max(0, min(limit - column, n)) for column, n in self._lengths(seen))
 
     def first(self, seen: int) -> Columns:
         """Those of the first `seen` tokens."""

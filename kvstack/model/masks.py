@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UseError
 
@@ -88,10 +88,12 @@ def fitted(mask: Tensor, positions: Tensor, heads: int) -> Tensor:
     return mask.take_along_dim(positions.to(mask.device).long().unsqueeze(2), dim=-1)
 
 
-def causal_mask(name: str, new: int, held: int, like: Tensor) -> Tensor | None:
+def causal_mask(name: str, new: int, held: int, like: Tensor, module: nn.Module) -> Tensor | None:
     """The mask `name` needs for the newest `new` of `held` tokens where all of them are seen, (1, 1, new, held) or
-    None. Eager attention always gets one: some models add it without asking."""
-    if "flash" in name or (name != "eager" and (new == 1 or (name == "sdpa" and new == held))):
+    None. Eager attention always gets one: some models add it without asking. `sdpa` takes none at all for causal, but
+    where the module says that it is not (PaliGemma, whose masks let images see each other)."""
+    implied = name == "sdpa" and new == held and getattr(module, "is_causal", True)
+    if "flash" in name or (name != "eager" and (new == 1 or implied)):
         return None
     queries = torch.arange(held - new, held, device=like.device)
     earlier = torch.arange(held, device=like.device)[None] <= queries[:, None]

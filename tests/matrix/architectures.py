@@ -57,6 +57,7 @@ MLA = {
     "num_key_value_heads": 4,
 }
 DEEPSEEK = MLA | EXPERTS | {"first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}
+INDEXED = {"q_lora_rank": 16, "index_topk": 32, "index_head_dim": 16, "index_n_heads": 2}
 LINEAR = {
     "num_hidden_layers": 8,
     "linear_num_key_heads": 2,
@@ -119,6 +120,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", {}),
     "diffllama": ("diffllama", {}),
     "persimmon": ("persimmon", {}),
+    "internlm3": ("internlm3", {}),
+    "nanochat": ("nanochat", {}),
+    "iquestcoder": ("iquestcoder", {}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {}),
+    "hrm_text": ("hrm_text", {}),
     # rotary tables
     "llama-linear": ("llama", rope("linear", factor=2.0)),
     "llama-dynamic": ("llama", rope("dynamic", factor=2.0) | {"max_position_embeddings": 128}),
@@ -140,6 +146,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vaultgemma": ("vaultgemma", WIDE | TURNS),
     "modernbert_decoder": ("modernbert-decoder", {"local_attention": 32}),
     "cwm": ("cwm", WIDE | TURNS),
+    "ministral": ("ministral", WIDE | WINDOW),
+    "granite_swa": ("granite_swa", WINDOW),
+    "granitemoe_swa": ("granitemoe_swa", EXPERTS | WINDOW),
+    "cohere2_moe": ("cohere2_moe", EXPERTS | WINDOW),
+    "afmoe": ("afmoe", WIDE | EXPERTS | WINDOW),
+    "exaone_moe": ("exaone_moe", WIDE | EXPERTS | WINDOW),
+    "mimo_v2_flash": ("mimo_v2_flash", WIDE | EXPERTS | WINDOW),
+    "flint": ("flint", WIDE | EXPERTS | WINDOW),
+    "kolibri1": ("kolibri1", WIDE | EXPERTS | WINDOW),
+    "gemma4_unified_text": ("gemma4_unified_text", WIDE | WINDOW | {"global_head_dim": 32}),
     "gpt_oss": ("gpt_oss", WIDE | EXPERTS | TURNS),
     "llama4_text": (
         "llama4_text",
@@ -202,13 +218,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "doge": ("doge", {}),
     "deepseek_v2": ("deepseek_v2", DEEPSEEK),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
-    "deepseek_v32": (
-        "deepseek_v32",
-        DEEPSEEK | {"q_lora_rank": 16, "index_topk": 32, "index_head_dim": 16, "index_n_heads": 2},
-    ),
+    "deepseek_v32": ("deepseek_v32", DEEPSEEK | INDEXED),
     "minicpm3": ("minicpm3", MLA | {"q_lora_rank": 16}),
     "mistral4": ("mistral4", DEEPSEEK | {"q_lora_rank": 16}),
     "axk1": ("axk1", DEEPSEEK | {"q_lora_rank": 16}),
+    "glm4_moe_lite": ("glm4_moe_lite", DEEPSEEK),
+    "youtu": ("youtu", MLA),
+    "glm_moe_dsa": ("glm_moe_dsa", DEEPSEEK | INDEXED),
+    "axk2": ("axk2", DEEPSEEK | INDEXED),
+    "hy_v4": ("hy_v4", DEEPSEEK | INDEXED),
     # mixtures of experts
     "qwen2_moe": ("qwen2_moe", EXPERTS),
     "qwen3_moe": ("qwen3_moe", WIDE | EXPERTS),
@@ -236,9 +254,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hy_v3": ("hy_v3", WIDE | EXPERTS),
     "laguna": ("laguna", WIDE | EXPERTS),
+    "flex_olmo": ("flex_olmo", EXPERTS),
+    "granitemoeshared": ("granitemoeshared", EXPERTS | {"shared_intermediate_size": 48}),
+    "jetmoe": ("jetmoe", WIDE | EXPERTS),
+    "dots1": ("dots1", WIDE | EXPERTS),
+    "solar_open": ("solar_open", WIDE | EXPERTS),
+    "mellum": ("mellum", WIDE | EXPERTS),
     # hybrids with linear attention, state spaces or convolutions
     "qwen3_next": ("qwen3_next", WIDE | EXPERTS | LINEAR),
     "qwen3_5": ("qwen3_5_text", WIDE | LINEAR),
+    "qwen3_5_moe": ("qwen3_5_moe_text", WIDE | EXPERTS | LINEAR),
+    "olmo_hybrid": ("olmo_hybrid", LINEAR),
     "kimi_linear": (
         "kimi_linear",
         DEEPSEEK
@@ -282,6 +308,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": ("falcon_h1", WIDE | MAMBA | {"mamba_d_ssm": 64, "mamba_n_heads": 4}),
     "lfm2": ("lfm2", CONVOLUTIONS | {"block_multiple_of": 16}),
     "lfm2_moe": ("lfm2_moe", CONVOLUTIONS | EXPERTS | {"num_dense_layers": 1}),
+    "lfm3": ("lfm3", {}),
     "zamba": (
         "zamba",
         {
@@ -395,6 +422,17 @@ WITH_PICTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, An
 
 NAMES = [*MODELS, *WITH_PICTURES]
 
+EAGER_ALONE = {
+    *("gemma2", "vaultgemma", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint", "hy_v4"),
+    *("gptj", "codegen", "gpt_neo", "gpt_neox_japanese", "bloom", "xglm", "mpt"),
+}
+"""Those that transformers runs with eager attention alone."""
+
+
+def attentions(name: str) -> tuple[str, ...]:
+    """The attentions that a model has, of those that the matrix asks for."""
+    return ("eager",) if name in EAGER_ALONE else ("sdpa", "eager")
+
 
 def pictures(model: Any, ids: Tensor, mask: Any) -> dict[str, Any]:
     """What a model reads with a prompt: its ids, for models that see with a picture near the beginning of each row."""
@@ -434,11 +472,7 @@ def config(name: str) -> Any:
 
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    """The tiny model called `name`, always with the same weights.
-
-    Raises:
-        ValueError: when the model has no attention of this name.
-    """
+    """The tiny model called `name`, always with the same weights."""
     torch.manual_seed(0)
     maker: Any = AutoModelForImageTextToText if name in WITH_PICTURES else AutoModelForCausalLM
     maker = getattr(transformers, CLASSES[name])._from_config if name in CLASSES else maker.from_config

@@ -67,10 +67,7 @@ def run(name: str, attention: str, mode: str, stack_name: str) -> Verdict:
 
 
 def _run(name: str, attention: str, mode: str, stack_name: str) -> Verdict:
-    try:
-        model = _model(name, attention)
-    except ValueError as error:
-        return Verdict("none", _first_line(error))
+    model = _model(name, attention)
     dense = _dense(name, attention, mode)
     if isinstance(dense, str):
         return Verdict("none", dense)

@@ -187,6 +187,8 @@ class Told(DynamicCache):
 
     held: Mapping[int, list[Held]] = {}
     real: Tensor
+    new = 0
+    """Tokens of the running forward."""
     shares: Mapping[int, int] = {}
     """Layer -> the layer whose keys and values it reads."""
 
@@ -230,7 +232,7 @@ def replay(model: Any, recorded: Recorded, cache: DynamicCache) -> list[Tensor]:
                 getattr(cache, event.name)(*event.args)
                 continue
             if isinstance(cache, Told):
-                cache.held, cache.real = event.held, event.real
+                cache.held, cache.real, cache.new = event.held, event.real, new_real(event).shape[1]
             given = {name: dict(value) if isinstance(value, dict) else value for name, value in event.kwargs.items()}
             logits.append(model(*event.args, **(given | {"past_key_values": cache})).logits)
     return logits
@@ -256,22 +258,22 @@ def _hiding(cache: Told, layer: int, module: nn.Module, config: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         states = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
         mask = given.arguments.get("attention_mask")
-        new, heads = states.shape[1], config.num_attention_heads
+        queries, heads = states.shape[1], config.num_attention_heads  # the last layers may be asked for fewer
         hidden = hidden.repeat_interleave(heads // hidden.shape[1] if hidden.shape[1] > 1 else 1, 1)
-        hidden = torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], new)], dim=2)[:, :, None]
-        given.arguments["attention_mask"] = _with_hidden(mask, hidden, new, config._attn_implementation, states)
+        hidden = torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], cache.new)], dim=2)[:, :, None]
+        given.arguments["attention_mask"] = _with_hidden(mask, hidden, queries, config._attn_implementation)
         return given.args, given.kwargs
 
     return hide
 
 
-def _with_hidden(mask: Tensor | None, hidden: Tensor, new: int, implementation: str, states: Tensor) -> Tensor:
-    """`mask` (B or 1, heads or 1, new, columns), where `hidden` (B, heads or 1, 1, columns) is hidden too."""
+def _with_hidden(mask: Tensor | None, hidden: Tensor, queries: int, implementation: str) -> Tensor:
+    """`mask` (B or 1, heads or 1, queries, columns), where `hidden` (B, heads or 1, 1, columns) is hidden too."""
     if mask is None:
         if implementation != "sdpa":
             raise NotChecked(f"{implementation} attention was given no mask")
         columns = hidden.shape[-1]
-        mask = torch.ones(new, columns, dtype=torch.bool).tril(columns - new)[None, None]
+        mask = torch.ones(queries, columns, dtype=torch.bool).tril(columns - queries)[None, None]
     if mask.dtype != torch.bool:
         return torch.where(hidden, torch.finfo(mask.dtype).min, mask)
     # in a mask of bools, True is what sdpa sees, and what eager attention hides

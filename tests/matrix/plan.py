@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .architectures import attentions
 from .modes import MODES
 from .stacks import STACKS
 
-__all__ = ["ATTENTIONS", "EVERYDAY", "cells"]
+__all__ = ["EVERYDAY", "EXACT", "cells"]
 
-ATTENTIONS = ("sdpa", "eager")
 EXACT = ("empty", "Evict", "Evict, keydiff", "Quant(8)")
-USUAL = ("plain", "left padding", "beams")
+USUAL = ("left padding", "beams")
 BOTH = ("plain", "left padding", "documents", "holes")
 """Modes in which the two attentions differ, by their masks."""
 
@@ -19,9 +19,10 @@ EVERYDAY = ("llama", "gemma3", "gemma4_text", "deepseek_v3", "falcon-alibi", "qw
 """Models whose cells of what is exact are in the usual tests, in every mode."""
 
 
-def cells(attention: str) -> Iterator[tuple[str, str]]:
-    """Mode and stack of every cell of a model with `attention`."""
+def cells(name: str, attention: str) -> Iterator[tuple[str, str]]:
+    """Mode and stack of every cell of a model with `attention`: all with the first it has, masks with another."""
+    first = attention == attentions(name)[0]
     for stack in STACKS:
-        modes = (MODES if stack in EXACT else USUAL) if attention == "sdpa" else BOTH if stack in EXACT else ()
-        for mode in modes:
-            yield mode, stack
+        for mode in MODES:
+            if mode in ((MODES if stack in EXACT else USUAL) if first else BOTH if stack in EXACT else ()):
+                yield mode, stack

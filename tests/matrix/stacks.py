@@ -59,7 +59,7 @@ def _plugins() -> dict[str, Entry]:
     if importlib.util.find_spec("kvstack_kvtc"):
         from kvstack_kvtc import KVTC
 
-        entries["KVTC"] = Entry(lambda model: [KVTC(2, calibration=_calibration(model, metric="variance"))], 0.05)
+        entries["KVTC"] = Entry(lambda model: [KVTC(2, calibration=_calibration(model, metric="variance"))], None)
     if importlib.util.find_spec("kvstack_minicache"):
         from kvstack_minicache import MiniCache
 

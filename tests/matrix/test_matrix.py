@@ -5,10 +5,10 @@ A small part runs with the other tests; `make matrix` runs all and writes the ta
 
 import pytest
 
-from .architectures import NAMES
+from .architectures import NAMES, attentions
 from .cells import run
 from .modes import MODES
-from .plan import ATTENTIONS, EVERYDAY, EXACT, cells
+from .plan import EVERYDAY, EXACT, cells
 from .table import Cell, write
 
 
@@ -19,20 +19,22 @@ def check(cells):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_empty_stack_is_a_dynamic_cache(name):
-    found = [Cell(name, a, m, "empty", run(name, a, m, "empty")) for a in ATTENTIONS for m in ("plain", "left padding")]
-    check(found)
+    attention = attentions(name)[0]
+    modes = ("plain", "left padding")
+    check([Cell(name, attention, mode, "empty", run(name, attention, mode, "empty")) for mode in modes])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_every_mode(name, mode):
-    check([Cell(name, "sdpa", mode, stack, run(name, "sdpa", mode, stack)) for stack in EXACT])
+    attention = attentions(name)[0]
+    check([Cell(name, attention, mode, stack, run(name, attention, mode, stack)) for stack in EXACT])
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "attention"), [(name, attention) for name in NAMES for attention in attentions(name)])
 def test_all(name, attention):
-    found = [Cell(name, attention, mode, stack, run(name, attention, mode, stack)) for mode, stack in cells(attention)]
+    plan = cells(name, attention)
+    found = [Cell(name, attention, mode, stack, run(name, attention, mode, stack)) for mode, stack in plan]
     write(name, attention, found)
     check(found)
