@@ -81,7 +81,7 @@ def test_every_member_of_transformers_is_known_here():
     assert members() == {*REFUSED, *ASKED, *CHANGING, *PROPERTIES, *NOT_ALIKE, *ELSEWHERE} - {"__str__"}
 
 
-@pytest.mark.parametrize("name", [*ASKED, *PROPERTIES])
+@pytest.mark.parametrize("name", [*ASKED, *sorted(PROPERTIES)])
 def test_it_tells_what_a_dynamic_cache_tells(name):
     for prepare in (lambda cache: cache, filled):
         stack, dense = map(prepare, both())

@@ -81,12 +81,11 @@ class Quant(Encode):
         return Blockwise(self.codec, self.group or 64)
 
     def bind(self, model: PreTrainedModel) -> Self:
-        config = model.config.get_text_config(decoder=True)
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if problem := self.coder.problem(width):
-            raise BindError(
-                f"{self!r} does not fit {type(model).__name__}: {problem} Use a group that divides {width}."
-            )
+        for width in _head_sizes(model.config.get_text_config(decoder=True)):
+            if problem := self.coder.problem(width):
+                raise BindError(
+                    f"{self!r} does not fit {type(model).__name__}: {problem} Use a group that divides {width}."
+                )
         return self
 
     def granule(self, width: int) -> int:
@@ -116,3 +115,14 @@ class Quant(Encode):
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         return self.coder.mix(weights, packed, role, work)
+
+
+def _head_sizes(config: Any) -> set[int]:
+    """The head sizes of a model's full-attention layers, which may differ from layer to layer (Gemma 4)."""
+    each = getattr(config, "per_layer_config", None) or [config]
+    kinds = getattr(config, "layer_types", None) or []
+    full = [one for one, kind in zip(each, kinds, strict=False) if kind == "full_attention"]
+    return {
+        getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
+        for one in (full if len(each) > 1 and full else each)
+    }

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["at_rest"]
 
 
+OFFSETS = "rope_deltas"
+"""Where models that see images note how far positions of the last text ran ahead or behind: a row each, of that text."""
+
+
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off. The
@@ -24,6 +28,9 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
     model.eval()
     for parameter in asked:
         parameter.requires_grad_(False)
+    for module, attributes, _ in before:
+        if attributes.get(OFFSETS) is not None:
+            setattr(module, OFFSETS, None)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield
