@@ -18,12 +18,13 @@ EXTRAS_bench := bench,bnb,peers
 # kvpress wants an older transformers than kvstack does, and so an environment of its own
 PEERS := transformers==5.2.0 kvpress==0.5.5
 
-.PHONY: help demo test check bench peers matrix docs clean
+.PHONY: help demo test fuzz matrix check bench peers docs clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a small model answers a question from a compressed cache"
 	@echo "make test    all tests, those of plugins/ included"
+	@echo "make fuzz    load thousands of changed files of caches and calibrations"
 	@echo "make check   linter, formatter, types"
 	@echo "make bench   quality, needles, memory, speed, beside transformers' own caches and other peers"
 	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
@@ -36,6 +37,13 @@ demo: .venv/.demo
 
 test: .venv/.test
 	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# changes of the file of each of some twenty stacks
+CHANGES ?= 250
+
+fuzz: .venv/.test
+	KVSTACK_FUZZ=$(CHANGES) .venv/bin/python -m pytest tests/test_hostile_files.py \
+		tests/calibration/test_hostile_calibrations.py --numprocesses $(WORKERS)
 
 check: .venv/.check
 	.venv/bin/ruff check .

@@ -33,6 +33,8 @@ def tensors_in(thing: Any) -> list[Tensor]:
 def held(batch: Batch, others: Sequence[Any]) -> Iterator[tuple[str, str, Tensor]]:
     """Every tensor held for the tokens of a batch, behind who pays for it and what it is; `others` are the layers that
     transformers caches itself."""
+    for cohort in batch.cohorts:
+        yield from ((STACK, name, x) for name, x in cohort.given.parts())
     for store in batch.stores:
         for raw in store.raw:
             yield from ((STACK, name, x) for name, x in raw.parts())

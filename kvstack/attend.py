@@ -25,7 +25,8 @@ from .errors import UseError
 from .lazy import Lazy, refusing_gradient
 from .model import masks
 from .model.attention import device_of, expands, gives_queries
-from .model.hooks import Call, running
+from .model.hooks import Call, running, told
+from .model.rotation import Rope
 from .store.store import Store
 from .types import KV
 from .workspace import Workspace
@@ -83,6 +84,8 @@ class Forward:
     fed: set[int] = field(default_factory=set)
     promises: dict[int, Promise] = field(default_factory=dict)
     masks: dict[tuple[int, int], tuple[Any, Tensor | None]] = field(default_factory=dict)
+    positions: Tensor | None = None  # (B, axes, new) that the model was given
+    rotated: set[Rope] = field(default_factory=set)  # by those positions, as far as was seen
 
 
 class Attention:
@@ -194,6 +197,8 @@ class Attention:
         if self._begins(layer):
             self._begin(rows, new, call if ours else None)
         self._forward.begun = False
+        if ours and call is not None and self._forward.positions is not None:
+            self._check_rotation(call, self._forward.positions)
         self._forward.fed.add(layer)
         # count what a dense cache would hold
         batch.columns[layer] += new
@@ -234,9 +239,49 @@ class Attention:
         tells = self.splits and call is not None and gives_queries(call.module)
         real = masks.real_tokens(call.mask, seen, new) if call is not None and tells else None
         self._forget()
+        watched = call is not None and bool(batch.binding.rotary)
+        positions = self._forward.positions = self._positions(call, rows, new) if call and watched else None
         self._forward.begun, self._forward.new = True, new
         batch.begin(rows, new, real)
+        if positions is not None:
+            batch.place(batch.binding.rotary[0].marked(positions))
         batch.running = call is not None  # without hooks nobody says when it ends
+
+    def _positions(self, call: Call, rows: int, new: int) -> Tensor:
+        """The positions (B, axes, new) that the model's rotary module was given for the new tokens."""
+        binding, first = self._bound, self.batch.columns[call.layer]
+        own = binding.ropes.get(call.layer)
+        own = own if own in binding.rotary else None
+        rope = own or binding.rotary[0]
+        last = told(rope.call) if rope.call else None
+        count = torch.arange(first, first + new, device=call.hidden.device if call.hidden is not None else None)
+        for known in (last and last.positions, call.positions, count[None]):
+            positions = _by_row(known, rows, new)
+            if positions is None:
+                continue
+            # the very tables of its last call are proof; otherwise they are computed again
+            proven = last is not None and known is last.positions and last.made(call.tables)
+            if proven or own is None or own.made(call.tables, positions):
+                if proven or own is not None:
+                    self._forward.rotated.add(rope)
+                return positions
+        raise UseError(self._unknown_rotation(call))
+
+    def _check_rotation(self, call: Call, positions: Tensor) -> None:
+        """Refuse a layer that rotates its keys by other positions than those of this forward."""
+        rope = self._bound.ropes.get(call.layer)
+        if rope is None or rope.refusal or rope in self._forward.rotated:
+            return
+        if not rope.made(call.tables, positions):
+            raise UseError(self._unknown_rotation(call))
+        self._forward.rotated.add(rope)
+
+    def _unknown_rotation(self, call: Call) -> str:
+        return (
+            f"{self.label} needs the positions that keys are rotated by, and layer {call.layer} of {self._bound.name} "
+            "was handed rotary tables (position_embeddings) that are not those of the position_ids. Let the model "
+            "compute its tables, or use stages that take keys as they are cached, such as Quant."
+        )
 
     def _hidden(self, call: Call) -> Tensor:
         """What the running attention module was given, (B, 1, new, hidden size)."""
@@ -530,3 +575,11 @@ def _is_simple(kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is plain softmax(qk)v, without any of the extras some models ask for."""
     extras = ("softcap", "s_aux", "position_bias", "sliding_window")
     return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in extras)
+
+
+def _by_row(positions: Any, rows: int, new: int) -> Tensor | None:
+    """`positions` (B or 1, new) or (axes, B or 1, new) as (B, axes, new); None where they are none of these tokens."""
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3) or positions.shape[-1] != new:
+        return None
+    by_row = positions.unsqueeze(1) if positions.dim() == 2 else positions.permute(1, 0, 2)
+    return by_row.expand(rows, -1, -1) if by_row.shape[0] in (1, rows) else None

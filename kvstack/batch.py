@@ -15,6 +15,7 @@ from torch import Tensor
 from .binding import Binding
 from .columns import Columns
 from .errors import UseError
+from .store.given import Given
 from .store.store import Store
 from .types import KV
 from .workspace import Workspace
@@ -33,6 +34,7 @@ class Cohort:
         new: tokens of the running forward.
         places: which of the running forward's columns they are; None: all of them.
         unsettled: tokens since the last settling.
+        given: the positions that the model was given for them.
     """
 
     rows: Tensor | None
@@ -42,6 +44,11 @@ class Cohort:
     new: int = 0
     places: Tensor | None = None
     unsettled: int = 0
+    given: Given = field(default_factory=Given)
+
+    def __post_init__(self) -> None:
+        for store in self.stores:
+            store.given = self.given
 
     def its(self, x: Tensor, dim: int = 2) -> Tensor:
         """This cohort's rows and new tokens of `x` (B, ..., new, ...), whose new tokens are on axis `dim`."""
@@ -51,7 +58,8 @@ class Cohort:
     def picked(self, rows: Tensor | None, local: Tensor) -> Cohort:
         """The cohort of those of our own rows that `local` names, now numbered `rows` in the batch."""
         stores = [store.rows(local) for store in self.stores]
-        return Cohort(rows, stores, self.seen, self.columns, self.new, self.places, self.unsettled)
+        given = self.given.rows(local)
+        return Cohort(rows, stores, self.seen, self.columns, self.new, self.places, self.unsettled, given)
 
     @property
     def dirty(self) -> bool:
@@ -133,6 +141,7 @@ class Batch:
                     stores[i] = store
                 else:  # a layer more in its group
                     stores[i].take_over(store)
+                stores[i].given = cohort.given
             cohort.stores = stores
 
     def check_complete(self) -> None:
@@ -163,6 +172,12 @@ class Batch:
             cohort.columns = cohort.columns.grown(cohort.seen, start, places, new)
             cohort.seen += cohort.new
             cohort.unsettled += cohort.new
+
+    def place(self, positions: Tensor) -> None:
+        """The new tokens of the forward that has just begun were given `positions` (B, axes, new)."""
+        for cohort in self.cohorts:
+            if cohort.new:
+                cohort.given.append(cohort.its(positions), cohort.seen - cohort.new)
 
     def _split(self, real: Tensor) -> None:
         """Part the cohorts so that rows whose real new tokens stand in the same columns are together."""
@@ -224,6 +239,7 @@ class Batch:
                 store.crop(cohort.seen, gone, stay)
             cohort.seen -= gone
             cohort.columns = cohort.columns.first(cohort.seen)
+            cohort.given.crop(cohort.seen)
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
         self._uncropped = 0

@@ -24,7 +24,8 @@ from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words,
 from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
 from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
-from .model.rope import Rope, find_ropes
+from .model.rope import find_ropes
+from .model.rotation import Rope
 from .select.evict import Evict
 from .stage import BoundTransform, Encode, Share, Stage, Transform
 from .store.plan import Plan, Spans
@@ -45,7 +46,7 @@ class Binding:
         plan: what is done with tokens.
         groups: layers that are handled together (indices in the model), those that hold nothing left out.
         shares: layer that holds nothing -> the layer whose keys and values it reads.
-        ropes: how each layer rotates keys.
+        ropes: how each layer rotates keys, None: not at all; empty where no stage asks.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
         adapters: those that were at work (PEFT): what was fitted to the model was fitted to these. `watch` tells those
@@ -100,6 +101,12 @@ class Binding:
 
     def device_of(self, layer: int) -> torch.device:
         return device_of(self.modules[layer])
+
+    @property
+    def rotary(self) -> list[Rope]:
+        """The rotations that a stage may ask for, each once; first one whose tables depend on a forward's length."""
+        ropes = {id(rope): rope for rope in self.ropes.values() if rope is not None and not rope.refusal}
+        return sorted(ropes.values(), key=lambda rope: rope.switch is None)
 
     @property
     def query_heads(self) -> int:
@@ -168,10 +175,15 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         _check_model(who, stages, name, full, modules)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
+            evict, transform = (_of_kind(stages, kind) for kind in (Evict, Transform))
+            if (transform and transform.unrotated) or (evict and evict.needs_rope is not False):
+                ropes = find_ropes(model, {i: modules[i] for i in full})
+                _check_ropes(transform and transform.unrotated and transform, evict, name, ropes)
             shares = _shares(stages, model, full, modules)
-            ropes = find_ropes(model, {i: modules[i] for i in full}, types)
             plan = _plan(stages, model, [i for i in full if i not in shares], spans)
-        _check_ropes(plan.transform, name, ropes)
+            if plan.transform and plan.transform.unrotated and not ropes:
+                ropes = find_ropes(model, {i: modules[i] for i in full})
+                _check_ropes(plan.transform.stage, evict, name, ropes)
         if layers.growing:
             left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
             warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
@@ -358,10 +370,22 @@ def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:
     return [Allotment(rank) for rank in leading([known.energy for known in bound.channels], bound.numbers)]
 
 
-def _check_ropes(transform: BoundTransform | None, name: str, ropes: Mapping[int, Rope | None]) -> None:
-    bare = [i for i, rope in ropes.items() if rope is None]
-    if transform and transform.unrotated and bare:
+def _check_ropes(transform: Transform | None, evict: Evict | None, name: str, ropes: Mapping[int, Rope | None]) -> None:
+    """Refuse stages that need keys without rotary embedding (`transform` is None where it does not)."""
+    refused = [(layer, rope.refusal) for layer, rope in ropes.items() if rope is not None and rope.refusal]
+    switches = {rope.switch for rope in ropes.values() if rope is not None and rope.switch is not None}
+    if len(switches) > 1:
+        refused = [(min(ropes), f"its layers change their rotary tables at several lengths, {sorted(switches)}")]
+    if not refused:
+        return
+    layer, reason = refused[0]
+    if transform:
         raise BindError(
-            f"{transform.stage!r} wants keys without rotary embedding, and {name} has none that kvstack knows "
-            f"in layers {bare}."
+            f"{transform!r} wants keys without rotary embedding, and kvstack cannot take it off in layer {layer} of "
+            f"{name}: {reason}. Leave {transform!r} out for this model: Evict and Quant take keys as they are cached."
+        )
+    if evict and evict.needs_rope:
+        raise BindError(
+            f"{evict!r} needs to know how keys are rotated, and kvstack cannot tell for layer {layer} of {name}: "
+            f'{reason}. Use score="snapkv" or another one that takes keys as they are cached.'
         )

@@ -10,9 +10,11 @@ files                                    disk.py
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -44,26 +46,92 @@ if TYPE_CHECKING:
 __all__ = ["KVStack"]
 
 
+class NoLength(UseError, AttributeError):
+    """A `UseError` that `hasattr` takes for a missing attribute, as it is missing on a DynamicCache."""
+
+
 class StackLayer(CacheLayerMixin):
     """Stands for one compressed layer where transformers asks a layer what it is; the stack does its work."""
 
     is_croppable = True
     is_sliding = False
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
+    def __init__(self, stack: KVStack, layer: int) -> None:
+        self._stack, self._layer = weakref.ref(stack), layer
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise UseError("a KVStack stores groups of layers together: call update on the stack, not on one layer.")
+    @property
+    def stack(self) -> KVStack:
+        stack = self._stack()
+        if stack is None:
+            raise UseError("the KVStack of this layer is gone. Keep the stack, not its layers.")
+        return stack
+
+    # ---- what it holds
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys held, decoded anew at every question: (B, H, held, D); None before the first forward."""
+        return self._read("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values held, decoded anew at every question: (B, H, held, D); None before the first forward."""
+        return self._read("values")
+
+    def _read(self, kind: str) -> Tensor | None:
+        kv = self.stack.decoded(self._layer)
+        return None if kv is None else cast(Tensor, getattr(kv, kind))
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.stack.is_initialized
+
+    @property
+    def record_past(self) -> bool:
+        return self.stack.batch.recording
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise UseError("call get_mask_sizes on the stack, not on one layer.")
+        return self.stack.get_mask_sizes(query_length, self._layer)
 
     def get_seq_length(self) -> int:
-        raise UseError("call get_seq_length on the stack, not on one layer.")
+        return self.stack.get_seq_length(self._layer)
 
     def get_max_length(self) -> int:
         return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: memory is taken with the first tokens."""
+
+    # ---- what only the whole stack can do
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise self._whole("update")
+
+    def reset(self) -> None:
+        raise self._whole("reset")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise self._whole("crop")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise self._whole("reorder_cache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise self._whole("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Any) -> None:
+        raise self._whole("batch_select_indices")
+
+    def offload(self) -> None:
+        raise self._whole("offload")
+
+    def prefetch(self) -> None:
+        raise self._whole("prefetch")
+
+    def _whole(self, method: str) -> UseError:
+        return UseError(
+            f"a KVStack stores groups of layers together: call {method} on the stack, not on its layer {self._layer}."
+        )
 
 
 class KVStack(Cache):
@@ -198,8 +266,9 @@ class KVStack(Cache):
         assert binding.model is not None
         recording = self.batch.recording  # assisted decoding says so before the first forward
         resting = {layer: binding.modules[layer] for layer in binding.shares}
+        rotary = [rope.call.module for rope in binding.rotary if rope.call is not None]
         try:
-            self._unhook = install(self, binding.model, resting)
+            self._unhook = install(self, binding.model, resting, rotary)
             self.binding = binding
             self.begin_again()
         except BaseException:  # as if it had never met the model
@@ -253,7 +322,7 @@ class KVStack(Cache):
         kinds = zip(binding.layer_types, binding.layer_arguments, strict=True)
         return [
             # a hybrid layer holds its state itself, and its keys and values are ours
-            StackLayer() if binding.is_ours_alone(layer) else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            StackLayer(self, layer) if binding.is_ours_alone(layer) else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for layer, (kind, arguments) in enumerate(kinds)
         ]
 
@@ -282,7 +351,16 @@ class KVStack(Cache):
         return self.batch.columns[layer_idx] + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
+        """-1: the text may be of any length. A sliding layer, when it is asked for, tells its window."""
+        return -1 if layer_idx is None else cast(int, super().get_max_length(layer_idx))
+
+    @property
+    def max_cache_len(self) -> int:
+        """Missing, as on a DynamicCache."""
+        raise NoLength(
+            "a KVStack has no longest length (max_cache_len). PEFT's prefix tuning asks for it in order to put a cache "
+            "of its own in the place of an empty one, so the stack would not be used: use an adapter of another kind."
+        )
 
     @property
     def is_initialized(self) -> bool:
@@ -317,6 +395,30 @@ class KVStack(Cache):
         """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`."""
         return self.batch.read(layer_idx, row)
 
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and sliding window of every layer, as a DynamicCache gives them: `for keys, values, _ in cache`.
+        Those of compressed layers are decoded, (B, H, held, D), and None before the first forward."""
+        for layer in self.layers:
+            kv = self.decoded(layer._layer) if isinstance(layer, StackLayer) else layer
+            yield getattr(kv, "keys", None), getattr(kv, "values", None), getattr(layer, "_sliding_window_tensor", None)
+
+    def decoded(self, layer_idx: int) -> KV | None:
+        """What a compressed layer holds for all rows, decoded; None before the first forward.
+
+        Raises:
+            UseError: rows hold different tokens (padding), so no one tensor can.
+        """
+        if self.batch.size is None:
+            return None
+        self.batch.check_complete()
+        rows = [self.read(layer_idx, row) for row in range(self.batch.size)]
+        if len({kv.tokens for kv in rows}) > 1:
+            raise UseError(
+                f"rows of this cache hold {sorted({kv.tokens for kv in rows})} tokens, which no one tensor can. "
+                f"Read them one by one: KVStack.read({layer_idx}, row)."
+            )
+        return KV(torch.cat([kv.keys for kv in rows]), torch.cat([kv.values for kv in rows]))
+
     # ---- a forward
 
     def update(
@@ -345,7 +447,7 @@ class KVStack(Cache):
             )
         if layer_idx >= len(self.layers):
             self.batch.grow(self._unbound(layer_idx + 1))
-            self.layers = [*self.layers, *(StackLayer() for _ in range(layer_idx + 1 - len(self.layers)))]
+            self.layers = [*self.layers, *(StackLayer(self, i) for i in range(len(self.layers), layer_idx + 1))]
 
     @torch.no_grad()
     def _catch_up(self) -> None:
@@ -370,6 +472,8 @@ class KVStack(Cache):
         self.batch.check_complete()
         if tokens_to_remove > 0:
             raise UseError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove, or 0.")
+        if -tokens_to_remove > self.seen and not self.stages:
+            tokens_to_remove = -self.seen  # all there is, as a DynamicCache has it
         if -tokens_to_remove > self.seen:
             raise UseError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens.")
         for other in self._others:
@@ -378,21 +482,26 @@ class KVStack(Cache):
 
     # ---- rows
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Rows in the order of `beam_idx` (B,), as beam search asks at every step."""
+        indices = self._indices("reorder_cache", beam_idx)
         for other in self._others:
-            other.reorder_cache(beam_idx)
-        self._select_rows(beam_idx)
+            other.reorder_cache(indices)
+        self._select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self.batch_select_indices(torch.arange(self._rows).repeat_interleave(repeats))
+        if not isinstance(repeats, int) or repeats < 1:
+            raise UseError(f"batch_repeat_interleave({repeats!r}): pass how often each row is repeated, 1 or more.")
+        if self._rows:
+            self.batch_select_indices(torch.arange(self._rows).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows at `indices`."""
-        rows = torch.arange(self._rows, device=indices.device)[indices]  # they may be a boolean mask
+    def batch_select_indices(self, indices: Any) -> None:
+        """Only the rows at `indices`: a tensor, list or tuple of rows (negative ones count from the end), a boolean
+        mask of all rows, or a slice."""
+        indices = self._indices("batch_select_indices", indices)
         for other in self._others:
-            other.reorder_cache(rows)  # the one way to choose rows that layers of every kind have
+            other.reorder_cache(indices)  # the one way to choose rows that layers of every kind have
         self._select_rows(indices)
 
     @property
@@ -402,6 +511,31 @@ class KVStack(Cache):
             return self.batch.size
         held = (x for other in self._others for x in accounting.tensors_in(vars(other)) if x.dim() > 2)
         return next((x.shape[0] for x in held), 0)
+
+    def _indices(self, method: str, given: Any) -> Tensor:
+        """`given` as rows (n,) of this cache, 0 and up; as it is where the cache has no rows yet."""
+        size = self._rows or None
+        if isinstance(given, slice):
+            given = range(size or 0)[given]
+        try:
+            indices = torch.as_tensor(list(given) if isinstance(given, range) else given)
+        except (TypeError, ValueError, RuntimeError):
+            indices = torch.empty(0)
+        mask = indices.dtype == torch.bool
+        fits = indices.dim() == 1 and not indices.is_floating_point() and not indices.is_complex() and len(indices) > 0
+        if not fits or (mask and size is not None and len(indices) != size):
+            raise UseError(
+                f"{method}({given!r}): pass the rows as a list or a tensor of one dimension, such as [0, 2], or a "
+                f"boolean mask of all rows. This cache has {size or 0} rows."
+            )
+        indices = indices.nonzero().flatten() if mask else indices.long()
+        if size is None:
+            return indices
+        if not len(indices) or int(indices.min()) < -size or int(indices.max()) >= size:
+            raise UseError(
+                f"{method}({given!r}): this cache has {size} rows, 0 to {size - 1}. Use reset() to drop all."
+            )
+        return torch.where(indices < 0, indices + size, indices)
 
     def _select_rows(self, indices: Tensor) -> None:
         if self.batch.size is not None:
@@ -431,16 +565,21 @@ class KVStack(Cache):
             self.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
-        import copy
-
         other = KVStack(self.stages, fused=self.fused, **self._spans._asdict())
         memo[id(self)] = other
         other._learned = replace(self._learned, scaling=dict(self._learned.scaling), direct=set(self._learned.direct))
         if self.binding is not None:
             other._adopt(self.binding)
-        other.layers = copy.deepcopy(self.layers, memo)
+        other.layers = [
+            StackLayer(other, i) if isinstance(layer, StackLayer) else copy.deepcopy(layer, memo)
+            for i, layer in enumerate(self.layers)
+        ]
         other._serve(self.batch.copy(other._work))
         return other
+
+    def __copy__(self) -> KVStack:
+        """As `copy.deepcopy`: two caches that share their tokens would disturb each other."""
+        return copy.deepcopy(self)
 
     def __reduce__(self) -> Any:
         raise UseError(

@@ -113,7 +113,7 @@ class Get:
     """Reads the tensors of one track, and knows what they must fit.
 
     Attributes:
-        read: (name in the file, its shape or None for any, its types or none for any, device, what it is) -> tensor.
+        read: `Tensors.read`.
         layers: indices in the model of the layers that the track is for.
         layouts: what the model caches for a token in each of them.
         rows: of the cohort.
@@ -121,7 +121,7 @@ class Get:
         sealed: how many of them are sealed.
     """
 
-    read: Callable[[Any, Sequence[int | None] | None, Sequence[torch.dtype], torch.device, str], Tensor]
+    read: Callable[[Any, Sequence[int | None] | None, Sequence[torch.dtype], torch.device, str, int], Tensor]
     layers: Sequence[int]
     layouts: Sequence[Layout]
     rows: int
@@ -133,7 +133,10 @@ class Get:
     ) -> Tensor:
         """The tensor `name`, on the device of the first layer. It has the shape (None: any length) and one of the types
         that are given, and ordinary numbers, or a `UseError` says that `what` does not fit."""
-        return self.read(name, shape, dtypes, self.layouts[0].device, self.where(what))
+        each = sum(layout.numbers for layout in self.layouts)
+        # as long as the text, and not larger than what all of it and all axes of these layers take
+        most = max(self.seen, each) if shape is not None else self.rows * each * (each + self.seen)
+        return self.read(name, shape, dtypes, self.layouts[0].device, self.where(what), most)
 
     def where(self, what: str) -> str:
         """`what`, and of which layers."""
@@ -165,20 +168,35 @@ class Tensors:
         dtypes: Sequence[torch.dtype],
         device: torch.device,
         what: str,
+        most: int | None = None,
     ) -> Tensor:
-        """See `Get.read`."""
+        """The tensor `name`, on `device`.
+
+        Args:
+            shape: with None for lengths that are free; None: any shape.
+            dtypes: those it may have; none: any.
+            what: what it is, for messages.
+            most: the largest length that is free or, where the shape is, how many numbers it may hold.
+
+        Raises:
+            UseError: there is no such tensor, it is another one, or its numbers are not ordinary ones.
+        """
         if not isinstance(name, str) or name not in self._plain:
             raise misfit(f"{what} are missing.")
         plain = self._plain[name]
         dtype, size = self._deflated.get(name, (plain.dtype, list(plain.shape)))
-        fits = shape is None or (
-            len(size) == len(shape) and all(n in (None, m) for n, m in zip(shape, size, strict=True))
-        )
+        if shape is None:
+            fits = most is None or math.prod(size) <= most
+        else:
+            free = size if most is None else [min(n, most) for n in size]
+            wanted_size = [m if n is None else n for n, m in zip(shape, free, strict=False)]
+            fits = len(size) == len(shape) and wanted_size == size
         if not fits or (dtypes and dtype not in dtypes):
-            wanted = "" if shape is None else f"{tuple('any' if n is None else n for n in shape)} "
-            types = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
-            found = f"{tuple(size)} {dtype}".replace("torch.", "")
-            raise misfit(f"{what} are {found}, not {wanted}{types}.".replace("'any'", "any"))
+            wanted = "of another size" if shape is None else str(tuple("any" if n is None else n for n in shape))
+            types = " or ".join(str(each) for each in dtypes)
+            bound = f" with at most {most} in place of any" if None in (shape or ()) and most is not None else ""
+            problem = f"{what} are {tuple(size)} {dtype}, not {wanted} {types}".replace("'any'", "any") + bound
+            raise misfit(f"{problem.replace('torch.', '').rstrip()}.")
         x = _inflated(plain, dtype, size, what) if name in self._deflated else plain
         # tensors that were one when they were saved must not be changed together
         x = x.clone() if name in self._given and x.device == device else x

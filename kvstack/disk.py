@@ -4,7 +4,8 @@ Nothing is decoded: what is packed stays packed, so the file is about as large a
 the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
 
     description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
-                   cohorts: rows, seen, stores: one entry per track of the store, "sealed" by (slot, role)
+                   cohorts: rows, seen, columns, given (positions, where not the tokens' indices), stores: one entry
+                   per track of the store, "sealed" by (slot, role)
                    others:  layers that transformers caches
     tensors        by number; the description holds the numbers in their place
 """
@@ -104,6 +105,7 @@ def write(
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
                 "seen": cohort.seen,
                 "columns": cohort.columns.runs,
+                "given": writer.put(cohort.given.told),
                 "stores": [_describe_store(store, writer) for store in cohort.stores],
             }
             for cohort in batch.cohorts
@@ -248,7 +250,7 @@ class Saved:
         self, binding: Binding, layouts: Mapping[int, Layout], rows: int | None, columns: int | None
     ) -> list[Cohort]:
         described = [
-            entries(entry, "a cohort", COHORT, ["columns"])
+            entries(entry, "a cohort", COHORT, ["columns", "given"])
             for entry in items(self.described["cohorts"], "the list of cohorts")
         ]
         numbers = [each["rows"] for each in described]
@@ -263,6 +265,8 @@ class Saved:
             most = columns if rows is not None else 0
             seen = count(entry["seen"], "the number of tokens seen", 0, most)
             cohort = Cohort(mine, binding.stores(), seen, _columns(entry.get("columns"), seen, most or 0))
+            if entry.get("given") is not None:
+                cohort.given.restore(self._given(entry["given"], (rows or 0) if mine is None else len(mine), seen))
             states = items(entry["stores"], "the list of groups of layers", len(cohort.stores))
             for store, state in zip(cohort.stores, states, strict=True):
                 get = Get(
@@ -278,6 +282,12 @@ class Saved:
                 raise misfit(f"its layers hold {sorted({store.held for store in cohort.stores})} tokens.")
             cohorts.append(cohort)
         return cohorts
+
+    def _given(self, name: Any, rows: int, seen: int) -> Tensor:
+        """The positions that the model was given for the tokens of a cohort."""
+        return self.tensors.read(
+            name, (rows, None, seen), [torch.int32], torch.device("cpu"), "the positions that its tokens were given"
+        )
 
 
 S = TypeVar("S")

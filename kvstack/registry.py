@@ -125,36 +125,59 @@ def _load(family: Family, entry: EntryPoint) -> type[Settings]:
         raise SpecError(f"{who} {unfit}. Update one of them.")
     try:
         loaded = entry.load()
-    except (Exception, SystemExit) as error:  # a plugin may raise anything
-        raise SpecError(f"{who} cannot be loaded: {error!r}. Update or remove it.") from error
-    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+    except KeyboardInterrupt:  # the user's
+        raise
+    except BaseException as error:  # a plugin may raise anything
+        raise SpecError(f"{who} cannot be loaded: {_said(error)}. Update or remove it.") from error
+    try:
+        fits = isinstance(loaded, type) and issubclass(loaded, base)
+        own_name = getattr(loaded, "name", None) if fits else None
+    except Exception as error:  # its metaclass, too
+        raise SpecError(f"{who} cannot be looked at: {_said(error)}. Update or remove it.") from error
+    if not fits:
         raise SpecError(f"{who} is not a kvstack {base.__name__}. Update or remove it.")
-    own_name = getattr(loaded, "name", None)
-    if own_name != entry.name:
+    if not isinstance(own_name, str) or own_name != entry.name:
         raise SpecError(f"{who} gives its class the name {own_name!r}. The two must be one word.")
     return loaded
 
 
+def _said(error: BaseException) -> str:
+    """An error as messages quote it; its own words may fail, or be long."""
+    try:
+        words = " ".join(repr(error).split())
+    except (Exception, SystemExit):
+        words = type(error).__name__
+    return words if len(words) <= 300 else words[:300] + "..."
+
+
 def _package(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+    try:
+        return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+    except Exception:  # damaged metadata
+        return entry.value
 
 
 def _unfit(entry: EntryPoint) -> str | None:
     """Say for which other kvstack a plugin was made, if its package's requirements do; None if it is this one. pip
     looks at them when the plugin is installed, and not when kvstack is updated under it."""
+    from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
     from . import __version__
 
-    for text in (entry.dist.requires if entry.dist else None) or ():
+    try:
+        requires = (entry.dist.requires if entry.dist else None) or ()
+    except Exception:  # damaged metadata
+        return None
+    for text in requires:
         try:
             requirement = Requirement(text)
-        except InvalidRequirement:
+            needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName):
             continue
         if canonicalize_name(requirement.name) != "kvstack":
             continue
-        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if needed and not requirement.specifier.contains(__version__, prereleases=True):
             return f"is made for kvstack {requirement.specifier}, and this is kvstack {__version__}"
     return None

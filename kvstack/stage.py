@@ -115,6 +115,9 @@ class Score(Settings):
     """How many of the newest queries `score` wants in `Context.queries`; -1 for all of the running forward."""
     tracks: ClassVar[bool] = False
     """Whether `track` keeps a memory per token."""
+    needs_rope: ClassVar[bool | None] = None
+    """Whether `score` uses `Context.rope`. True: a model whose rotation cannot be told is refused when bound.
+    False: it never does, so positions are not noted. None (the default): it may."""
     layers: int = 1
     """Adjacent layers that keep the same tokens where neither the user nor a transform says how many."""
 

@@ -10,14 +10,20 @@ Every function raises AssertionError with a sentence; nothing here needs pytest,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from . import disk
 from .abilities import FitsText, NeedsHidden, ReadsDirectly
 from .cache import KVStack
+from .errors import UseError
+from .files import read_tensors, write_tensors
 from .packed import Packed, storage_bytes
 from .select.evict import Evict
 from .spec import parse, to_dict, to_spec
@@ -25,7 +31,16 @@ from .stage import Codec, Encode, Encoder, Share, Stage, Transform
 from .types import KV, Context
 from .workspace import Workspace
 
-__all__ = ["check_encode", "check_score", "check_select", "check_share", "check_stage", "check_transform", "tiny_model"]
+__all__ = [
+    "check_encode",
+    "check_file",
+    "check_score",
+    "check_select",
+    "check_share",
+    "check_stage",
+    "check_transform",
+    "tiny_model",
+]
 
 ROLES = ("keys", "values", "latent")
 
@@ -85,6 +100,8 @@ def check_stage(stage: Stage, model: Any = None) -> None:
     else:
         raise AssertionError(f"{stage!r} is of no kind: subclass Share, Transform or Encode, or give a Score to Evict")
     check_in_stack(stage, model)
+    if not isinstance(stage, Evict | Share):
+        check_file(stage, model)
 
 
 def check_encode(stage: Encoder) -> None:
@@ -283,6 +300,47 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
     stack.batch_select_indices(torch.tensor([1]))
     stack.crop(-5)
     assert (stack.batch_size, stack.seen) == (1, 334), f"{stage!r}: rows or crop went wrong"
+
+
+def check_file(stage: Stage, model: Any = None) -> None:
+    """What is packed goes to a file and back, and parts that are cut or hold no numbers are refused."""
+    model = tiny_model() if model is None else model
+    ids = torch.randint(3, 97, (2, 300), generator=torch.Generator().manual_seed(0))
+    stack = KVStack([stage], model=model, sinks=3, window=16)
+    with torch.no_grad():
+        model(ids, past_key_values=stack)
+        stack.batch.catch_up({})
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "cache"
+        # without the stack's settings: a stage may be tried before it has a name
+        disk.write(path, {}, stack.batch, stack._learned, stack._others)
+        saved = disk.load(path)
+        same = torch.equal(_loaded(saved, stage, model).read(0).keys, stack.read(0).keys)
+        assert same, f"{stage!r}: keys are others after they were saved and loaded"
+        metadata, tensors = read_tensors(path, UseError, "cache", "")
+        for entry in saved.described["cohorts"][0]["stores"][0]["sealed"]:
+            for part, name in entry["parts"].items():
+                for what, x in _damaged(tensors[name]):
+                    write_tensors(path, tensors | {name: x}, metadata)
+                    try:
+                        _loaded(disk.load(path), stage, model)
+                    except UseError:
+                        continue
+                    raise AssertionError(f"{stage!r}: {entry['role']}: {part} of a file {what}, and it is loaded")
+
+
+def _damaged(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "is cut", x[..., :-1].contiguous()
+    yield "is empty", x[:, :, :0].contiguous()
+    if x.is_floating_point():
+        yield "holds NaN", torch.full_like(x, float("nan"))
+
+
+def _loaded(saved: disk.Saved, stage: Stage, model: Any) -> KVStack:
+    stack = KVStack([stage], model=model, sinks=3, window=16)
+    with torch.no_grad():
+        saved.fill(repr(stack), stack.batch, stack._learned, stack._others)
+    return stack
 
 
 def check_registered(stage: Stage) -> None:

@@ -19,17 +19,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["KV", "Channels", "Context", "Latent", "Layout", "Rotation", "positions_between", "take_tokens"]
+__all__ = [
+    "KV",
+    "LONG",
+    "Channels",
+    "Context",
+    "Latent",
+    "Layout",
+    "Rotation",
+    "TokenRotation",
+    "positions_between",
+    "take_tokens",
+]
 
 
-class Rotation(Protocol):
-    """The rotary embedding of one layer."""
+LONG = 1 << 30
+"""Added to a position that a forward rotated by tables for longer texts than the position itself asks for."""
+
+
+class TokenRotation(Protocol):
+    """How one layer rotates the tokens of a text, named by their indices in it (0 is the first token).
+
+    The rotation goes through the positions that the model was given for these tokens, whatever they were."""
 
     def rotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
-        """Rotate `x` (B, H, T, D) to `positions` (B or 1, H or 1, T)."""
+        """Rotate `x` (B, H, T, D) as the tokens at `positions` (B or 1, H or 1, T) were, or will be. One row of `x`
+        becomes several where the rows of the text were given positions of their own."""
 
     def unrotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
         """The inverse of `rotate`."""
+
+
+class Rotation(TokenRotation, Protocol):
+    """The rotary embedding of one layer: `positions` are those that the model was given, (B or 1, H or 1, T), or
+    (B or 1, axes, H or 1, T) where these are not the indices of the tokens."""
 
     def remember(self, positions: Tensor, /) -> None:
         """Keep the tables for this very tensor of positions until `forget`."""
@@ -70,12 +93,13 @@ class Context:
     Attributes:
         layer: index of the layer in the model.
         seen: tokens this sequence has fed through the model so far.
-        positions: (B or 1, H or 1, T) true position of every candidate token, ascending.
+        positions: (B or 1, H or 1, T) index in the text of every candidate token, ascending, padding not counted.
         queries: (B, H*G, Q, D) queries of the newest Q tokens as attention used them, or None if the score
             did not ask for any (`Score.queries`).
         scaling: the factor attention multiplies `q @ k` with.
         memory: per-token tensors (B, H, T) that the score's own `track` returned last time.
-        rope: rotates and un-rotates keys of this layer, or None where the model has no rotary embedding.
+        rope: rotates and un-rotates keys of this layer, or None where it has no rotary embedding. It takes indices
+            such as `positions`, and goes through the positions that the model was given for them.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
     """
 
@@ -85,7 +109,7 @@ class Context:
     queries: Tensor | None = None
     scaling: float = 1.0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
-    rope: Rotation | None = None
+    rope: TokenRotation | None = None
     sinks: int = 0
     window: int = 0
 

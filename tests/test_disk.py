@@ -219,3 +219,160 @@ def test_a_file_of_version_0_1_is_read(tmp_path):
             assert torch.equal(getattr(stack.read(int(layer), int(row)), what), expected)
     model(tiny.tokens(2, 20), past_key_values=stack)
     assert stack.seen == 93 + 20
+
+
+# ---- what a file says is checked
+
+
+def changed(path, change):
+    """Change the description and tensors of a file, and sign it again."""
+    import json
+
+    from kvstack.files import read_tensors, write_tensors
+
+    metadata, tensors = read_tensors(path, UseError, "cache", "")
+    described = json.loads(metadata["cache"])
+    change(described, tensors)
+    write_tensors(path, tensors, metadata | {"cache": json.dumps(described)})
+
+
+def stored(stages, path, architecture="llama", **how):
+    model = tiny.model(architecture)
+    stack = KVStack(stages, model=model, **SETTINGS)
+    model(tiny.tokens(1, 200), past_key_values=stack)
+    stack.save(path, **how)
+    return model, stack
+
+
+def test_what_a_newer_version_adds_is_said(tmp_path):
+    path = tmp_path / "cache"
+    for place in (lambda d: d, lambda d: d["cohorts"][0], lambda d: d["cohorts"][0]["stores"][0]):
+        model, _ = stored([Quant(4)], path)
+        changed(path, lambda described, tensors, place=place: place(described).update(colour="red"))
+        with pytest.raises(
+            UseError, match=r"holds \['colour'\], which a newer kvstack wrote\. Update kvstack, or save"
+        ):
+            KVStack.load(path, model=model)
+
+
+def test_a_missing_part_is_said(tmp_path):
+    path = tmp_path / "cache"
+    model, _ = stored([Quant(4)], path)
+    changed(path, lambda described, tensors: described.pop("cohorts"))
+    with pytest.raises(UseError, match=r"cache' is no cache .* its description lacks \['cohorts'\]\. Save it again"):
+        KVStack.load(path, model=model)
+    model, _ = stored([Quant(4)], path)
+    changed(path, lambda described, tensors: tensors.pop("0"))
+    with pytest.raises(
+        UseError, match=r"does not fit KVStack\(\[Quant.*raw keys of layer 0 are missing\. Save it again"
+    ):
+        KVStack.load(path, model=model)
+
+
+@pytest.mark.parametrize("codec", ["nf4", "fp4", "int8"])
+def test_no_size_reaches_bitsandbytes_unchecked(codec, tmp_path):
+    """Fewer scales than there are codes would be read beyond their end: the process would die."""
+
+    def cut(described, tensors):
+        (entry, *_) = described["cohorts"][0]["stores"][0]["sealed"]
+        name = entry["parts"]["absmax"]
+        tensors[name] = tensors[name][..., :0].contiguous()
+
+    path = tmp_path / "cache"
+    model, _ = stored([Quant(8 if codec == "int8" else 4, codec=codec)], path)
+    changed(path, cut)
+    with pytest.raises(
+        UseError, match=r"keys: absmax of layer 0 are \(1, 2, 2, 0\) float16, not \(1, 2, 2, 16\) float"
+    ):
+        KVStack.load(path, model=model)
+
+
+def bomb(described, tensors):
+    """3 GB of zeros in 3 MB."""
+    import zlib
+
+    packer = zlib.compressobj(9)
+    data = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(300)), packer.flush()])
+    name = described["cohorts"][0]["stores"][0]["raw"][0][0]
+    tensors[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return name
+
+
+def test_a_bomb_is_not_inflated(tmp_path):
+    """Neither one that declares little nor one that declares all."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "cache"
+    for declared in ([1, 2, 10, 16], [1, 2, 300 << 14, 16]):
+
+        def change(described, tensors, declared=declared):
+            described["deflated"][bomb(described, tensors)] = ["float32", declared]
+
+        model, _ = stored([Quant(4, group=8)], path)
+        changed(path, change)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UseError, match=r"raw keys of layer 0 (do not inflate to|are)"):
+            KVStack.load(path, model=model)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # kilobytes
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "qwen3_next"])
+def test_tensors_go_where_the_model_is(architecture, tmp_path):
+    """Wherever they were saved from: a file that names a device that is not here loads."""
+
+    def elsewhere(x):
+        if isinstance(x, dict) and "tensor" in x:
+            x["device"] = "cuda:3"
+        for value in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+            elsewhere(value)
+
+    path = tmp_path / "cache"
+    model, stack = stored([Quant(4, group=8)], path, architecture)
+    changed(path, lambda described, tensors: elsewhere(described["others"]))
+    again = KVStack.load(path, model=model)
+    for mine, other in zip(again._others, stack._others, strict=True):
+        assert vars(mine).keys() == vars(other).keys()
+        assert (mine.dtype, mine.device) == (other.dtype, other.device)
+    new = tiny.tokens(1, 1)
+    assert torch.equal(model(new, past_key_values=again).logits, model(new, past_key_values=stack).logits)
+
+
+def test_a_file_sets_no_other_attribute(tmp_path):
+    path = tmp_path / "cache"
+    for name in ("update", "get_mask_sizes", "__class__", "colour"):
+        model, _ = stored([Quant(4, group=8)], path, "gemma3")
+        changed(path, lambda described, tensors, name=name: described["others"][0].update({name: 1}))
+        with pytest.raises(UseError, match=rf"a DynamicSlidingWindowLayer holds \['{name}'\]"):
+            KVStack.load(path, model=model)
+
+
+def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
+    path = tmp_path / "cache"
+    model, _ = stored([Quant(4)], path)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    changed(path, lambda described, tensors: tensors.pop("0"))
+    for _ in range(2):
+        with pytest.raises(UseError):
+            KVStack.load(path, model=model)
+    import gc
+
+    gc.collect()
+    assert [len(module._forward_pre_hooks) for module in model.modules()] <= hooks
+
+
+def test_a_stack_that_has_read_nothing(tmp_path):
+    for architecture in ("llama", "gemma3", "qwen3_next"):
+        model = tiny.model(architecture)
+        KVStack([Quant(4)], model=model).save(tmp_path / "cache")
+        again = KVStack.load(tmp_path / "cache", model=model)
+        assert (again.seen, again.held, again.batch_size) == (0, 0, -1)
+        model(tiny.tokens(2, 100), past_key_values=again)
+        assert again.seen == 100
+
+
+def test_after_a_crop_of_everything(tmp_path):
+    model, stack = stored([Quant(4)], tmp_path / "cache")
+    stack.crop(-200)
+    stack.save(tmp_path / "cache")
+    again = KVStack.load(tmp_path / "cache", model=model)
+    ids = tiny.tokens(1, 90)
+    assert torch.equal(model(ids, past_key_values=again).logits, model(ids, past_key_values=stack).logits)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
-from kvstack import CommonKV, Evict, KVStack, Quant, UseError
+from kvstack import CommonKV, Evict, KVStack, Quant
 from tests import tiny
 from tests.stages import Pairs
 

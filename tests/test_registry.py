@@ -41,7 +41,7 @@ def install(tmp_path, monkeypatch):
     ) -> str:
         dist = dist or f"kvstack-{name}"
         module = f"module_of_{dist.replace('-', '_')}"
-        (tmp_path / f"{module}.py").write_text(code.format(name=name))
+        (tmp_path / f"{module}.py").write_text(code.replace("{name}", name))
         info = tmp_path / f"{dist.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
         (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:Stage\n")
@@ -73,6 +73,24 @@ BROKEN = [
         r"cannot be loaded: ModuleNotFoundError\(.*no_such_module.*\)\. Update or remove",
     ),
     ({"code": "raise SystemExit(3)"}, r"cannot be loaded: SystemExit\(3\)"),
+    ({"code": "class Own(BaseException): pass\nraise Own('odd')"}, r"cannot be loaded: Own\('odd'\)"),
+    ({"code": "raise GeneratorExit"}, r"cannot be loaded: GeneratorExit\(\)"),
+    ({"code": "def again(): again()\nagain()"}, r"cannot be loaded: RecursionError\("),
+    ({"code": "import warnings\nwarnings.warn('old')"}, r"cannot be loaded: UserWarning\('old'\)"),
+    ({"code": "raise ValueError('long ' * 999)"}, r"cannot be loaded: ValueError\('long long .*\.\.\.\. Update"),
+    (
+        {"code": "class Own(Exception):\n    def __repr__(self): raise TypeError\nraise Own"},
+        r"cannot be loaded: Own\. Update",
+    ),
+    (
+        {
+            "code": "class Meta(type):\n    def __subclasscheck__(cls, other): raise TypeError('no')\n"
+            "    def __getattribute__(cls, name): raise TypeError('no')\nclass Stage(metaclass=Meta): pass"
+        },
+        r"(cannot be looked at: TypeError\('no'\)|is not a kvstack Stage)\. Update",
+    ),
+    ({"code": "Stage = 7"}, "is not a kvstack Stage. Update or remove it."),
+    ({"code": ENCODER.replace('"{name}"', "None")}, "gives its class the name None. The two must be one word."),
     ({"code": "Other = 1"}, "cannot be loaded: AttributeError"),
     ({"code": "class Stage: pass"}, "is not a kvstack Stage. Update or remove it."),
     ({"code": ENCODER.replace("{name}", "other")}, "gives its class the name 'other'. The two must be one word."),
@@ -188,3 +206,46 @@ def test_a_plugin_of_this_repository_is_installed_and_loads(folder):
         find = registry.stage_type if group == "kvstack.stages" else registry.score_type
         for name, where in names.items():
             assert find(name).__qualname__ == where.partition(":")[2]
+
+
+LOUD = """
+from dataclasses import dataclass
+
+from kvstack.encode.exact import Exact
+
+
+class Meta(type(Exact)):
+    @property
+    def saves(cls):
+        raise RuntimeError("no")
+
+
+@dataclass(frozen=True, repr=False)
+class Stage(Exact, metaclass=Meta):
+    name = "{name}"
+"""
+
+
+def test_the_catalogue_survives_every_broken_plugin(install):
+    for number, (how, _) in enumerate(BROKEN):
+        install(f"odd{number}", **how)
+    install("loud", LOUD)
+    install("fine")
+    shown = CliRunner().invoke(app, ["stages"], env={"COLUMNS": "400"})
+    assert shown.exit_code == 0, shown.output
+    for number in range(len(BROKEN)):
+        assert f"odd{number}" in shown.stdout
+    assert "cannot be described: RuntimeError" in " ".join(shown.stdout.split())
+    assert "commonkv" in shown.stdout
+
+
+def test_an_interrupt_while_a_plugin_is_imported_is_the_users(install):
+    install("slow", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        registry.stage_type("slow")
+
+
+def test_damaged_metadata_is_no_reason_to_refuse(install, tmp_path):
+    install("soft")
+    (tmp_path / "kvstack_soft-1.0.dist-info" / "METADATA").write_bytes(b"\xff\xfe\x00")
+    assert KVStack.from_spec("soft").spec == "soft"

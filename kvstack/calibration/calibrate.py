@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..errors import BindError, CalibrationError
 from ..model.adapters import unwrapped
+from ..model.attention import expands
 from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
 from ..model.probing import SINKS, at_rest, observe
@@ -102,6 +103,11 @@ def calibrate(
     if layers is None and metric == "variance":
         layers = len(LayerGroups(model, 1, only).full)
     groups = LayerGroups(model, layers, only)
+    if groups.refusal:
+        raise CalibrationError(
+            f"calibration takes the rotary embedding off the keys of {type(model).__name__}, which cannot be done in "
+            f"{groups.refusal}. Use stages that take keys as they are cached, such as Quant."
+        )
     windows, source = windows_of(model, texts, tokens, tokenizer)
     with at_rest(model):
         sums: list[Sums]
@@ -124,6 +130,7 @@ def calibrate(
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "identity": kv_fingerprint(model),
         "metric": metric,
+        "rotated": ",".join(map(str, groups.rotated)),
         "texts": source,
         "tokens": str(sum(prompt for _, prompt in windows)),
         "kvstack": importlib.metadata.version("kvstack"),
@@ -153,12 +160,28 @@ def calibration_for(
             f"{stage!r}: the calibration is for groups of {calibration.layers} layers, not of {groups.size}. "
             f"Use layers={calibration.layers}, or calibrate with layers={groups.size}."
         )
+    _check_rotation(calibration, groups)
     if not calibration.covers(groups.groups):
         raise BindError(
             f"{stage!r}: the calibration is for other groups than {groups.groups}, the layers that hold keys and "
             f"values here. Calibrate for them: kvstack.calibrate(model, layers={groups.size}, only={groups.full})."
         )
     return calibration
+
+
+def _check_rotation(calibration: Calibration, groups: LayerGroups) -> None:
+    """Refuse a calibration whose keys were not un-rotated in the same layers as here: version 0.1 took all layers of a
+    model for rotated, and latents for keys."""
+    told = calibration.manifest.get("rotated")
+    mixed = groups.rotates and len(groups.rotated) < len(groups.full)
+    stale = mixed or any(expands(groups.modules[i]) for i in groups.full)
+    if told is not None:
+        stale = {int(i) for i in told.split(",") if i} & set(groups.full) != set(groups.rotated)
+    if stale:
+        raise CalibrationError(
+            f"{calibration!r} takes other layers for rotated than {groups.rotated}. Make it again: "
+            f"kvstack.calibrate(model, layers={groups.size}, metric={calibration.metric!r})."
+        )
 
 
 def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: str) -> Calibration:
@@ -171,6 +194,7 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
     def read(path: Path) -> Calibration:
         calibration = Calibration.load(path)
         calibration.check(model, metric, groups.size)
+        _check_rotation(calibration, groups)
         if calibration.layers != groups.size or not calibration.covers(groups.groups):
             raise CalibrationError(f"{os.fspath(path)!r} is for other groups of layers than {groups.groups}.")
         return calibration
@@ -268,7 +292,7 @@ class Sums:
         for i in self.layers:
             kv, rope = kvs[i], self.ropes[i]
             if rope is not None:
-                positions = torch.arange(kv.tokens, device=kv.keys.device)[None, None]
+                positions = rope.marked(torch.arange(kv.tokens, device=kv.keys.device)[None, None])
                 kv = KV(turn(rope, kv.keys, positions), kv.values)
             unrotated.append(kv)
         return flat(unrotated)[0, SINKS:]

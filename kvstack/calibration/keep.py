@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,8 @@ def load_or_make(
 def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F | None:
     """What the file holds, or what is made now and kept there; None where nothing can be kept."""
     try:
-        path = folder() / file
+        # a model may call its type anything, and the file stays in the folder
+        path = folder() / re.sub(r"[^\w.-]", "_", file)
         if path.exists() and (fitted := _read(path, read)) is not None:
             return fitted
         path.parent.mkdir(parents=True, exist_ok=True)

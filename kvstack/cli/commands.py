@@ -275,10 +275,12 @@ def _entry(name: str, kind: str, find: Callable[[str], type[Settings]]) -> list[
     """A row of the catalogue; a plugin that cannot be loaded has its error there."""
     try:
         cls = find(name)
+        told = (getattr(cls, what, default) for what, default in (("kind", kind), ("saves", ""), ("source", "")))
+        return [name, cls.__qualname__, *map(str, told), _first_sentence(cls)]
     except KVStackError as error:
         return [name, "", kind, "", "", f"error: {error}"]
-    told = (getattr(cls, what, default) for what, default in (("kind", kind), ("saves", ""), ("source", "")))
-    return [name, cls.__qualname__, *map(str, told), _first_sentence(cls)]
+    except Exception as error:  # what a plugin says of itself may raise anything
+        return [name, "", kind, "", "", f"error: the class cannot be described: {type(error).__name__}."]
 
 
 def _first_sentence(cls: type[Settings]) -> str:

@@ -101,6 +101,11 @@ class Handles:
         """Call `hook(module, args, output)` after the forward of `module`; `always`: with None where it failed, too."""
         self._hang(module._forward_hooks, hook, module._forward_hooks_always_called if always else None)
 
+    def after_with_keywords(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs, output)` after the forward of `module`; without `kwargs`, it has been
+        removed."""
+        self._hang(module._forward_hooks, hook, module._forward_hooks_with_kwargs)
+
     def _hang(self, hooks: Any, hook: Callable[..., Any], flags: Any = None) -> None:
         # as torch registers a hook, in an order that holds whenever another thread or an interrupt comes between
         handle = RemovableHandle(hooks, extra_dict=flags)

@@ -14,7 +14,7 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, layer_of, parameters
 from .changes import Handles, changes
 from .keeping import KeptStack
+from .rope import tables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Call", "Listener", "ModelHooks", "install", "running"]
+    from .rotation import RotaryCall, Tables
+
+__all__ = ["Call", "Listener", "ModelHooks", "Told", "install", "running", "told"]
 
 
 class Listener(Protocol):
@@ -59,6 +62,8 @@ class Call:
     mask: Any
     hidden: Tensor | None
     shares: bool  # the layer reads another's keys and values, and its own are not needed
+    tables: Tables = ()  # the rotary tables the module was given
+    positions: Tensor | None = None  # and positions, where it was given any
     asked: Sequence[int] = ()  # rows and tokens that a resting projection was asked for
 
 
@@ -67,6 +72,56 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+@dataclass(frozen=True)
+class Told:
+    """The last call of a rotary module in this thread.
+
+    Attributes:
+        positions: what it was given, (B or 1, T) or (axes, B or 1, T).
+        tables: what it made of them, as long as that is in use.
+    """
+
+    positions: Tensor
+    tables: tuple[weakref.ref[Tensor], ...]
+
+    def made(self, tables: Tables) -> bool:
+        """Whether these very tables came from this call."""
+        return len(tables) == len(self.tables) and all(mine() is x for mine, x in zip(self.tables, tables, strict=True))
+
+
+class _Rotary(threading.local):
+    def __init__(self) -> None:
+        # rotary module -> its other arguments -> its last call with them
+        self.told: weakref.WeakKeyDictionary[nn.Module, dict[Any, Told]] = weakref.WeakKeyDictionary()
+
+
+_rotary = _Rotary()
+
+
+def told(rotary: RotaryCall) -> Told | None:
+    """The last call of this kind in this thread."""
+    return _rotary.told.get(rotary.module, {}).get(_kind(rotary.extra))
+
+
+def _kind(extra: Mapping[str, Any]) -> Any:
+    return tuple(sorted((name, str(x)) for name, x in extra.items()))
+
+
+def _telling(names: Sequence[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) < 2:  # removed meanwhile
+            return
+        kwargs, output = rest
+        given = dict(zip(names, args, strict=False)) | kwargs
+        positions, tables = given.get("position_ids"), tables_of({"position_embeddings": output})
+        if isinstance(positions, Tensor) and tables:
+            extra = {name: x for name, x in given.items() if name not in (names[0], "position_ids")}
+            calls = _rotary.told.setdefault(module, {})
+            calls[_kind(extra)] = Told(positions, tuple(map(weakref.ref, tables)))
+
+    return hook
 
 
 def running() -> Call | None:
@@ -154,6 +209,7 @@ class ModelHooks:
         self.guards: list[_Guard] = []
         self.kept: list[KeptStack] = []
         self.resting: set[int] = set()
+        self.told: set[nn.Module] = set()
         self.registries: list[Any] = []
 
     def put(self, model: PreTrainedModel) -> None:
@@ -193,6 +249,12 @@ class ModelHooks:
                 for projection in projections:
                     self.handles.after(projection, _rested)
                     self.handles.before(projection, _resting)
+
+    def tell(self, rotary: Iterable[nn.Module]) -> None:
+        """Let these modules tell which positions they are given."""
+        for module in set(rotary) - self.told:
+            self.told.add(module)
+            self.handles.after_with_keywords(module, _telling(list(parameters(module))))
 
     def remove(self) -> None:
         self.handles.remove()
@@ -279,9 +341,12 @@ def _abandon() -> None:
 _hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
 
 
-def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module]) -> Callable[[], Any]:
+def install(
+    owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module], rotary: Iterable[nn.Module] = ()
+) -> Callable[[], Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
-    of `owner` does so too. The layers `resting` need no keys and values of their own."""
+    of `owner` does so too. The layers `resting` need no keys and values of their own; the modules `rotary` tell the
+    positions they are given."""
     user, whole = object(), model
     model = decoder_of(model)  # the same one for stacks that were bound with and without the head
     with changes:
@@ -295,6 +360,7 @@ def install(owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Modu
             hooks.users.add(user)
             hooks.keep(whole)
             hooks.rest(resting)
+            hooks.tell(rotary)
         except BaseException:
             release()
             raise
@@ -323,7 +389,9 @@ def _entering(names: list[str]) -> Callable[..., Any]:
         layer = layer_of(module)
         assert layer is not None  # only modules with an index are hooked
         how, mask, hidden = implementation(module), given.get("attention_mask"), given.get("hidden_states")
-        _running.call = call = Call(listener, module, layer, how, mask, hidden, listener.reads_another(layer))
+        shares = listener.reads_another(layer)
+        call = Call(listener, module, layer, how, mask, hidden, shares, tables_of(given), given.get("position_ids"))
+        _running.call = call
         try:
             mask = listener.enter(call)
         except BaseException:

@@ -52,10 +52,10 @@ class KeptStack:
 
         @functools.wraps(inside)
         def prepare(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            inputs = inside(self, input_ids, *args, **kwargs)
             given: Any = kwargs.get("past_key_values")
+            inputs = inside(self, input_ids, *args, **kwargs)
             if hasattr(given, "begin_again") and inputs.get("past_key_values") is None:
-                _check_whole(type(self).__name__, input_ids, inputs, kwargs.get("attention_mask"))
+                _check_whole(type(self).__name__, input_ids, inputs, given, kwargs.get("next_sequence_length"))
                 given.begin_again()
                 inputs["past_key_values"] = given
             return inputs
@@ -69,12 +69,13 @@ class KeptStack:
             del vars(model)[PREPARE]
 
 
-def _check_whole(name: str, input_ids: Any, inputs: Mapping[str, Any], mask: Any) -> None:
-    """Refuse to begin again without the beginning of the text."""
+def _check_whole(name: str, input_ids: Any, inputs: Mapping[str, Any], given: Any, length: int | None) -> None:
+    """Refuse to begin again without the beginning of the text. `length`: how much of `input_ids` is new, as generate
+    says it where these are the whole text."""
     fed = next((inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None), input_ids)
-    known = mask.shape[1] if mask is not None and mask.dim() == 2 else input_ids.shape[1]
-    if fed.shape[1] < known:
+    seen = int(given.get_seq_length())
+    if (seen and length is None) or fed.shape[1] < input_ids.shape[1]:
         raise UseError(
             f"{name} leaves out its cache where a text crosses the length at which its rotary embedding switches, and "
-            f"would read only the newest {fed.shape[1]} of {known} tokens. Start with the whole text and a new stack."
+            f"would read only the newest {fed.shape[1]} tokens again. Start with the whole text and a new stack."
         )

@@ -105,10 +105,23 @@ class LayerGroups:
             )
         self.groups = [self.full[i : i + self.size] for i in range(0, len(self.full), self.size)]
         self.devices = {i: device_of(self.modules[i]) for i in self.full}
-        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full}, found.types)
-        self.rotates = all(rope is not None for rope in self.ropes.values())
-        if not self.rotates:  # all or none: keys of a group are compared with each other
-            self.ropes = dict.fromkeys(self.full)
+        self.ropes = find_ropes(model, {i: self.modules[i] for i in self.full})
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any of the layers rotates its keys; those that don't have no rope."""
+        return bool(self.rotated)
+
+    @property
+    def rotated(self) -> list[int]:
+        """The layers that rotate their keys."""
+        return [i for i, rope in self.ropes.items() if rope is not None]
+
+    @property
+    def refusal(self) -> str:
+        """Why the keys of some layer cannot be un-rotated; empty: they can."""
+        refused = ((i, rope.refusal) for i, rope in self.ropes.items() if rope is not None and rope.refusal)
+        return next((f"layer {i}: {reason}" for i, reason in refused), "")
 
     def number_of(self, layers: Sequence[int]) -> int:
         """Which of the groups is `layers`."""

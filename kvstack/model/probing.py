@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..types import KV
 from .layers import LayerGroups
+from .rest import at_rest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,33 +20,6 @@ __all__ = ["SINKS", "at_rest", "cached_layers", "cached_shapes", "observe", "tok
 
 SINKS = 4
 """First tokens of a text, which are unlike all others and stay raw in any stack."""
-
-
-@contextmanager
-def at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off. The
-    model is left as it was."""
-    before = [(module, _plain(vars(module)), dict(module._buffers)) for module in model.modules()]
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
-        for module, attributes, buffers in before:
-            vars(module).update(attributes)
-            module._buffers.update(buffers)
-
-
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a forward may leave in a module: its mode, the offset of image positions, the longest text so far, which
-    some rotary tables depend on."""
-    kinds = (bool, int, float, str, Tensor, type(None))
-    return {name: value for name, value in attributes.items() if isinstance(value, kinds)}
 
 
 def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:
@@ -75,7 +48,8 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
         layer: Any = cache.layers[i]
         keys, rope = layer.keys, groups.ropes[i]
         if rope is not None:
-            keys = rope.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None, None])
+            positions = torch.arange(keys.shape[2], device=keys.device)[None, None]
+            keys = rope.unrotate(keys, rope.marked(positions))
         observed[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
     return observed
 

@@ -1,130 +1,299 @@
-"""Rotary position embedding of one model, forwards and backwards.
+"""Finding out how each layer of a model rotates its keys: by running it.
 
-Keys are cached after rotation. A transform that looks for structure across tokens wants them without it, and
-`expected` attention wants to know how queries of the future will be rotated. Both use the model's own functions:
-its rotary module for the tables and its modelling file's `apply_rotary_pos_emb` for the rotation, so partial,
-scaled and interleaved variants come out as the model has them. Rotating by minus the angle undoes it.
+Some layers of a model rotate, others don't (SmolLM3, Llama 4); some rotate a part of each head; each modelling file has
+a rotation of its own. So nothing is taken from names: one token is read at several positions. Its hidden states are the
+same at all of them, as it attends to itself only, so its cached keys differ just by their rotation. A rotation that
+brings them together is the right one.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .attention import attention_modules, device_of, parameters
+from .rest import at_rest
+from .rotation import Form, Rope, RotaryCall, Tables
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Rope", "find_ropes"]
+__all__ = ["Rope", "find_ropes", "rotary_modules", "tables_of"]
+
+PLACES = (0, 1, 2, 5, 11, 29)
+"""Positions that one token is read at."""
+TOKENS = 3
+"""Different tokens read at each."""
+FAR = 1 << 20
+"""A position beyond any table for short texts."""
 
 
-class Rope:
-    """Rotates keys of one layer to given positions and back."""
-
-    def __init__(self, rotary: nn.Module, apply: Any, layer_type: str | None, at_the_end: bool = False) -> None:
-        self._rotary, self._apply, self._layer_type = rotary, apply, layer_type
-        self._at_the_end = at_the_end
-        self._whole: bool | None = None
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def remember(self, positions: Tensor) -> None:
-        """Compute the tables of `positions` (B or 1, 1, T) once, for all calls with this very tensor until `forget`."""
-        if positions.shape[1] == 1 and (self._last is None or self._last[0] is not positions):
-            self._last = None
-            self._last = (positions, *self._tables_of(positions, torch.empty(0, device=positions.device)))
-
-    def forget(self) -> None:
-        self._last = None
-
-    def _tables_of(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        last = self._last  # read once: a copy of the stack in another thread may forget it
-        if last is not None and last[0] is positions:
-            return last[1:]
-        cos, sin = self.tables(positions[:, 0], like)
-        return cos.float(), sin.float()
-
-    def tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, T, rotated channels) for `positions` (B, T)."""
-        extra = (self._layer_type,) if self._layer_type is not None else ()
-        cos, sin = self._rotary(like, positions.long(), *extra)
-        return cos, sin
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate `x` (B, H, T, D) to `positions` (B or 1, H or 1, T)."""
-        return self._turn(x, positions, backwards=False)
-
-    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The inverse of `rotate`."""
-        return self._turn(x, positions, backwards=True)
-
-    def pull(self, gradient: Tensor, positions: Tensor) -> Tensor:
-        """The gradient with regard to un-rotated keys, from that with regard to rotated ones: the transpose of
-        `rotate`."""
-        with torch.enable_grad():
-            start = torch.zeros_like(gradient, requires_grad=True)
-            pulled: Tensor = torch.autograd.grad(self.rotate(start, positions), start, gradient)[0]
-        return pulled
-
-    def _turn(self, x: Tensor, positions: Tensor, backwards: bool) -> Tensor:
-        b, h, t, d = x.shape
-        if positions.shape[1] > 1:  # every head has its own positions: heads become rows
-            flat = positions.expand(b, h, t).reshape(b * h, t)
-            return self._turn(x.reshape(b * h, 1, t, d), flat.unsqueeze(1), backwards).view(b, h, t, d)
-        cos, sin = self._tables_of(positions, x.float())
-        if backwards:
-            # cos and sin carry the model's attention scaling a: undo a * rotation, not only the rotation
-            square = (cos[..., :1] ** 2 + sin[..., :1] ** 2).clamp_min(1e-12)
-            cos, sin = cos / square, -sin / square
-        x32, rotated = x.float(), cos.shape[-1]
-        if rotated < d and not self._takes_whole_heads(cos, sin):
-            # the attention module rotates a part of each head, and its function is only ever given that part
-            at = d - rotated if self._at_the_end else 0
-            part = x32[..., at : at + rotated]
-            x32 = x32.clone()
-            x32[..., at : at + rotated] = self._apply(part[:, :1], part, cos, sin)[1]
-            return x32.to(x.dtype)
-        # it rotates queries and keys at once, and there are no queries: one head of them is the least to pass
-        turned: Tensor = self._apply(x32[:, :1], x32, cos, sin)[1]
-        return turned.to(x.dtype)
-
-    def _takes_whole_heads(self, cos: Tensor, sin: Tensor) -> bool:
-        """Whether the model's function leaves the channels behind the rotated ones alone, or cannot take them."""
-        if self._whole is None:
-            wide = cos.new_zeros(1, 1, 1, 2 * cos.shape[-1])
-            try:
-                self._whole = self._apply(wide, wide, cos[:1, :1], sin[:1, :1])[1].shape == wide.shape
-            except RuntimeError:
-                self._whole = False
-        return self._whole
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that make rotary tables of positions."""
+    leaves = (module for module in model.modules() if next(module.children(), None) is None)
+    return [module for module in leaves if "position_ids" in parameters(module)]
 
 
-def find_ropes(
-    model: PreTrainedModel, modules: Mapping[int, nn.Module], types: Sequence[str]
-) -> dict[int, Rope | None]:
-    """The rotary embedding of every layer; layers that rotate alike share one."""
+def tables_of(given: Mapping[str, Any]) -> Tables:
+    """The rotary tables among the arguments of an attention module; empty where there are none."""
+    tables = given.get("position_embeddings")
+    if isinstance(tables, Tensor):
+        return (tables,)
+    fits = isinstance(tables, tuple | list) and all(isinstance(x, Tensor) for x in tables)
+    return tuple(tables) if fits and tables else ()
+
+
+_finding = threading.RLock()
+_known: weakref.WeakKeyDictionary[Any, dict[int, Rope | None]] = weakref.WeakKeyDictionary()
+
+
+def find_ropes(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> dict[int, Rope | None]:
+    """The rotary embedding of every layer in `modules` (layer -> attention module); None where keys are not rotated.
+    Layers that rotate alike share one. A rotation that cannot be undone has a `refusal`."""
+    with _finding:
+        if model not in _known:
+            _known[model] = _find(model, attention_modules(model))
+        known = _known[model]
+    return {layer: known.get(layer) for layer in modules}
+
+
+# ---- reading one token
+
+
+@dataclass
+class _Reading:
+    """One token read at several positions.
+
+    Attributes:
+        cached: layer -> keys and values (rows, H, 1, D).
+        calls: layer -> the call of a rotary module that made the layer's tables.
+    """
+
+    cached: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    calls: dict[int, tuple[RotaryCall, Tensor]] = field(default_factory=dict)
+
+
+def _find(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> dict[int, Rope | None]:
+    if not modules:
+        return {}
+    reader = _reader(model, modules)
+    if "position_ids" not in parameters(reader):
+        # nothing tells such a model a position, so nothing can be tried: its file says whether it rotates at all
+        return {layer: _blind(module) for layer, module in modules.items()}
+    device = device_of(next(iter(modules.values())))
+    places = torch.tensor(PLACES, device=device).repeat_interleave(TOKENS)[:, None]
+    try:
+        with at_rest(model):
+            read = _read(reader, modules, None)
+            if any(call.axes for call, _ in read.calls.values()):
+                axes = max(call.axes for call, _ in read.calls.values())
+                places = torch.stack([places * (axis + 1) + axis for axis in range(axes)])
+            read = _read(reader, modules, places)
+            return _judge(read, modules)
+    except Exception as error:  # a model may want more than ids: whoever needs its rotation hears why it is not known
+        reason = f"reading one token to see them failed ({type(error).__name__}: {error})"
+        return dict.fromkeys(modules, Rope(None, None, refusal=reason))
+
+
+def _blind(attention: nn.Module) -> Rope | None:
+    names = vars(sys.modules[type(attention).__module__])
+    if any("rotary" in name.lower() for name in names):
+        return Rope(None, None, refusal="the model takes no position_ids, so kvstack cannot see how it rotates")
+    return None
+
+
+def _reader(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> PreTrainedModel:
+    """The innermost model that all of `modules` are part of: of a model that sees images, the one that reads text."""
+    from transformers import PreTrainedModel
+
+    wanted, reader = set(map(id, modules.values())), model
+    for inner in model.modules():  # from the outside in
+        reads = isinstance(inner, PreTrainedModel) and "input_ids" in parameters(inner)
+        if reads and wanted <= set(map(id, inner.modules())):
+            reader = inner
+    return reader
+
+
+def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Tensor | None) -> _Reading:
+    from transformers import DynamicCache
+
+    made: list[tuple[RotaryCall, Tensor, Tables]] = []
+    read = _Reading()
+
+    def rotary(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != mine:  # somebody else uses the model meanwhile
+            return
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        tables = tables_of({"position_embeddings": output})
+        if tables:
+            first = next(iter(given))
+            extra = {name: x for name, x in given.items() if name not in (first, "position_ids")}
+            positions = given["position_ids"]
+            axes = positions.shape[0] if positions.dim() == 3 else 0
+            made.append((RotaryCall(module, extra, axes, tables[0].dtype), positions, tables))
+
+    def attention(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tables = tables_of(dict(zip(parameters(module), args, strict=False)) | kwargs)
+        for call, positions, output in made:
+            if tables and tables[0] is output[0] and threading.get_ident() == mine:
+                read.calls[numbers[id(module)]] = call, positions
+
+    mine = threading.get_ident()
+    numbers = {id(module): layer for layer, module in modules.items()}
+    handles = [module.register_forward_hook(rotary, with_kwargs=True) for module in rotary_modules(reader)]
+    handles += [module.register_forward_pre_hook(attention, with_kwargs=True) for module in modules.values()]
+    cache = DynamicCache(config=reader.config)
+    rows = TOKENS * len(PLACES)
+    device = device_of(next(iter(modules.values())))
+    ids = torch.arange(3, 3 + TOKENS, device=device).remainder(reader.config.get_text_config().vocab_size)
+    position = {} if places is None else {"position_ids": places}
+    try:
+        reader(input_ids=ids.repeat(rows // TOKENS)[:, None], past_key_values=cache, use_cache=True, **position)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers: Any = cache.layers
+    for layer in modules:
+        keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None
+        if isinstance(keys, Tensor):
+            read.cached[layer] = keys, layers[layer].values
+    return read
+
+
+# ---- what the keys say
+
+
+def _judge(read: _Reading, modules: Mapping[int, nn.Module]) -> dict[int, Rope | None]:
     ropes: dict[int, Rope | None] = {}
-    alike: dict[Any, Rope | None] = {}
-    for layer, attention in modules.items():
-        key = (type(attention), types[layer])
-        if key not in alike:
-            alike[key] = find_rope(model, attention, types[layer])
-        ropes[layer] = alike[key]
+    alike: dict[Any, Rope] = {}
+    for layer, module in modules.items():
+        ropes[layer] = None
+        if layer not in read.cached:  # reads another layer's
+            continue
+        keys, values = read.cached[layer]
+        loose = _tolerance(keys)
+        if layer in read.calls:
+            call, positions = read.calls[layer]
+            form, apart = _best_form(keys, call, positions, module)
+            if form is None and apart > loose:
+                ropes[layer] = Rope(
+                    None,
+                    None,
+                    refusal="what it caches is no rotation that kvstack knows: some models norm keys after it",
+                )
+            elif form is not None:
+                # the same module, called alike, with the same function
+                key = (id(call.module), tuple(call.extra.items()), form)
+                if key not in alike:
+                    alike[key] = _rope(call, form)
+                ropes[layer] = alike[key]
+        elif _apart(keys) > loose and _apart(values) <= loose:  # positions in the hidden states move values too
+            ropes[layer] = Rope(None, None, refusal="no rotary tables are handed to it, so it makes its own")
     return ropes
 
 
-def find_rope(model: PreTrainedModel, attention: nn.Module, layer_type: str) -> Rope | None:
-    """The rotary embedding `attention` uses, or None where the model has none of the usual form."""
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if apply is None or "cos" not in inspect.signature(apply).parameters:
-        return None
-    for module in model.modules():
-        rotary = getattr(module, "rotary_emb", None)
-        if isinstance(rotary, nn.Module):
-            takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
-            # multi-head latent attention puts the rotated channels last, all others first
-            return Rope(rotary, apply, layer_type if takes_type else None, hasattr(attention, "qk_rope_head_dim"))
-    return None
+def _best_form(keys: Tensor, call: RotaryCall, positions: Tensor, module: nn.Module) -> tuple[Form | None, float]:
+    """The rotation that brings the keys of one token together best, and how far apart they still are; None where
+    they are together best as they are."""
+    places = positions.permute(1, 0, 2) if call.axes else positions[:, None]
+    best: Form | None = None
+    least = _apart(keys)
+    for form in _forms(module):
+        try:
+            rope = Rope(call, form)
+            plain = rope.unrotate(keys, places.unsqueeze(2))
+            turned = rope.rotate(plain, places.unsqueeze(2))
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            continue  # the function takes another part of the head
+        if plain.shape != keys.shape or not _same(turned, keys):
+            continue
+        apart = _apart(plain)
+        if apart < least / 2 and apart <= _tolerance(keys):
+            best, least = form, apart
+    return best, least
+
+
+def _forms(attention: nn.Module) -> Iterator[Form]:
+    """All ways in which the modelling file of `attention` may rotate, the likeliest first."""
+    names = vars(sys.modules[type(attention).__module__])
+    for name in ("apply_rotary_pos_emb", "apply_rotary_emb", "apply_multimodal_rotary_pos_emb"):
+        apply = names.get(name)
+        if apply is None:
+            continue
+        arguments = list(inspect.signature(apply).parameters)
+        takes: Any = "pair" if "cos" in arguments[2:3] else "single" if "cos" in arguments[1:2] else "complex"
+        for part in ("whole", "first", "last"):
+            yield Form(apply, takes, part)
+
+
+def _apart(x: Tensor) -> float:
+    """How far `x` (rows, H, 1, D) of one token differs between positions: a share of its size."""
+    x = x.double().unflatten(0, (len(PLACES), TOKENS))
+    size = float(x.norm())
+    return float((x - x.mean(0)).norm()) / size if size else 0.0
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return float((x.double() - y.double()).norm()) <= _tolerance(y) * float(y.double().norm())
+
+
+def _tolerance(x: Tensor) -> float:
+    # attention sinks and experts make a little of rounding more
+    return max(1e-3, 16 * torch.finfo(x.dtype).eps)
+
+
+# ---- tables that depend on the length of the text
+
+
+def _rope(call: RotaryCall, form: Form) -> Rope:
+    """The rotation, with what is to be done about tables that change with the text."""
+    kind = _rope_type(call)
+    near = _first(call, PLACES[-1])
+    if _equal(near, _first(call, FAR)):
+        return Rope(call, form)
+    switch = _original_length(call)
+    if kind == "longrope" and switch and switch > PLACES[-1]:
+        long = _first(call, switch)
+        if _equal(near, _first(call, switch - 1)) and _equal(long, _first(call, FAR)):
+            return Rope(call, form, switch)
+    how = f" (rope type {kind!r})" if kind else ""
+    return Rope(None, None, refusal=f"the angle of a position changes with the length of the text{how}")
+
+
+def _first(call: RotaryCall, last: int) -> Tables:
+    """Tables of the first few positions, in a forward that reaches `last`."""
+    twin = copy.deepcopy(call.module)
+    positions = torch.tensor([0, 1, 2, 3, last])[None].to(next((x.device for x in twin.buffers()), "cpu"))
+    if call.axes:
+        positions = positions.expand(call.axes, 1, -1)
+    like = torch.empty(0, dtype=call.dtype, device=positions.device)
+    made = type(twin).forward(twin, like, position_ids=positions, **call.extra)
+    return tuple(x[:, :4] for x in tables_of({"position_embeddings": made}))
+
+
+def _equal(one: Tables, other: Tables) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def _settings(call: RotaryCall) -> Mapping[str, Any]:
+    """The rope parameters of the configuration that this call goes by."""
+    settings = getattr(getattr(call.module, "config", None), "rope_parameters", None) or {}
+    kind = call.extra.get("layer_type")
+    return settings[kind] if kind in settings and isinstance(settings[kind], Mapping) else settings
+
+
+def _rope_type(call: RotaryCall) -> str:
+    return str(_settings(call).get("rope_type", ""))
+
+
+def _original_length(call: RotaryCall) -> int | None:
+    return _settings(call).get("original_max_position_embeddings")

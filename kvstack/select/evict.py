@@ -102,6 +102,12 @@ class Evict(Stage):
         return bool(getattr(self.score, "tracks", Score.tracks))
 
     @property
+    def needs_rope(self) -> bool | None:
+        """Whether the score uses `Context.rope`; None: it may."""
+        needs: bool | None = getattr(self.score, "needs_rope", Score.needs_rope)
+        return needs
+
+    @property
     def looks_at_queries(self) -> bool:
         return self.queries != 0 or self.tracks
 

@@ -34,6 +34,7 @@ class ExpectedAttention(Score):
 
     name = "expected"
     source = "arXiv 2510.00636"
+    needs_rope = True
 
     def __post_init__(self) -> None:
         for value in (self.window, self.future):
@@ -56,9 +57,10 @@ class ExpectedAttention(Score):
         if rope is not None:
             ahead = torch.arange(context.seen, context.seen + self.future, device=queries.device)[None, None]
             basis = torch.eye(d, device=queries.device)[None, :, None].expand(1, d, self.future, d)
-            turn = rope.rotate(basis, ahead).mean(2)[0]  # (D, D): row i is the average rotation of axis i
+            # (B or 1, 1, D, D): row i is the average rotation of axis i
+            turn = rope.rotate(basis, ahead).mean(2).unsqueeze(1)
             mean = mean @ turn
-            spread = turn.T @ spread @ turn
+            spread = turn.mT.unsqueeze(2) @ spread @ turn.unsqueeze(2)
         keys = kv.keys.float()
         logits = torch.einsum("bhgd,bhtd->bhgt", mean, keys) * context.scaling
         if self.covariance:

@@ -27,6 +27,7 @@ class H2O(Score):
 
     name = "h2o"
     source = "arXiv 2306.14048"
+    needs_rope = False
     queries = -1
     tracks = True
 

@@ -22,6 +22,7 @@ class KeyDiff(Score):
 
     name = "keydiff"
     source = "arXiv 2504.15364"
+    needs_rope = False
 
     def score(self, kv: KV, context: Context) -> Tensor:
         directions = torch.nn.functional.normalize(kv.keys.float(), dim=-1)

@@ -21,6 +21,7 @@ class KNorm(Score):
 
     name = "knorm"
     source = "arXiv 2406.11430"
+    needs_rope = False
 
     def score(self, kv: KV, context: Context) -> Tensor:
         return -kv.keys.float().norm(dim=-1)

@@ -27,6 +27,7 @@ class Random(Score):
 
     name = "random"
     source = "control"
+    needs_rope = False
 
     def score(self, kv: KV, context: Context) -> Tensor:
         heads = torch.arange(kv.keys.shape[1], device=kv.keys.device)[None, :, None]

@@ -41,6 +41,7 @@ class SnapKV(Score):
 
     name = "snapkv"
     source = "arXiv 2404.14469"
+    needs_rope = False
     layers = 5
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ class Streaming(Score):
 
     name = "streaming"
     source = "arXiv 2309.17453"
+    needs_rope = False
 
     def score(self, kv: KV, context: Context) -> Tensor:
         return context.positions.float().expand(kv.keys.shape[:3])

@@ -23,6 +23,7 @@ class TOVA(Score):
 
     name = "tova"
     source = "arXiv 2401.06104"
+    needs_rope = False
     queries = 1
 
     def score(self, kv: KV, context: Context) -> Tensor:

@@ -4,7 +4,8 @@
     GroupLatents    layers that a transform stores together: latents by name, each packed by an encoder of its own
 
 Reading asks for the layer's place in what is stored together (`layer`, 0 first), and for keys where they belong:
-`where` gives the true positions of the sealed tokens, (B or 1, H or 1, T), for keys that must be rotated to them.
+`where` gives the positions of the sealed tokens that the model was given, (B or 1, H or 1, T) or (B, axes, H or 1, T),
+for keys that must be rotated to them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Sealed(Track):
 
     @abstractmethod
     def append(self, block: Sequence[KV], positions: Tensor) -> None:
-        """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens at `positions` (B or 1, H or 1, T)."""
+        """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens that the model was
+        given `positions` for, (B or 1, H or 1, T) or (B, axes, H or 1, T)."""
 
     def needs(self, raw: Sequence[KV]) -> int:
         """How many tokens the first block must have."""
@@ -312,7 +314,7 @@ class GroupLatents(Sealed):
 
     Args:
         codec: of this group, not fitted to a text yet.
-        ropes: by slot, how each layer rotates keys; used where the transform wants them un-rotated.
+        ropes: by slot, how each layer rotates keys, None: not at all; used where the transform wants them un-rotated.
     """
 
     def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rotation | None]) -> None:
@@ -397,17 +399,22 @@ class GroupLatents(Sealed):
 
     def _rotated(self, layer: int, keys: Tensor, where: Where, places: Tensor | None = None) -> Tensor:
         """Rebuilt keys as attention wants them: of all sealed tokens, or of those at `places`."""
-        if not self._unrotated:
+        rope = self.ropes[layer]
+        if not self._unrotated or rope is None:
             return keys
-        rope, positions = self._rope(layer), where().to(keys.device)
+        positions = where().to(keys.device)
         keys = keys.float() if keys.dtype == torch.float16 else keys  # turned, they may be too large for a half
         if places is not None:
-            return rope.rotate(keys, positions.take_along_dim(places.to(keys.device), dim=-1))
+            places = places.to(keys.device)
+            places = places if positions.dim() == 3 else places.unsqueeze(1)  # the same for all axes
+            return rope.rotate(keys, positions.take_along_dim(places, dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
 
     def _unrotate(self, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
-        rope, positions = self._rope(layer), positions.to(keys.device)
+        rope, positions = self.ropes[layer], positions.to(keys.device)
+        if rope is None:
+            return keys
         if keys.dtype == torch.float16:
             return fitting(rope.unrotate(keys.float(), positions), keys.dtype)
         return rope.unrotate(keys, positions)
@@ -423,11 +430,6 @@ class GroupLatents(Sealed):
     def _unrotated(self) -> bool:
         assert self.plan.transform is not None
         return self.plan.transform.unrotated
-
-    def _rope(self, layer: int) -> Rotation:
-        rope = self.ropes[layer]
-        assert rope is not None  # checked when the stack was bound
-        return rope
 
     def _encoder(self, name: str) -> Encoder:
         encoder = self.codec.encoders.get(name, self.plan.encode)

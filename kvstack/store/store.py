@@ -32,6 +32,7 @@ from ..stage import Codec
 from ..types import KV, Context, Layout, Rotation, positions_between
 from ..workspace import Workspace
 from .budget import Choice, allowance, choose, how_many
+from .given import Given, Placed
 from .plan import Plan
 from .sealed import GroupLatents, LayerCodes, Sealed
 from .tracks import Crop, Cut, Memory, Positions, Put, Queries, RawTokens, Track
@@ -69,6 +70,7 @@ class Store:
     ) -> None:
         self.plan, self.layers, self.codecs, self.ropes = plan, list(layers), codecs, ropes
         self.expansions = expansions
+        self.given = Given()  # the cohort's, which all its stores share
         self.dirty = False  # holds tokens of a forward that is not settled
         self._sealed_positions: Tensor | None = None
         self._reading: Sealed | None = None
@@ -228,6 +230,7 @@ class Store:
         self, slot: int, seen: int, scaling: float, queries: Tensor | None, memory: Mapping[str, Tensor]
     ) -> Context:
         layer = self.layers[slot]
+        rope = self.ropes.get(layer)
         return Context(
             layer=layer,
             seen=seen,
@@ -235,7 +238,7 @@ class Store:
             queries=queries,
             scaling=scaling,
             memory=memory,
-            rope=self.ropes.get(layer),
+            rope=None if rope is None else Placed(rope, self.given),
             sinks=self.sinks,
             window=self.plan.window,
         )
@@ -292,11 +295,11 @@ class Store:
     def _seal(self, seen: int, count: int) -> None:
         """Move the oldest `count` raw middle tokens into the sealed part."""
         first = self.sinks + self.sealed_tokens
-        positions = self.positions(seen)[..., first : first + count]
+        given = self.given.at(self.positions(seen)[..., first : first + count])
         block = [track.draw(self.sinks, count) for track in self.raw]
         size = self.plan.stored_together
         for i, part in enumerate(self.sealed):
-            part.append(block[i * size : (i + 1) * size], positions)
+            part.append(block[i * size : (i + 1) * size], given)
 
     # ---- reading
 
@@ -330,11 +333,12 @@ class Store:
         return part, slot % size
 
     def _where(self, seen: int) -> Any:
-        """True positions of the sealed tokens, worked out at the first question of a forward."""
+        """Positions that the model was given for the sealed tokens, worked out at the first question of a forward."""
 
         def where() -> Tensor:
             if self._sealed_positions is None:
-                self._sealed_positions = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
+                index = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
+                self._sealed_positions = self.given.at(index)
             return self._sealed_positions
 
         return where

@@ -94,6 +94,7 @@ class CommonKV(Transform):
     name = "commonkv"
     source = "arXiv 2508.16134"
     saves = "layers: one latent for several"
+    unrotated = True
 
     def __post_init__(self) -> None:
         share = isinstance(self.keep, float) and 0 < self.keep <= 1

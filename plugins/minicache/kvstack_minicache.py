@@ -200,9 +200,9 @@ class Merged(Pair):
 
 
 def _together(group: Sequence[KV], role: str) -> list[Tensor]:
-    """Keys or values (B, H, T, D) of both layers, on the device of the first."""
-    shallow, deep = (getattr(kv, role) for kv in group)
-    return [shallow, deep.to(shallow.device)]
+    """Keys or values (B, H, T, D) of all layers, on the device of the first."""
+    found = [getattr(kv, role) for kv in group]
+    return [x.to(found[0].device) for x in found]
 
 
 def _in_text(within: Tensor) -> Tensor:

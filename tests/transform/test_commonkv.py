@@ -274,7 +274,6 @@ def test_settings_that_cannot_work(settings, says):
         (CommonKV(9999), "llama", r"a group of 4 layers has 256 axes\. Use keep=256 or less"),
         (CommonKV(100, basis="weights"), "llama", r"has 64 axes\. Use keep=64 or less"),
         (CommonKV(basis="weights"), "qwen3", r"layer 0 normalises keys \(k_norm\).*Use basis='calibrated'"),
-        (CommonKV(basis="weights"), "smollm3", "keys of layer 3 of SmolLM3ForCausalLM are not its projection"),
         (CommonKV(basis="weights"), "deepseek_v3", "no projections of keys and values that kvstack knows"),
         (
             CommonKV(layers=2, basis="weights", merge="mean", weights=(1.0, 1.0)),
@@ -287,6 +286,19 @@ def test_settings_that_cannot_work(settings, says):
 def test_stages_that_do_not_fit_the_model(stage, name, says):
     with pytest.raises(BindError, match=says):
         KVStack([stage], model=tiny.model(name))
+
+
+def test_keys_that_are_no_projection_of_the_hidden_states_are_refused():
+    model = tiny.model.__wrapped__("llama")
+    model.model.layers[3].self_attn.k_proj.register_forward_hook(lambda module, args, output: output.clamp(-1, 1))
+    with pytest.raises(BindError, match="keys of layer 3 of LlamaForCausalLM are not its projection"):
+        KVStack([CommonKV(basis="weights")], model=model)
+
+
+def test_layers_without_rotation_are_projections_too():
+    """SmolLM3 rotates no keys in every fourth layer."""
+    stack = KVStack([CommonKV(basis="weights")], model=tiny.model("smollm3"))
+    assert [layer for layer, rope in stack.binding.ropes.items() if rope is None] == [3]
 
 
 def test_settings_travel():

@@ -224,9 +224,22 @@ def _title(match: re.Match[str]) -> str:
     return f"<g><title>{html.escape(unquote(match[1]))}</title>"
 
 
+def _take_literally(words: Any) -> None:
+    """Names come from files: a dollar in them begins no formula, and what cannot be printed has no glyph."""
+    text = words.get_text()
+    if "$" in text and "mathdefault" not in text:  # matplotlib writes powers of ten as formulas
+        words.set_parse_math(False)
+    if not text.replace("\n", "").isprintable():
+        words.set_text("".join(c if c.isprintable() or c == "\n" else " " for c in text))
+
+
 @look()
 def svg(figure: Figure) -> str:
     """An `<svg>` element to stand in a page, the same for the same figure: no dates, no chance names."""
+    from matplotlib.text import Text
+
+    for words in figure.findobj(Text):
+        _take_literally(words)
     out = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=nothing)

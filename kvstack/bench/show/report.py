@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def write(folder: Path) -> Path:
             heading, text, tables, drawn = SECTIONS[bench](rows, int(environment["seed"]), folder)
             drawings = {name: pictures.svg(figure) for name, figure in drawn.items()}
             for name, drawing in drawings.items():
-                (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
+                (folder / f"{_file_name(name)}.svg").write_text(drawing, encoding="utf-8")
             said = f"{text} Measured with {environment['dtype']} weights at {environment['commit'] or 'no commit'}."
             sections.append(Section(heading, said, tables, list(drawings.values())))
     if not sections:
@@ -43,6 +45,13 @@ def write(folder: Path) -> Path:
     seen = {name: _shown(value) for name, value in where.items() if value is not None and name not in NOT_SHOWN}
     made.write_text(page.page(f"kvstack: {where['model']}", seen, sections), encoding="utf-8")
     return made
+
+
+def _file_name(name: str) -> str:
+    """`name` where it can name a file in any folder. Names of tasks come from files: they may hold slashes, or be long;
+    then a digest keeps two of them apart."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:80]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
 
 # ---- one section each: heading, text, tables, pictures by name

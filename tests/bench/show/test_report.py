@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kvstack.bench import results
@@ -30,6 +32,23 @@ def test_everything_and_its_report(tmp_path):
     pictures = sorted(path.stem for path in tmp_path.glob("*.svg"))
     assert pictures[:4] == ["decode", "matrix", "memory", "memory-growth"]
     assert page.count("<svg") == len(pictures)
+
+
+ODD = ["../../outside", "/tmp/outside", "a\0b", "x" * 300, "<b>&amp;\"'", "..", "con", "$x_{$", ""]
+
+
+def test_the_report_stays_in_its_folder(tmp_path):
+    """Whatever names stand in the files of figures."""
+    folder = tmp_path / "deep" / "figures"
+    invoke("needles", "--out", folder, "--stack", "quant:4", "--task", "niah_single_2", "--samples", "1")
+    path = folder / "needles.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    renamed = [{**one, "key": {**one["key"], "task": odd, "mode": odd}} for one in records for odd in ODD]
+    path.write_text("".join(json.dumps(one) + "\n" for one in renamed))
+    page = report.write(folder).read_text()
+    assert {file.parent for file in tmp_path.rglob("*") if file.is_file()} == {folder}
+    assert len(list(folder.glob("needles-*.svg"))) == len(ODD)
+    assert "<b>&amp;" not in page
 
 
 def test_a_report_of_nothing_says_what_to_do(tmp_path):

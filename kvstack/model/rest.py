@@ -1,0 +1,42 @@
+"""Running a model on text of our own without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["at_rest"]
+
+
+@contextmanager
+def at_rest(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off. The
+    model is left as it was."""
+    before = [(module, _plain(vars(module)), dict(module._buffers)) for module in model.modules()]
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        for module, attributes, buffers in before:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward may leave in a module: its mode, the offset of image positions, the longest text so far, which
+    some rotary tables depend on."""
+    kinds = (bool, int, float, str, Tensor, type(None))
+    return {name: value for name, value in attributes.items() if isinstance(value, kinds)}

@@ -1,0 +1,221 @@
+"""The rotation of one layer's keys, forwards and backwards.
+
+Keys are cached after rotation. A transform that looks for structure across tokens wants them without it, and
+`expected` attention wants to know how queries of the future will be rotated. Both use the model's own functions:
+its rotary module for the tables and its modelling file's function for the rotation, so partial, scaled, interleaved and
+complex variants come out as the model has them. Rotating by minus the angle undoes it.
+
+Positions are what the rotary module was given: the indices of tokens (B or 1, H or 1, T) where these are the positions,
+otherwise (B, axes, H or 1, T), with several axes for images and video.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UseError
+from ..types import LONG
+
+__all__ = ["Form", "Rope", "RotaryCall", "Tables"]
+
+Tables = tuple[Tensor, ...]
+"""cos and sin (B, T, rotated channels), or one complex tensor."""
+
+
+@dataclass(frozen=True)
+class RotaryCall:
+    """The way a model calls one of its rotary modules.
+
+    Attributes:
+        module: the rotary module.
+        extra: its arguments besides hidden states and positions, such as the layer type.
+        axes: dimensions of a position; 0 where positions are (B, T) instead of (axes, B, T).
+        dtype: of the tables.
+    """
+
+    module: nn.Module
+    extra: Mapping[str, Any]
+    axes: int
+    dtype: torch.dtype
+
+    def tables(self, module: nn.Module, positions: Tensor) -> Tables:
+        """What the rotary `module`, this one or a copy, makes of `positions` (B, axes, T), without any update of its
+        frequencies."""
+        like = torch.empty(0, dtype=self.dtype, device=positions.device)
+        positions = positions.long()
+        if self.axes:
+            positions = positions.expand(-1, self.axes, -1).permute(1, 0, 2)
+        elif positions.shape[1] == 1:
+            positions = positions[:, 0]
+        else:  # given with several dimensions to a module that usually has one
+            positions = positions.permute(1, 0, 2)
+        # below the decorators: one updates the frequencies, in place and for all
+        made = inspect.unwrap(type(module).forward)(module, like, position_ids=positions, **self.extra)
+        return (made,) if isinstance(made, Tensor) else tuple(made)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The function that rotates, and the channels it is given.
+
+    Attributes:
+        apply: the modelling file's function.
+        takes: `pair` (queries, keys, cos, sin), `single` (keys, cos, sin) or `complex` (queries, keys, tables), whose
+            heads come after the tokens.
+        part: the channels of a head it is given: the `whole` head, or the `first` or `last` ones.
+    """
+
+    apply: Callable[..., Any]
+    takes: Literal["pair", "single", "complex"]
+    part: Literal["whole", "first", "last"]
+
+    def turn(self, x: Tensor, tables: Tables) -> Tensor:
+        """`x` (B, H, T, D), rotated by `tables`."""
+        width = tables[0].shape[-1] * (2 if self.takes == "complex" else 1)
+        if self.part == "whole" or width == x.shape[-1]:
+            return self._turn(x, tables)
+        at = x.shape[-1] - width if self.part == "last" else 0
+        before, mine, after = x.tensor_split([at, at + width], dim=-1)
+        turned = self._turn(mine, tables)
+        return torch.cat([before.expand(*turned.shape[:3], -1), turned, after.expand(*turned.shape[:3], -1)], dim=-1)
+
+    def _turn(self, x: Tensor, tables: Tables) -> Tensor:
+        turned: Tensor
+        if self.takes == "single":
+            turned = self.apply(x, *tables)
+        elif self.takes == "pair":  # there are no queries: one head of keys is the least to pass
+            turned = self.apply(x[:, :1], x, *tables)[1]
+        else:
+            x = x.transpose(1, 2)
+            turned = self.apply(x[:, :, :1], x, *tables)[1].transpose(1, 2)
+        return turned
+
+
+class Rope:
+    """Rotates keys of one layer to given positions and back.
+
+    Args:
+        call: how the model makes the tables; None where that is not known.
+        form: how it rotates by them.
+        switch: the number of positions from which on a forward uses tables for long texts (longrope); None: never.
+        refusal: why keys cannot be un-rotated; empty: they can.
+    """
+
+    def __init__(
+        self, call: RotaryCall | None, form: Form | None, switch: int | None = None, refusal: str = ""
+    ) -> None:
+        self.call, self.form, self.switch, self.refusal = call, form, switch, refusal
+        self._short = self._long = call.module if call else None
+        if call is not None and switch is not None:
+            self._short, self._long = (_frozen(call, at) for at in (0, switch))
+        self._last: tuple[Tensor, Tables] | None = None
+
+    # ---- tables
+
+    def remember(self, positions: Tensor) -> None:
+        """Compute the tables of `positions` once, for all calls with this very tensor until `forget`."""
+        if positions.shape[-2] == 1 and (self._last is None or self._last[0] is not positions):
+            self._last = None
+            self._last = (positions, _wide(self.tables(_by_axis(positions)[:, :, 0])))
+
+    def forget(self) -> None:
+        self._last = None
+
+    def tables(self, positions: Tensor) -> Tables:
+        """The tables of `positions` (B, axes, T), as a forward that was given them computes them."""
+        if self.refusal or self.call is None or self._short is None or self._long is None:
+            raise UseError(f"keys cannot be rotated: {self.refusal or 'they have no rotary embedding'}.")
+        marked = positions >= LONG
+        positions = torch.where(marked, positions - LONG, positions)
+        if self.switch is None:
+            return self.call.tables(self._short, positions)
+        long = marked.any(1) | (positions.amax(1) >= self.switch)  # (B, T)
+        both = (self.call.tables(module, positions) for module in (self._short, self._long))
+        return tuple(torch.where(long[..., None], far, near) for near, far in zip(*both, strict=True))
+
+    def made(self, tables: Tables, positions: Tensor) -> bool:
+        """Whether a forward that was given `positions` (B, axes, T) computes these tables, up to rounding."""
+        mine = self.tables(self.marked(positions))
+        if len(mine) != len(tables) or any(x.shape[1:] != y.shape[1:] for x, y in zip(mine, tables, strict=True)):
+            return False
+        loose = max(1e-3, 4 * torch.finfo(mine[0].dtype).eps)
+        pairs = zip(mine, tables, strict=True)
+        return all(torch.allclose(x, y.to(x.device, x.dtype), atol=loose, rtol=loose) for x, y in pairs)
+
+    def marked(self, positions: Tensor) -> Tensor:
+        """`positions` (B, axes, T) of one forward, for the record: those that it rotated by tables for longer texts
+        than their own number asks for are marked."""
+        if self.switch is None or not positions.numel():
+            return positions
+        early = (positions.amax(1, keepdim=True) < self.switch) & (positions.max() >= self.switch)
+        return positions + early * LONG
+
+    # ---- rotating
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x` (B, H, T, D) to `positions`; one row of `x` becomes as many as `positions` has."""
+        return self._turn(x, positions, backwards=False)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+        return self._turn(x, positions, backwards=True)
+
+    def pull(self, gradient: Tensor, positions: Tensor) -> Tensor:
+        """The gradient with regard to un-rotated keys, from that with regard to rotated ones: the transpose of
+        `rotate`."""
+        with torch.enable_grad():
+            start = torch.zeros_like(gradient, requires_grad=True)
+            pulled: Tensor = torch.autograd.grad(self.rotate(start, positions), start, gradient)[0]
+        return pulled
+
+    def _turn(self, x: Tensor, positions: Tensor, backwards: bool) -> Tensor:
+        b, h, t, d = x.shape
+        if positions.shape[-2] > 1:  # every head has its own positions: heads become rows
+            places = _by_axis(positions)
+            rows, axes = max(b, places.shape[0]), places.shape[1]
+            flat = places.expand(rows, axes, h, t).transpose(1, 2).reshape(rows * h, axes, 1, t)
+            x = x.expand(rows, h, t, d).reshape(rows * h, 1, t, d)
+            return self._turn(x, flat, backwards).view(rows, h, t, d)
+        last = self._last  # read once: a copy of the stack in another thread may forget it
+        remembered = last is not None and last[0] is positions
+        tables = last[1] if last is not None and remembered else _wide(self.tables(_by_axis(positions)[:, :, 0]))
+        if backwards:
+            tables = _inverse(tables)
+        assert self.form is not None  # `tables` has refused
+        exact = x if x.dtype == torch.float64 else x.float()
+        return self.form.turn(exact, tables).to(x.dtype)
+
+
+def _by_axis(positions: Tensor) -> Tensor:
+    """(B or 1, axes, H or 1, T)."""
+    return positions.unsqueeze(1) if positions.dim() == 3 else positions
+
+
+def _wide(tables: Tables) -> Tables:
+    return tuple(x if x.is_complex() else x.float() for x in tables)
+
+
+def _inverse(tables: Tables) -> Tables:
+    """Tables that undo `tables`. They carry the model's attention scaling and the rounding of its type: the inverse
+    of the scaled rotation, not only of the rotation."""
+    if len(tables) == 1:
+        return (tables[0].conj() / tables[0].abs().square().clamp_min(1e-12),)
+    cos, sin = tables
+    square = (cos.square() + sin.square()).clamp_min(1e-12)
+    return cos / square, -sin / square
+
+
+def _frozen(call: RotaryCall, position: int) -> nn.Module:
+    """A copy of the rotary module as it is after a forward that reached `position`."""
+    twin = copy.deepcopy(call.module)
+    device = next((x.device for x in twin.buffers()), torch.device("cpu"))
+    positions = torch.full((call.axes, 1, 1) if call.axes else (1, 1), position, device=device)
+    type(twin).forward(twin, torch.empty(0, dtype=call.dtype, device=device), position_ids=positions, **call.extra)
+    return twin
