@@ -169,6 +169,10 @@ class Attention:
                 f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
                 'cannot work with it. Use a score without queries, such as "keydiff".'
             )
+        if own and (promise is None or (mask is not call.mask and _by_head(mask))):
+            group, _ = self.batch.binding.places[call.layer]
+            for cohort in self.batch.cohorts:
+                cohort.stores[group].mix_heads()
         # show the score the queries
         if known and looks and call.layer not in self._bound.shares:
             group, slot = self._bound.places[call.layer]
@@ -569,6 +573,11 @@ class Attention:
     def _bound(self) -> Binding:
         assert self.binding is not None  # `enter` has refused what is not bound
         return self.binding
+
+
+def _by_head(mask: Any) -> bool:
+    """Whether a mask differs from head to head."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
 
 
 def exactly(module: torch.nn.Module) -> AbstractContextManager[Any]:

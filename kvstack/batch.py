@@ -121,6 +121,13 @@ class Batch:
         store.end_forward()
         return KV(kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone())
 
+    def shape_of(self, layer: int, kind: str) -> tuple[tuple[int, int, int, int], Tensor]:
+        """The shape (B, H, held, D) of the `keys` or `values` of a layer, and a tensor of their type."""
+        group, slot = self.binding.places[layer]
+        stores = [cohort.stores[group] for cohort in self.cohorts if cohort.seen]
+        like: Tensor = getattr(stores[0].raw[slot].kv, kind)
+        return (self.size or 0, like.shape[1], max(store.held for store in stores), like.shape[3]), like
+
     def _cohort_of(self, row: int) -> tuple[Cohort, int]:
         for cohort in self.cohorts:
             rows = range(self.size or 0) if cohort.rows is None else cohort.rows.tolist()

@@ -27,6 +27,7 @@ from .attend import Attention, Learned
 from .batch import Batch
 from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound
 from .errors import BindError, StageError, UseError
+from .lazy import Lazy
 from .model.adapters import in_words, unwrapped
 from .model.arming import arm
 from .model.head import with_head
@@ -70,21 +71,30 @@ class StackLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """The keys held, decoded anew at every question: (B, H, held, D); None before the first forward."""
+        """The keys held, (B, H, held, D), decoded when they are looked at; None before the first forward."""
         return self._read("keys")
 
     @property
     def values(self) -> Tensor | None:
-        """The values held, decoded anew at every question: (B, H, held, D); None before the first forward."""
+        """The values held, (B, H, held, D), decoded when they are looked at; None before the first forward."""
         return self._read("values")
 
     def _read(self, kind: str) -> Tensor | None:
-        kv = self.stack.decoded(self._layer)
-        return None if kv is None else cast(Tensor, getattr(kv, kind))
+        if not self.is_initialized:
+            return None
+        stack, layer = self.stack, self._layer
+
+        def decode() -> Tensor:
+            return cast(Tensor, getattr(stack.decoded(layer), kind))
+
+        if not stack.batch.running:
+            return decode()
+        # some models ask in the middle of a forward, of every layer, whether it holds anything
+        return Lazy(*stack.batch.shape_of(layer, kind), decode)
 
     @property
     def is_initialized(self) -> bool:
-        return self.stack.is_initialized
+        return self.stack.batch.columns.get(self._layer, 0) > 0
 
     @property
     def record_past(self) -> bool:

@@ -16,7 +16,7 @@ __all__ = ["at_rest"]
 
 
 OFFSETS = "rope_deltas"
-"""Where models that see images note how far the positions of their last text ran ahead or behind, for each row of it."""
+"""Where models that see images note how far the positions of their last text ran ahead or behind, row by row."""
 
 
 @contextmanager

@@ -72,6 +72,7 @@ class Store:
         self.expansions = expansions
         self.given = Given()  # the cohort's, which all its stores share
         self.dirty = False  # holds tokens of a forward that is not settled
+        self.mixes_heads = False  # what attention reads of a kv head depends on other heads, too
         self._sealed_positions: Tensor | None = None
         self._reading: Sealed | None = None
         slots = range(len(self.layers))
@@ -116,7 +117,7 @@ class Store:
     def take_over(self, other: Store) -> None:
         """Hold what `other` holds, whose layers are the first of these."""
         self._hold({name: tracks + self._held[name][len(tracks) :] for name, tracks in other._held.items()})
-        self.dirty = other.dirty
+        self.dirty, self.mixes_heads = other.dirty, other.mixes_heads
 
     # ---- lengths and positions
 
@@ -178,6 +179,12 @@ class Store:
         if evict is not None and evict.looks_at_queries:
             keep = -1 if evict.tracks or evict.queries < 0 else evict.queries + (GUESSES if may_be_cropped else 0)
             self.queries[slot].add(queries, keep)
+
+    def mix_heads(self) -> None:
+        """Attention makes something else of these keys and values, across kv heads (DiffLlama, Doge, JetMoe): one token
+        set serves all heads from now on."""
+        if self.kept_positions.kept is None:
+            self.mixes_heads = True
 
     # ---- compressing
 
@@ -259,7 +266,7 @@ class Store:
         for slot in range(len(self.layers)):
             score = self._scores(slot, seen, scalings[slot], work)
             scores.append(score.to(scores[0].device) if scores else score)
-        pooled = evict.pooled(scores) if self.plan.share_heads else scores[0]
+        pooled = evict.pooled(scores) if self.plan.share_heads or self.mixes_heads else scores[0]
         sinks, sealed, middle = self.sinks, self.sealed_tokens, self.middle
         choice: Choice = choose(pooled, sealed, granule, drop)
         positions = self.positions(seen)[..., sinks : sinks + sealed + middle]
@@ -405,7 +412,7 @@ class Store:
     def rows(self, index: Tensor) -> Store:
         """A store with the batch rows at `index`; nothing is shared with this one."""
         other = Store(self.plan, self.layers, self.codecs, self.ropes, self.expansions)
-        other.dirty = self.dirty
+        other.dirty, other.mixes_heads = self.dirty, self.mixes_heads
         other._hold({name: [track.rows(index) for track in tracks] for name, tracks in self._held.items()})
         return other
 
@@ -475,8 +482,8 @@ class Store:
         kept = self.kept_positions.kept
         if kept is None:
             return
-        heads = 1 if self.plan.share_heads else get.layouts[0].heads
-        fits = self.plan.evict is not None and kept.shape[1] == heads and kept.shape[2] <= self.held - self.sinks
+        heads = {1} if self.plan.share_heads else {1, get.layouts[0].heads}
+        fits = self.plan.evict is not None and kept.shape[1] in heads and kept.shape[2] <= self.held - self.sinks
         if fits:
             positions = self.positions(get.seen).long()
             fits = bool((positions.diff(dim=-1) > 0).all() and (positions >= 0).all() and (positions < get.seen).all())

@@ -213,7 +213,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96}),
     "xglm": ("xglm", {"d_model": 64, "num_layers": 4, "attention_heads": 4, "ffn_dim": 96}),
     "biogpt": ("biogpt", {}),
-    "mpt": ("mpt", {"n_layers": 4, "n_heads": 4, "d_model": 64, "max_seq_len": 1024}),
+    "mpt": ("mpt", {"n_layers": 4, "n_heads": 4, "d_model": 64, "max_seq_len": 4096}),
     # attention of their own
     "doge": ("doge", {}),
     "deepseek_v2": ("deepseek_v2", DEEPSEEK),
