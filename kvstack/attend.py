@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +21,15 @@ from torch import Tensor
 from .batch import Batch, Cohort
 from .binding import Binding
 from .errors import UseError
-from .lazy import Lazy, refusing_gradient
+from .lazy import refusing_gradient
 from .model import masks
 from .model.attention import device_of, expands, gives_queries
 from .model.hooks import Call, running, told
 from .model.rotation import Rope
+from .promise import Promise, Promises
+from .sight import Sight, spread
 from .store.store import Store
 from .types import KV
-from .workspace import Workspace
 
 __all__ = ["Attention", "Learned"]
 
@@ -48,42 +48,12 @@ class Learned:
 
 
 @dataclass
-class Promise:
-    """What one layer's `update` returned.
-
-    Attributes:
-        layer: whose keys and values they are.
-        kv: what was returned.
-        whole: these are the plain tensors that a dense cache would have returned.
-        attached: the new keys and values, where gradients may be asked for.
-    """
-
-    layer: int
-    kv: KV
-    whole: bool
-    attached: KV | None
-
-    def holds(self, key: Tensor, value: Tensor) -> bool:
-        """Whether attention was called with just these, or with what became of them by a move that moved nothing."""
-        return self.holds_keys(key) and _same(value, self.kv.values)
-
-    def holds_keys(self, key: Tensor) -> bool:
-        return _same(key, self.kv.keys)
-
-
-def _same(x: Tensor, promised: Tensor) -> bool:
-    return x is promised or (isinstance(promised, Lazy) and promised.is_decoded_as(x))
-
-
-@dataclass
 class Forward:
     """What is known while one forward runs."""
 
     new: int = 0
     begun: bool = False  # for the layer that comes first
     fed: set[int] = field(default_factory=set)
-    promises: dict[int, Promise] = field(default_factory=dict)
-    masks: dict[tuple[int, int], tuple[Any, Tensor | None]] = field(default_factory=dict)
     positions: Tensor | None = None  # (B, axes, new) that the model was given
     rotated: set[Rope] = field(default_factory=set)  # by those positions, as far as was seen
 
@@ -105,6 +75,7 @@ class Attention:
         self.label, self.binding, self.batch = label, binding, batch
         self.fused, self.splits, self.learned = fused, splits, learned
         self._forward = Forward()
+        self._promises, self._sight = Promises(label, batch), Sight(label, batch)
 
     # ---- what the hooks say
 
@@ -122,13 +93,19 @@ class Attention:
             )
         # a module that makes something else of what it reads, or of its mask, needs a mask for just that
         indirect = call.layer in self.learned.scaling and call.layer not in self.learned.direct
-        return self._mask_for_module(call) if indirect and call.layer in self.batch.columns else call.mask
+        if not indirect or call.layer not in self.batch.columns:
+            return call.mask
+        if self._begins(call.layer) and call.hidden is not None:
+            self._begin(call.hidden.shape[0], call.hidden.shape[1], call)
+        return self._sight.for_module(call)
 
     @torch.no_grad()
     def leave(self, call: Call) -> None:
         if not self._forward.fed:
             return
         binding = self._bound
+        if not binding.reuses:
+            self._promises.kept(call.layer)
         if not self.batch.recording:
             with exactly(call.module):
                 for group, end in enumerate(binding.ends):
@@ -141,7 +118,8 @@ class Attention:
 
     def _forget(self) -> None:
         """The forward is over."""
-        self.batch.attached |= any(promise.attached for promise in self._forward.promises.values())
+        self._promises.forget()
+        self._sight.forget()
         self._forward = Forward()
 
     def attention(
@@ -154,22 +132,21 @@ class Attention:
         kwargs: Mapping[str, Any],
         plain: Any,
     ) -> Any:
-        promise = next((p for p in self._forward.promises.values() if p.holds(key, value)), None)
-        own = call.layer in self._forward.promises
-        if promise is None and not own:  # a layer that is not ours to compress
+        promise, own = self._promises.held_by(call.layer, key, value), self._promises.of(call.layer)
+        if promise is None and own is None:  # a layer that is not ours to compress
             return plain(query, key, value, mask)
         evict = self.batch.binding.plan.evict
         looks = evict is not None and evict.looks_at_queries
         # learn how this layer attends
         scaling = kwargs.get("scaling")
         self.learned.scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        known = own and (self._forward.promises[call.layer].holds_keys(key) or expands(call.module))
-        if own and looks and not known:
+        known = own is not None and (own.holds_keys(key) or expands(call.module))
+        if own is not None and looks and not known:
             raise UseError(
                 f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
                 'cannot work with it. Use a score without queries, such as "keydiff".'
             )
-        if own and (promise is None or (mask is not call.mask and _by_head(mask))):
+        if own is not None and (promise is None or (mask is not call.mask and _by_head(mask))):
             group, _ = self.batch.binding.places[call.layer]
             for cohort in self.batch.cohorts:
                 cohort.stores[group].mix_heads()
@@ -219,8 +196,7 @@ class Attention:
                 if cohort.new:
                     cohort.stores[group].append(slot, KV(*(cohort.its(x) for x in fresh)))
         # hand out all that is held, or a promise of it
-        promise = self._promise(layer, KV(key_states, value_states), ours)
-        self._forward.promises[layer] = promise
+        promise = self._promises.make(layer, KV(key_states, value_states), ours)
         return promise.kv.keys, promise.kv.values
 
     def _begins(self, layer: int) -> bool:
@@ -297,95 +273,6 @@ class Attention:
             )
         return call.hidden.unsqueeze(1)
 
-    # ---- what `update` returns
-
-    def _promise(self, layer: int, new: KV, ours: bool) -> Promise:
-        batch = self.batch
-        group, slot = batch.binding.places[layer]
-        attached = new if torch.is_grad_enabled() and (new.keys.requires_grad or new.values.requires_grad) else None
-        if layer in batch.binding.shares:
-            attached = self._forward.promises[batch.binding.shares[layer]].attached
-        stores = [cohort.stores[group] for cohort in batch.cohorts]
-        store, dense = stores[0], batch.columns[layer]
-        if len(stores) == 1 and store.held == dense and not store.sealed_tokens:
-            # views: they stay right for whoever holds on to them until the forward ends
-            kv = self._attach(store.read(slot, dense, batch.work), batch.cohorts[0], attached)
-            return Promise(layer, kv, True, attached)
-        promise = Promise(layer, new, False, attached)
-        lay = partial(self._laid_out, promise)
-        if not ours:  # nobody will ask: hand it out as it is
-            promise.kv = lay()
-            return promise
-        rows, heads, width = new.keys.shape[0], new.keys.shape[1], self._width(group, dense)
-        raw = store.raw[slot].kv if store.raw_tokens else new
-        decoded: list[KV] = []
-
-        def part(name: str) -> Tensor:
-            if not decoded:
-                decoded.append(lay())
-            return getattr(decoded[0], name)
-
-        promise.kv = KV(
-            *(
-                Lazy((rows, heads, width, x.shape[-1]), like, partial(part, name))
-                for name, x, like in (("keys", new.keys, raw.keys), ("values", new.values, raw.values))
-            )
-        )
-        return promise
-
-    def _width(self, group: int, dense: int) -> int:
-        """Tokens in one tensor for all rows: as a dense cache has them, padding included, or what is left of them."""
-        held = [(cohort.stores[group].held, cohort.seen) for cohort in self.batch.cohorts]
-        return dense if all(n == seen for n, seen in held) else max(n for n, _ in held)
-
-    def _laid_out(self, promise: Promise) -> KV:
-        """All that a layer holds, decoded, in one tensor for all rows: every token in its column where nothing was
-        evicted, at the right end otherwise. Padding is zero."""
-        batch = self.batch
-        group, slot = batch.binding.places[promise.layer]
-        dense, new = batch.columns[promise.layer], promise.attached or promise.kv
-        width = self._width(group, dense)
-        first = batch.cohorts[0]
-        if len(batch.cohorts) == 1 and first.stores[group].held == width:
-            kv = self._attach(first.stores[group].read(slot, first.seen, Workspace()), first, promise.attached)
-            return KV(kv.keys, kv.values)
-        whole = None
-        for cohort in batch.cohorts:
-            store = cohort.stores[group]
-            if not store.held:
-                continue
-            kv = self._attach(store.read(slot, cohort.seen, batch.work), cohort, promise.attached)
-            device = kv.keys.device
-            if whole is None:
-                shapes = [(batch.size or 0, x.shape[1], width, x.shape[3]) for x in (kv.keys, kv.values)]
-                whole = KV(kv.keys.new_zeros(shapes[0]), kv.values.new_zeros(shapes[1]))
-            at = torch.arange(width - store.held, width, device=device)
-            if width == dense:
-                at = cohort.columns.of(cohort.seen, device)
-            rows = torch.arange(batch.size or 0) if cohort.rows is None else cohort.rows
-            where = rows.to(device)[:, None]
-            whole.keys[where, :, at] = kv.keys.transpose(1, 2)
-            whole.values[where, :, at] = kv.values.transpose(1, 2)
-        return whole or KV(*(x.new_zeros(*x.shape[:2], width, x.shape[3]) for x in (new.keys, new.values)))
-
-    def _attach(self, kv: KV, cohort: Cohort, attached: KV | None) -> KV:
-        """What was read, with the new tokens as the model made them, so that gradients reach them."""
-        if attached is None or not cohort.new:
-            return kv
-        whole = []
-        for read, new in ((kv.keys, attached.keys), (kv.values, attached.values)):
-            past, fresh = read[:, :, : read.shape[2] - cohort.new], cohort.its(new)
-            if past.shape[2] and self.batch.attached:
-                past = refusing_gradient(
-                    past,
-                    f"{self.label} keeps no gradients of earlier forwards, and this text was read in several with "
-                    "gradients on. Read it in one forward, read what needs no gradient under torch.no_grad(), or use "
-                    "a DynamicCache.",
-                )
-            # clone: what was read is scratch memory, and the backward pass comes later
-            whole.append(torch.cat([past, fresh.to(read.dtype)], dim=2))
-        return KV(*whole)
-
     # ---- the answer
 
     def _answer(
@@ -413,19 +300,19 @@ class Attention:
             where = torch.arange(rows, device=query.device) if cohort.rows is None else cohort.rows.to(query.device)
             at = torch.arange(new, device=query.device) if places is None else places.to(query.device)
             q = query if every else query[where[:, None], :, at].transpose(1, 2)
-            store, part = cohort.stores[group], self._part(mask, call, number, cohort, places, n, dense)
+            store, part = cohort.stores[group], self._sight.part(mask, call, number, cohort, places, n, dense)
             if self._may_fuse(store, n) and _is_simple(kwargs):
                 answer, looked = self._fused(call, store, slot, cohort, q, part)
             else:
-                kv = self._attach(store.read(slot, cohort.seen, batch.work), cohort, promise.attached)
+                kv = self._promises.attach(store.read(slot, cohort.seen, batch.work), cohort, promise.attached)
                 fits = every and store.held == dense
-                own = mask if fits else self._own_mask(call, store, cohort, q, part)
+                own = mask if fits else self._sight.mask(call, store, cohort, q, part)
                 # positions of all rows: only flash attention looks at them, to find packed texts
                 changes = {} if every or "position_ids" not in kwargs else {"position_ids": None}
                 answer, looked = plain(q, kv.keys, kv.values, own, **changes)
             answer = answer.to(query.dtype)
             if looked is not None and store.held < dense:
-                looked = self._spread(looked, store, cohort, dense)
+                looked = spread(looked, store, cohort, dense)
             if every:
                 return answer, looked
             if out is None:
@@ -465,109 +352,6 @@ class Attention:
                 "DynamicCache.",
             )
         return answer, store.in_order(unsorted) if call.implementation == "eager" else None
-
-    def _part(
-        self, mask: Any, call: Call, number: int, cohort: Cohort, places: Tensor | None, n: int, dense: int
-    ) -> Tensor | None:
-        """What the model's mask says of the `n` queries of a cohort, at `places`, over all its tokens; None where that
-        is causal."""
-        key = id(mask), number
-        if key not in self._forward.masks:
-            self._forward.masks[key] = mask, self._cut(mask, call, cohort, places, n, dense)
-        return self._forward.masks[key][1]
-
-    def _cut(self, mask: Any, call: Call, cohort: Cohort, places: Tensor | None, n: int, dense: int) -> Tensor | None:
-        columns, visible = None, mask is None
-        if cohort.seen < dense:
-            columns = cohort.columns.of(cohort.seen, self._device(call))
-            left_out = torch.ones(dense, dtype=torch.bool, device=columns.device)
-            left_out[columns] = False
-            if isinstance(mask, Tensor):
-                others = masks.cut(mask, cohort.rows, places, left_out.nonzero().flatten(), dense)
-                visible = bool(masks.visible(others).any())
-            if visible:
-                raise UseError(
-                    f"{self.label} left out tokens that were padding when they came, and this forward lets its tokens "
-                    "see them. Pass the attention_mask of the whole text, earlier turns and their padding included."
-                )
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor):
-            raise UseError(
-                f"the attention mask is a {type(mask).__name__}, of which {self.label} cannot take what it holds. "
-                "Use attn_implementation='sdpa', 'eager' or a flash attention."
-            )
-        part = masks.cut(mask, cohort.rows, places, columns, dense)
-        known = n == 1 or call.implementation in ("sdpa", "eager") or "flash" in call.implementation
-        return None if known and masks.is_causal(part, n) else part
-
-    def _own_mask(self, call: Call, store: Store, cohort: Cohort, query: Tensor, part: Tensor | None) -> Tensor | None:
-        """The mask for what a store holds."""
-        if part is None:
-            return masks.causal_mask(call.implementation, query.shape[2], store.held, query, call.module)
-        if store.held == cohort.seen:
-            return part
-        return masks.fitted(part, store.positions(cohort.seen), query.shape[1])
-
-    def _mask_for_module(self, call: Call) -> Any:
-        """The mask for a module that applies it by itself, to what `_laid_out` makes."""
-        batch = self.batch
-        group, slot = batch.binding.places[call.layer]
-        if self._begins(call.layer) and call.hidden is not None:
-            self._begin(call.hidden.shape[0], call.hidden.shape[1], call)
-        stores = [cohort.stores[group] for cohort in batch.cohorts]
-        # the layers of a group come one after the other: this one has not got its new tokens yet
-        held = [store.sealed_tokens + store.raw[slot].length for store in stores]
-        if call.mask is None or all(n == c.seen - c.new for n, c in zip(held, batch.cohorts, strict=True)):
-            return call.mask
-        if call.hidden is None or not isinstance(call.mask, Tensor) or call.mask.dim() != 4:
-            raise UseError(
-                f"layer {call.layer} of {self._bound.name} applies its mask by itself, and tokens were evicted: "
-                f"{self.label} needs the mask of attn_implementation='sdpa' or 'eager' for it."
-            )
-        mask, new = call.mask, call.mask.shape[2]
-        dense = batch.columns[call.layer] + new
-        width = max(n + c.new for n, c in zip(held, batch.cohorts, strict=True))
-        parts = []
-        for store, cohort in zip(stores, batch.cohorts, strict=True):
-            columns = cohort.columns.of(cohort.seen, mask.device) if cohort.seen < dense else None
-            part = masks.cut(mask, cohort.rows, cohort.places, columns, dense)
-            if slot:  # the first layer of the group has got them
-                positions = store.positions(cohort.seen)
-            else:
-                before = cohort.seen - cohort.new
-                old = store.positions(before)
-                fresh = torch.arange(before, cohort.seen, device=old.device).expand(*old.shape[:2], -1)
-                positions = torch.cat([old, fresh], dim=-1)
-            heads = self._bound.query_heads if positions.shape[1] > 1 else 1
-            parts.append(masks.fitted(part, positions, heads))
-        if len(parts) == 1 and batch.cohorts[0].places is None:
-            return parts[0]
-        hides = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else False
-        shape = batch.size or 0, max(part.shape[1] for part in parts), new, width
-        # what padding sees does not matter, but it must see something
-        whole = torch.full(shape, 0.0 if mask.dtype.is_floating_point else True, dtype=mask.dtype, device=mask.device)
-        for part, cohort in zip(parts, batch.cohorts, strict=True):
-            rows = torch.arange(shape[0]) if cohort.rows is None else cohort.rows
-            at = torch.arange(new) if cohort.places is None else cohort.places
-            filled = torch.full((*part.shape[:3], width), hides, dtype=mask.dtype, device=mask.device)
-            filled[..., width - part.shape[3] :] = part
-            filled = filled.expand(len(rows), shape[1], -1, -1).transpose(1, 2)
-            whole[rows.to(mask.device)[:, None], :, at.to(mask.device)] = filled
-        return whole
-
-    def _spread(self, looked: Tensor, store: Store, cohort: Cohort, dense: int) -> Tensor:
-        """Weights (b, query heads, n, held), each in the column of its token: (b, query heads, n, tokens seen)."""
-        columns = cohort.columns.of(cohort.seen, looked.device)
-        at = columns[store.positions(cohort.seen).to(looked.device).long()]  # (b or 1, H or 1, held)
-        if at.shape[1] > 1:
-            at = at.repeat_interleave(looked.shape[1] // at.shape[1], dim=1)
-        spread = looked.new_zeros(*looked.shape[:3], dense)
-        return spread.scatter(3, at.unsqueeze(2).expand_as(looked), looked)
-
-    def _device(self, call: Call) -> torch.device:
-        mask = call.mask
-        return mask.device if isinstance(mask, Tensor) else torch.device("cpu")
 
     @property
     def _bound(self) -> Binding:

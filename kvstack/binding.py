@@ -66,6 +66,8 @@ class Binding:
     watch: AdapterWatch | None = None
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
+    reuses: bool = field(init=False)
+    """Whether later layers attend to the keys and values of earlier ones."""
     ends: Sequence[int] = field(init=False)
     """Of each group, the last layer that reads it: when that has run, the group is complete."""
 
@@ -74,6 +76,7 @@ class Binding:
         places |= {layer: places[source] for layer, source in self.shares.items()}
         # layers that reuse what an earlier one read (Gemma 3n and 4) must find it as it was then
         late = max((i for i, module in self.modules.items() if reuses(module)), default=-1)
+        object.__setattr__(self, "reuses", late >= 0)
         ends = [max(late, *(i for i, (group, _) in places.items() if group == g)) for g in range(len(self.groups))]
         object.__setattr__(self, "places", places)
         object.__setattr__(self, "ends", ends)
@@ -110,10 +113,10 @@ class Binding:
 
     @property
     def query_heads(self) -> int:
-        """Query heads of a layer."""
-        assert self.model is not None
-        heads: int = self.model.config.get_text_config(decoder=True).num_attention_heads
-        return heads
+        """Query heads of a layer; 1 where the model does not say."""
+        config = None if self.model is None else self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_attention_heads", 1)
+        return heads if isinstance(heads, int) else 1
 
     @property
     def last(self) -> int:
