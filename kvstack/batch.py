@@ -223,8 +223,10 @@ class Batch:
             self.settle(group, scaling)
 
     def end_forward(self) -> None:
-        """Drop what was decoded for the layers of a forward."""
+        """Drop what was needed for one forward only."""
         self.work.clear()
+        for cohort in self.cohorts:
+            cohort.places = None
         for store in self.stores:
             store.end_forward()
 
