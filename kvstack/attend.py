@@ -30,6 +30,7 @@ from .promise import Promise, Promises
 from .sight import Sight, spread
 from .store.store import Store
 from .types import KV
+from .workspace import Workspace
 
 __all__ = ["Attention", "Learned"]
 
@@ -214,18 +215,19 @@ class Attention:
             )
         batch.check_complete()
         batch.catch_up(self.learned.scaling)
-        seen = batch.seen
+        seen = max(batch.columns.values(), default=0)
         # a module that does not use the interface may mean anything by its mask
         tells = self.splits and call is not None and gives_queries(call.module)
         real = masks.real_tokens(call.mask, seen, new) if call is not None and tells else None
         self._forget()
         watched = call is not None and bool(batch.binding.rotary)
         positions = self._forward.positions = self._positions(call, rows, new) if call and watched else None
-        self._forward.begun, self._forward.new = True, new
+        # from here on an interrupt leaves the batch between two forwards
+        batch.running = call is not None  # without hooks nobody says when it ends
         batch.begin(rows, new, real)
         if positions is not None:
             batch.place(batch.binding.rotary[0].marked(positions))
-        batch.running = call is not None  # without hooks nobody says when it ends
+        self._forward.begun, self._forward.new = True, new
 
     def _positions(self, call: Call, rows: int, new: int) -> Tensor:
         """The positions (B, axes, new) that the model's rotary module was given for the new tokens."""
@@ -302,9 +304,11 @@ class Attention:
             q = query if every else query[where[:, None], :, at].transpose(1, 2)
             store, part = cohort.stores[group], self._sight.part(mask, call, number, cohort, places, n, dense)
             if self._may_fuse(store, n) and _is_simple(kwargs):
-                answer, looked = self._fused(call, store, slot, cohort, q, part)
+                answer, looked = self._fused(call, store, slot, cohort, q, part, promise.attached is not None)
             else:
-                kv = self._promises.attach(store.read(slot, cohort.seen, batch.work), cohort, promise.attached)
+                # scratch memory is written again by the next layer, and a backward pass comes later
+                work = Workspace() if torch.is_grad_enabled() and query.requires_grad else batch.work
+                kv = self._promises.attach(store.read(slot, cohort.seen, work), cohort, promise.attached)
                 fits = every and store.held == dense
                 own = mask if fits else self._sight.mask(call, store, cohort, q, part)
                 # positions of all rows: only flash attention looks at them, to find packed texts
@@ -322,7 +326,33 @@ class Attention:
                 if weights is None:
                     weights = query.new_zeros(rows, heads, new, dense)
                 weights[where[:, None], :, at] = looked.to(weights.dtype).transpose(1, 2)
-        return query.new_zeros(rows, new, heads, width) if out is None else out, weights
+        out = query.new_zeros(rows, new, heads, width) if out is None else out
+        return self._with_newest(out, promise, query, mask, plain), weights
+
+    def _with_newest(self, out: Tensor, promise: Promise, query: Tensor, mask: Any, plain: Any) -> Tensor:
+        """`out` with an answer for the newest query of rows where it is left out: a token that none sees, not even
+        itself, is padding on the right, or belongs to a mask of another kind, and then its logits are wanted."""
+        batch = self.batch
+        last = self._forward.new - 1
+        for cohort in batch.cohorts:
+            group, slot = batch.binding.places[promise.layer]
+            store, dense = cohort.stores[group], batch.columns[promise.layer]
+            left_out = cohort.places is not None and not bool((cohort.places == last).any())
+            if not left_out or not isinstance(mask, Tensor) or mask.dim() != 4 or not store.held:
+                continue
+            rows = torch.arange(out.shape[0]) if cohort.rows is None else cohort.rows
+            newest = torch.tensor([mask.shape[2] - 1])
+            columns = cohort.columns.of(cohort.seen, mask.device)
+            part = masks.fitted(
+                masks.cut(mask, cohort.rows, newest, columns, dense), store.positions(cohort.seen), query.shape[1]
+            )
+            if not bool(masks.visible(part).any()):
+                continue  # padding on the left sees nothing
+            kv = self._promises.attach(store.read(slot, cohort.seen, Workspace()), cohort, promise.attached)
+            q = query[rows.to(query.device), :, -1:]
+            answer, _ = plain(q, kv.keys, kv.values, part)
+            out[rows.to(out.device), -1:] = answer.to(out.dtype)
+        return out
 
     def _asked(self, cohort: Cohort, queries: int) -> tuple[Tensor | None, int]:
         """Which of the `queries` are a cohort's tokens (None: all), and how many: a layer that reuses the keys of
@@ -337,21 +367,24 @@ class Attention:
         return self.fused and new == 1 and store.sealed_tokens > 0
 
     def _fused(
-        self, call: Call, store: Store, slot: int, cohort: Cohort, query: Tensor, part: Tensor | None
+        self, call: Call, store: Store, slot: int, cohort: Cohort, query: Tensor, part: Tensor | None, attached: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """One query, answered from packed codes."""
+        """One query, answered from packed codes. `attached`: gradients may be asked for of the new token."""
         if part is not None:
+            part = masks.visible(part)[:, None, None] if part.dim() == 2 else part
             part = masks.fitted(part, store.positions(cohort.seen), query.shape[1])
         scaling = self.learned.scaling[call.layer]
         with torch.no_grad(), exactly(call.module):
             answer, unsorted = store.attend(slot, query.detach(), cohort.seen, scaling, self.batch.work, part)
-        if torch.is_grad_enabled() and query.requires_grad:
-            answer = refusing_gradient(
-                answer,
+        looked = store.in_order(unsorted) if call.implementation == "eager" else None
+        if torch.is_grad_enabled() and (query.requires_grad or attached or self.batch.attached):
+            why = (
                 f"{self.label} answered a single query from packed codes, which has no gradient. Use fused=False, or a "
-                "DynamicCache.",
+                "DynamicCache."
             )
-        return answer, store.in_order(unsorted) if call.implementation == "eager" else None
+            answer = refusing_gradient(answer, why)
+            looked = None if looked is None else refusing_gradient(looked, why)
+        return answer, looked
 
     @property
     def _bound(self) -> Binding:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .binding import Binding
 from .columns import Columns
 from .errors import UseError
+from .lazy import refusing_gradient
 from .store.given import Given
 from .store.store import Store
 from .types import KV
@@ -117,16 +118,30 @@ class Batch:
         group, slot = self.binding.places[layer]
         cohort, local = self._cohort_of(row)
         store = cohort.stores[group]
+        if not store.held:  # nothing but padding so far
+            return KV(*(self._like(layer, kind)[:1, :, :0].clone() for kind in ("keys", "values")))
         kv = store.read(slot, cohort.seen, Workspace())
         store.end_forward()
-        return KV(kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone())
+        rows = [kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone()]
+        if self.attached and torch.is_grad_enabled():
+            why = "a KVStack keeps no gradients of the forwards that filled it. Use a DynamicCache for them."
+            rows = [refusing_gradient(x, why) for x in rows]
+        return KV(*rows)
 
     def shape_of(self, layer: int, kind: str) -> tuple[tuple[int, int, int, int], Tensor]:
         """The shape (B, H, held, D) of the `keys` or `values` of a layer, and a tensor of their type."""
+        group, _ = self.binding.places[layer]
+        like, held = self._like(layer, kind), max(cohort.stores[group].held for cohort in self.cohorts)
+        return (self.size or 0, like.shape[1], held, like.shape[3]), like
+
+    def _like(self, layer: int, kind: str) -> Tensor:
+        """Some `keys` or `values` (rows, H, n, D) of a layer, for their type and shape."""
         group, slot = self.binding.places[layer]
-        stores = [cohort.stores[group] for cohort in self.cohorts if cohort.seen]
+        stores = [cohort.stores[group] for cohort in self.cohorts if cohort.stores[group].held]
+        if not stores:
+            raise UseError(f"layer {layer} of this cache holds nothing yet but padding, which is left out.")
         like: Tensor = getattr(stores[0].raw[slot].kv, kind)
-        return (self.size or 0, like.shape[1], max(store.held for store in stores), like.shape[3]), like
+        return like
 
     def _cohort_of(self, row: int) -> tuple[Cohort, int]:
         for cohort in self.cohorts:
@@ -186,6 +201,7 @@ class Batch:
             if cohort.new:
                 cohort.given.append(cohort.its(positions), cohort.seen - cohort.new)
 
+    @torch.inference_mode(False)  # what is made here is used in forwards with gradients, too
     def _split(self, real: Tensor) -> None:
         """Part the cohorts so that rows whose real new tokens stand in the same columns are together."""
         parted = []
@@ -257,6 +273,7 @@ class Batch:
 
     # ---- rows
 
+    @torch.inference_mode(False)
     def select(self, indices: Tensor) -> None:
         """Only the rows at `indices` (n,), which may repeat; a boolean mask is welcome too."""
         if self.size is None:
@@ -277,6 +294,7 @@ class Batch:
         self.cohorts = chosen
         self.size = indices.numel()
 
+    @torch.inference_mode(False)
     def copy(self, work: Workspace) -> Batch:
         """An independent copy."""
         self.check_complete()

@@ -152,18 +152,22 @@ class Promises:
 
     def attach(self, kv: KV, cohort: Cohort, attached: KV | None) -> KV:
         """What was read, with the new tokens as the model made them, so that gradients reach them."""
-        if attached is None or not cohort.new:
+        refuses = self.batch.attached and torch.is_grad_enabled()
+        if not cohort.new or (attached is None and not refuses):
             return kv
         whole = []
-        for read, new in ((kv.keys, attached.keys), (kv.values, attached.values)):
-            past, fresh = read[:, :, : read.shape[2] - cohort.new], cohort.its(new)
-            if past.shape[2] and self.batch.attached:
+        for name in ("keys", "values"):
+            read: Tensor = getattr(kv, name)
+            past, fresh = read.tensor_split([read.shape[2] - cohort.new], dim=2)
+            if attached is not None:
+                fresh = cohort.its(getattr(attached, name))
+            if past.shape[2] and refuses:
                 past = refusing_gradient(
                     past,
                     f"{self.label} keeps no gradients of earlier forwards, and this text was read in several with "
                     "gradients on. Read it in one forward, read what needs no gradient under torch.no_grad(), or use "
                     "a DynamicCache.",
                 )
-            # clone: what was read is scratch memory, and the backward pass comes later
+            # a copy: what was read is scratch memory, and the backward pass comes later
             whole.append(torch.cat([past, fresh.to(read.dtype)], dim=2))
         return KV(*whole)

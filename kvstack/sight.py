@@ -25,7 +25,8 @@ class Sight:
 
     def __init__(self, label: str, batch: Batch) -> None:
         self.label, self.batch = label, batch
-        self._parts: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
+        # the mask, and what of it each cohort sees
+        self._parts: dict[int, tuple[Any, dict[int, Tensor | None]]] = {}
 
     def forget(self) -> None:
         """The forward is over, and with it its masks."""
@@ -36,10 +37,14 @@ class Sight:
     ) -> Tensor | None:
         """What the model's mask says of the `n` queries of a cohort, at `places`, over all its tokens; None where that
         is causal."""
-        key = id(mask), number
-        if key not in self._parts:
-            self._parts[key] = mask, self._cut(mask, call, cohort, places, n, dense)
-        return self._parts[key][1]
+        if id(mask) not in self._parts:
+            while len(self._parts) > 1:  # layers may have a mask each, which nobody asks for again
+                del self._parts[next(iter(self._parts))]
+            self._parts[id(mask)] = mask, {}
+        _, known = self._parts[id(mask)]
+        if number not in known:
+            known[number] = self._cut(mask, call, cohort, places, n, dense)
+        return known[number]
 
     def _cut(self, mask: Any, call: Call, cohort: Cohort, places: Tensor | None, n: int, dense: int) -> Tensor | None:
         columns, visible = None, mask is None

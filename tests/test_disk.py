@@ -33,13 +33,13 @@ def test_goes_on_as_if_nothing_had_happened(name, architecture, tmp_path):
         tiny.left_padded([61, 90]) if architecture == "llama" and name != "empty" else (tiny.tokens(2, 90), None)
     )
     model(ids, attention_mask=mask, past_key_values=stack)
-    model(ids[:, :1], past_key_values=stack)
+    model(ids[:, :1], attention_mask=tiny.mask_for(stack, 1), past_key_values=stack)
     stack.save(tmp_path / "cache.safetensors")
     again = KVStack.load(tmp_path / "cache.safetensors", model=model)
     assert (again.seen, again.held, repr(again)) == (stack.seen, stack.held, repr(stack))
     for step in range(12):
-        new = torch.full((2, 1), 5 + step)
-        found, expected = (model(new, past_key_values=cache).logits for cache in (again, stack))
+        new, mask = torch.full((2, 1), 5 + step), tiny.mask_for(stack, 1)
+        found, expected = (model(new, attention_mask=mask, past_key_values=cache).logits for cache in (again, stack))
         assert torch.equal(found, expected), step
 
 

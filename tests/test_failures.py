@@ -10,9 +10,11 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstack import Evict, KVStack, Quant, UseError
+from kvstack.batch import Batch
 from kvstack.model.hooks import running
 from kvstack.testing import tiny_model
 from tests import tiny
+from tests.stages import Pairs
 
 STAGES = [Quant(4), Evict(0.5)]
 
@@ -144,3 +146,22 @@ def test_the_outermost_model_is_the_one_a_stack_is_bound_to():
     model(tiny.tokens(1, 9))
     model.model(tiny.tokens(1, 100), past_key_values=stack)
     assert stack.binding.model is model
+
+
+@pytest.mark.parametrize("where", ["begin", "place"])
+def test_an_interrupt_while_a_forward_begins(where, monkeypatch):
+    model, stack = tiny_model(), KVStack([Pairs()], sinks=2, window=6)
+    model(tiny.tokens(1, 40), past_key_values=stack)
+    with monkeypatch.context() as patch:
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(Batch, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(tiny.tokens(1, 8), past_key_values=stack)
+    with pytest.raises(UseError, match="the last forward of this cache did not end"):
+        model(tiny.tokens(1, 3), past_key_values=stack)
+    stack.reset()
+    found = model(tiny.tokens(1, 9), past_key_values=stack).logits
+    assert torch.equal(found, model(tiny.tokens(1, 9), past_key_values=DynamicCache()).logits)

@@ -139,3 +139,74 @@ def test_autocast_in_one_forward_and_not_in_the_next(stages):
     assert logits[1].isfinite().all()
     if not stages:
         assert torch.equal(*logits)
+
+
+def test_a_prompt_of_an_earlier_forward_is_refused_though_new_tokens_need_none():
+    """Prompt tuning of a frozen model, read in two forwards."""
+    model = copy.deepcopy(tiny.model()).requires_grad_(False)
+    prompt = torch.randn(1, 20, 64, requires_grad=True)
+    stack = KVStack([Quant(4, group=8)], **SETTINGS)
+    model(inputs_embeds=prompt, past_key_values=stack)
+    logits = model(tiny.tokens(1, 6), past_key_values=stack).logits
+    with pytest.raises(UseError, match="keeps no gradients of earlier forwards"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("trained", ["v_proj", "k_proj"])
+def test_packed_codes_beside_a_new_token_that_needs_gradients(trained):
+    model = copy.deepcopy(tiny.model("llama", "eager")).requires_grad_(False)
+    getattr(model.model.layers[3].self_attn, trained).requires_grad_(True)
+    stack = KVStack([Quant(4, group=8)], **SETTINGS)
+    with torch.no_grad():
+        model(tiny.tokens(1, 40), past_key_values=stack)
+    out = model(tiny.tokens(1, 1), past_key_values=stack, output_attentions=True)
+    for part in (out.logits, out.attentions[3]):
+        with pytest.raises(UseError, match="from packed codes"):
+            part.square().sum().backward()
+
+
+@pytest.mark.parametrize("stages", [[], [Quant(4, group=8)]], ids=str)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_queries_alone_need_gradients(layer, stages):
+    """Adapters on queries: keys are scratch memory, or a buffer that grows, and the backward pass needs them."""
+    model = copy.deepcopy(tiny.model("llama", num_key_value_heads=4)).requires_grad_(False)
+    weight = model.model.layers[layer].self_attn.q_proj.weight.requires_grad_(True)
+
+    def gradient(cache):
+        weight.grad = None
+        with torch.no_grad():
+            model(tiny.tokens(1, 40), past_key_values=cache)
+        losses = [model(tiny.tokens(1, 4, seed=i), past_key_values=cache).logits.square().sum() for i in range(2)]
+        try:
+            sum(losses).backward()
+        except UseError as error:  # keys behind the layer depend on its queries
+            assert "keeps no gradients of earlier forwards" in str(error)
+            return None
+        return weight.grad
+
+    expected, found = gradient(DynamicCache()), gradient(KVStack(stages, fused=False, **SETTINGS))
+    if layer == 3 and stages == []:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert layer == 3 or found is None
+
+
+def test_a_padded_prompt_read_in_inference_mode():
+    model = copy.deepcopy(tiny.model())
+    ids, mask = tiny.left_padded([40, 30])
+    stack = KVStack([Quant(4, group=8)], **SETTINGS)
+    with torch.inference_mode():
+        model(ids, attention_mask=mask, past_key_values=stack)
+        stack.reorder_cache(torch.tensor([1, 0]))
+    mask = torch.cat([mask.flip(0), mask.new_ones(2, 5)], dim=1)
+    places = (mask.cumsum(1) - 1)[:, -5:]
+    out = model(tiny.tokens(2, 5), attention_mask=mask, position_ids=places, past_key_values=stack)
+    out.logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
+
+
+def test_what_is_held_does_not_lose_its_gradient_silently():
+    model = copy.deepcopy(tiny.model())
+    stack = KVStack([], **SETTINGS)
+    model(tiny.tokens(1, 10), past_key_values=stack)
+    with pytest.raises(UseError, match="keeps no gradients of the forwards that filled it"):
+        stack.layers[0].keys.sum().backward()

@@ -72,7 +72,7 @@ def saved(tmp_path_factory):
             ids, mask = tiny.left_padded([tokens - 29, tokens]) if how.get("padded") else (tiny.tokens(2, tokens), None)
             with torch.no_grad():
                 model(ids, attention_mask=mask, past_key_values=stack)
-                model(ids[:, :1], past_key_values=stack)
+                model(ids[:, :1], attention_mask=tiny.mask_for(stack, 1), past_key_values=stack)
             path = tmp_path_factory.mktemp("saved") / name
             stack.save(path, compress=how.get("compress", False))
             metadata, tensors = read_tensors(path, UseError, "cache", "")
@@ -103,7 +103,8 @@ def attempt(model, described, tensors, monkeypatch):
         return checked(error)
     rows = max(1, stack.batch_size)
     for new in (1, 1, 24, 1):
-        logits = model(tiny.tokens(rows, new, seed=new), past_key_values=stack).logits
+        mask = tiny.mask_for(stack, new)
+        logits = model(tiny.tokens(rows, new, seed=new), attention_mask=mask, past_key_values=stack).logits
         assert bool(torch.isfinite(logits).all())
     if len(stack.compressed_layers) == len(stack.layers):  # layers with a window cannot be cropped once it is full
         stack.crop(-3)

@@ -1,5 +1,7 @@
 """The model's mask holds in every case: random masks beside a dense cache whose mask is made by plain loops."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -188,6 +190,62 @@ def test_a_mask_that_is_too_short_is_refused():
     mask = torch.ones(1, 1, 2, 12, dtype=torch.bool).tril(10)
     with pytest.raises(UseError, match="the attention mask is for 12 tokens, and the model has seen 42"):
         model(tiny.tokens(1, 2), attention_mask=mask, past_key_values=cache)
+    model(tiny.tokens(1, 2), past_key_values=cache)  # nothing was stored
+    assert cache.seen == 42
+
+
+@pytest.mark.parametrize("stages", [[Evict(1.0, "keydiff")], [Quant(8, group=8)]])
+def test_a_token_that_none_sees_gets_its_answer(stages):
+    """It is not held, as if it were padding, but its own query may see others."""
+    model = tiny.model("llama", dtype=torch.float64)
+    ids = tiny.tokens(1, 40)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril(-1)
+    mask[0, 0] = True
+    expected = model(ids, attention_mask=mask[None, None]).logits
+    found = model(ids, attention_mask=mask[None, None], past_key_values=KVStack(stages, **SETTINGS)).logits
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
+
+
+def test_holes_under_flash_attention(monkeypatch):
+    """Its masks are of two dimensions. The function here is a slow one that reads them."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import flash_attention_mask
+
+    def attention(module, query, key, value, mask, **kwargs):
+        new, held = query.shape[2], key.shape[2]
+        seen = torch.ones(new, held, dtype=torch.bool).tril(held - new)[None, None]
+        seen = seen if mask is None else seen & mask[:, None, None, -held:].bool()
+        return sdpa_attention_forward(module, query, key, value, seen, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "slow_flash_2", attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "slow_flash_2", flash_attention_mask)
+    model = copy.deepcopy(tiny.model("llama"))
+    model.config._attn_implementation = "slow_flash_2"
+    ids, mask = tiny.tokens(2, 60), torch.ones(2, 51, dtype=torch.long)
+    mask[:, 20:25] = 0
+    logits = []
+    for fused in (True, False):
+        cache = KVStack([Quant(8, group=8), Evict(0.8, "keydiff", share_heads=True)], fused=fused, **SETTINGS)
+        model(ids[:, :50], past_key_values=cache)
+        logits.append(model(ids[:, 50:51], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_with_a_mask_each_leave_none_behind():
+    model = tiny.model()
+    ids, mask = tiny.left_padded([40, 20])
+    cache, kept = KVStack([Quant(8, group=8)], model=model, **SETTINGS), []
+
+    def each(module, args, kwargs):
+        kept.append(len(cache.attention_listener._sight._parts))
+        return args, kwargs | {"attention_mask": kwargs["attention_mask"].clone()}
+
+    handles = [layer.register_forward_pre_hook(each, with_kwargs=True) for layer in model.model.layers]
+    model(ids, attention_mask=mask, past_key_values=cache)
+    for handle in handles:
+        handle.remove()
+    assert max(kept) <= 2
 
 
 @pytest.mark.parametrize("stages", [[], [Quant(4, group=8)], [Evict(0.5, "keydiff", layers=1)]])

@@ -7,7 +7,7 @@ can move a number to the next code of a quantizer.
 import pytest
 import torch
 
-from kvstack import CommonKV, Evict, KVStack, Quant, SnapKV
+from kvstack import CommonKV, Evict, KVStack, Quant, SnapKV, UseError
 from tests import tiny
 
 LENGTHS = [96, 61, 96, 5]
@@ -131,3 +131,18 @@ def test_padding_may_stand_on_the_right(stack):
         torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
         for layer in alone.compressed_layers:
             assert torch.equal(together.positions(layer, row), alone.positions(layer))
+
+
+def test_a_row_may_have_nothing_but_padding_so_far():
+    """The first chunk of a long batch."""
+    model = tiny.model()
+    ids, mask = tiny.left_padded([40, 8])
+    stack = make("quant2_evict")
+    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=stack)
+    assert stack.read(0, 1).keys.shape == (1, 2, 0, 16)
+    assert stack.positions(0, 1).shape[-1] == 0
+    stack.batch_select_indices([1])
+    with pytest.raises(UseError, match="holds nothing yet but padding"):
+        stack.read(0, 0)
+    model(ids[1:, 20:], attention_mask=mask[1:], past_key_values=stack)
+    assert stack.held == 8

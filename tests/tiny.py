@@ -163,3 +163,15 @@ def with_large(kind: str, dtype: torch.dtype = torch.float16, most: float = 3.5e
             if kind == "values":
                 layer.self_attn.o_proj.weight.data.div_(most / largest)
     return made.to(dtype)
+
+
+def mask_for(stack: Any, new: int) -> torch.Tensor | None:
+    """The attention mask (B, all tokens) for `new` tokens behind what a stack has seen: padding that it left out stays
+    hidden. None where there is none."""
+    mask = torch.ones(max(1, stack.batch_size), stack.seen + new, dtype=torch.long)
+    for cohort in stack.batch.cohorts:
+        rows = range(len(mask)) if cohort.rows is None else cohort.rows.tolist()
+        for row in rows:
+            mask[row, : stack.seen] = 0
+            mask[row, cohort.columns.of(cohort.seen, mask.device)] = 1
+    return None if bool(mask.all()) else mask

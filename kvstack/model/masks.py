@@ -26,6 +26,12 @@ HIDDEN = -1e4
 """What an additive mask must lie below to hide a token; float16 reaches it."""
 
 
+TOO_SHORT = (
+    "the attention mask is for {} tokens, and the model has seen {}, padding included. Pass a mask for all of them: "
+    "those of earlier turns, then the new ones."
+)
+
+
 def visible(mask: Tensor) -> Tensor:
     """Which tokens a mask lets be seen, bool."""
     return mask > HIDDEN if mask.dtype.is_floating_point else mask.bool()
@@ -41,6 +47,8 @@ def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
             f"the attention mask is a {type(mask).__name__}, which does not tell padding. "
             "Use attn_implementation='sdpa', 'eager' or a flash attention with a KVStack."
         )
+    if mask.shape[-1] < seen + new:
+        raise UseError(TOO_SHORT.format(mask.shape[-1], seen + new))
     columns = visible(mask[..., seen : seen + new])
     real = columns if mask.dim() == 2 else columns.flatten(1, 2).any(1)
     return None if bool(real.all()) else real
@@ -49,10 +57,7 @@ def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
 def cut(mask: Tensor, rows: Tensor | None, queries: Tensor | None, columns: Tensor | None, seen: int) -> Tensor:
     """The part of a mask over `seen` tokens for some rows, queries and columns; None stands for all of them."""
     if mask.shape[-1] < seen:
-        raise UseError(
-            f"the attention mask is for {mask.shape[-1]} tokens, and the model has seen {seen}, padding included. "
-            "Pass a mask for all of them: those of earlier turns, then the new ones."
-        )
+        raise UseError(TOO_SHORT.format(mask.shape[-1], seen))
     mask = mask[..., :seen]
     if rows is not None and mask.shape[0] > 1:
         mask = mask.index_select(0, rows.to(mask.device))

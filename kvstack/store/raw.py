@@ -55,6 +55,8 @@ class Buffer:
             self._data = self._data.to(torch.promote_types(new.dtype, self._data.dtype))
         # a tensor made under inference_mode cannot be written to outside of it
         frozen = self._data.is_inference() and not torch.is_inference_mode_enabled()
+        # and a backward pass may still need what attention was given
+        frozen |= torch.is_grad_enabled()
         if total > self._data.shape[2] or frozen:
             b, h, _, d = self._data.shape
             size = (b, h, total + max(RESERVE, total // 8), d)
@@ -73,4 +75,7 @@ class Buffer:
         self.length = data.shape[2]
 
     def truncate(self, length: int) -> None:
+        """Forget the newest tokens; memory goes with them where it is much."""
         self.length = length
+        if self._data is not None and self._data.shape[2] > 2 * (length + max(RESERVE, length // 8)):
+            self._data = self.view.clone()

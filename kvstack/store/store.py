@@ -198,7 +198,9 @@ class Store:
         if plan.evict is not None and self._can_score():
             budget = allowance(plan.evict.keep, seen, plan.sinks, plan.window)
             raw = max(0, new - plan.sinks - plan.window)  # a bound that holds in every layer
-            dropped = how_many(self.sealed_tokens + self.middle, raw, budget, granule, plan.block)
+            # after a crop the window may reach into what is sealed, and is not whole yet: it is no part of the budget
+            between = max(0, self.held - self.sinks - plan.window)
+            dropped = how_many(between, raw, budget, granule, plan.block)
         # evict, unless nothing has to go
         seals = plan.seals and not (plan.first_block_only and self.sealed_tokens)
         block = max(plan.block, granule)

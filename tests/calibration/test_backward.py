@@ -210,8 +210,9 @@ def test_small_types_have_other_factors(monkeypatch):
 
 
 def test_parts_in_other_modes_and_tables_that_depend_on_the_length():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = tiny_model(rope_parameters=rope, max_position_embeddings=64)
+    rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = tiny_model(rope_parameters=rope)
     ids = tiny.tokens(1, 70)
     expected = model(ids).logits
     model.train()

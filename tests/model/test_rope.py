@@ -138,6 +138,8 @@ def check(model, stack, stage, seen, real=slice(None)):
             continue
         # a function of one tensor is called for queries too
         true = torch.cat(calls[1::2] if rope.form.takes == "single" else calls, dim=2)[:, :, real]
+        if type(model).__name__ == "NanoChatForCausalLM":  # its norm comes after the rotation, and has no weights
+            true = modules[layer].k_norm(true)
         width = true.shape[-1]
         mine = keys[layer][..., -width:] if rope.form.part == "last" else keys[layer][..., :width]
         torch.testing.assert_close(mine, true, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from kvstack import CommonKV, Evict, KVStack, Quant, registry
 from tests import tiny
+from tests.stages import Pairs
 
 SETTINGS = {"sinks": 2, "window": 6, "block": 8}
 STACKS = {score: [Evict(0.4, score)] for score in registry.BUILT_IN["scores"]}
@@ -161,3 +162,24 @@ def test_tokens_keep_their_true_positions(stages, prompt, turns):
         # of the first layer, whose keys and values depend on nothing but the token and its position
         torch.testing.assert_close(held.keys, dense.layers[0].keys.gather(2, index), atol=0.1, rtol=0)
         torch.testing.assert_close(held.values, dense.layers[0].values.gather(2, index), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("stages", [[Quant(8, group=8)], [Pairs()], []], ids=str)
+@pytest.mark.parametrize("remove", [3, 20, 60])
+def test_a_crop_makes_nothing_go_that_may_stay(stages, remove):
+    """The window reaches into sealed tokens then, and is no part of the budget."""
+    model = tiny.model()
+    stack = KVStack([*stages, Evict(1.0, "keydiff")], sinks=2, window=16, block=8)
+    model(tiny.tokens(1, 200), past_key_values=stack)
+    stack.crop(-remove)
+    for length in (1, 5, 40):
+        model(tiny.tokens(1, length), past_key_values=stack)
+        assert stack.held == stack.seen
+
+
+def test_a_crop_gives_memory_back():
+    model = tiny.model()
+    stack = KVStack([])
+    model(tiny.tokens(1, 1000), past_key_values=stack)
+    stack.crop(-990)
+    assert stack.nbytes < 5 * stack.dense_nbytes

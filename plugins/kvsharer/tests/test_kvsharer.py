@@ -490,7 +490,8 @@ def test_search_reads_the_texts_it_is_given():
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     strategy = search(model, ["a" * 100, "b" * 50, "c" * 100], tokenizer=Letters(), threshold=-1.0, tokens=64)
     assert len(strategy.shares) == 1
-    assert set(read) == {(1, 1), (1, 50), (2, 64)}
+    # and some tokens alone, which tell how keys are rotated
+    assert {shape for shape in read if shape[1] > 1} == {(1, 50), (2, 64)}
 
 
 def test_a_strategy_is_searched_once_and_kept(monkeypatch, tmp_path, caplog):

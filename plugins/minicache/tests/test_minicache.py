@@ -269,8 +269,10 @@ def test_rows_crop_copy_and_disk(name, tmp_path):
     again = KVStack.load(tmp_path / "cache.safetensors", model=model)
     assert (again.seen, again.held, repr(again)) == (stack.seen, stack.held, repr(stack))
     for step in range(40):
-        new = torch.full((2, 1), 5 + step)
-        assert torch.equal(model(new, past_key_values=again).logits, model(new, past_key_values=stack).logits)
+        new, mask = torch.full((2, 1), 5 + step), torch.ones(2, stack.seen + 1, dtype=torch.long)
+        mask[0, :60] = 0
+        found, expected = (model(new, attention_mask=mask, past_key_values=cache).logits for cache in (again, stack))
+        assert torch.equal(found, expected)
     beams = KVStack(STACKS[name], **SETTINGS)
     assert model.generate(ids(), past_key_values=beams, num_beams=3, **GREEDY).shape == (1, 324)
 

@@ -58,7 +58,8 @@ def codecs(stack):
 
 
 def codec_of(stage):
-    return stage.bind(tiny_model()).for_group(range(stage.layers))
+    bound = stage.bind(tiny_model())
+    return bound.for_group(range(bound.layers))
 
 
 def sealed_tokens(stack):
