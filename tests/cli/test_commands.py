@@ -140,7 +140,7 @@ def test_calibrate_keeps_what_commonkv_then_uses(folder, tmp_path):
     out, picture = tmp_path / "axes.safetensors", tmp_path / "spectra.png"
     texts = tmp_path / "texts"
     texts.mkdir()
-    (texts / "one.txt").write_text("the quick brown fox jumps over the lazy dog " * 400)
+    (texts / "one.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(3600)))
     options = ["--texts", str(texts), "--tokens", "1500", "--layers", "2", "--out", str(out), "--plot", str(picture)]
     done = invoke("calibrate", folder, *options)
     assert done.exit_code == 0, done.output
