@@ -84,8 +84,13 @@ class Sight:
         batch = self.batch
         group, slot = batch.binding.places[call.layer]
         stores = [cohort.stores[group] for cohort in batch.cohorts]
-        # the layers of a group come one after the other: this one has not got its new tokens yet
-        held = [store.sealed_tokens + store.raw[slot].length for store in stores]
+        # the layers of a group come one after the other: this one has not got its new tokens yet, but where it reads
+        # an earlier one
+        reads = call.layer in batch.binding.shares
+        held = [
+            store.sealed_tokens + store.raw[slot].length - (cohort.new if reads else 0)
+            for store, cohort in zip(stores, batch.cohorts, strict=True)
+        ]
         if call.mask is None or all(n == c.seen - c.new for n, c in zip(held, batch.cohorts, strict=True)):
             return call.mask
         if call.hidden is None or not isinstance(call.mask, Tensor) or call.mask.dim() != 4:
@@ -100,7 +105,7 @@ class Sight:
         for store, cohort in zip(stores, batch.cohorts, strict=True):
             columns = cohort.columns.of(cohort.seen, mask.device) if cohort.seen < dense else None
             part = masks.cut(mask, cohort.rows, cohort.places, columns, dense)
-            if slot:  # the first layer of the group has got them
+            if slot or reads:  # the first layer of the group has got them
                 positions = store.positions(cohort.seen)
             else:
                 before = cohort.seen - cohort.new

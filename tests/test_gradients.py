@@ -177,17 +177,18 @@ def test_queries_alone_need_gradients(layer, stages):
         with torch.no_grad():
             model(tiny.tokens(1, 40), past_key_values=cache)
         losses = [model(tiny.tokens(1, 4, seed=i), past_key_values=cache).logits.square().sum() for i in range(2)]
-        try:
-            sum(losses).backward()
-        except UseError as error:  # keys behind the layer depend on its queries
-            assert "keeps no gradients of earlier forwards" in str(error)
-            return None
+        sum(losses).backward()
         return weight.grad
 
-    expected, found = gradient(DynamicCache()), gradient(KVStack(stages, fused=False, **SETTINGS))
-    if layer == 3 and stages == []:
+    expected, cache = gradient(DynamicCache()), KVStack(stages, fused=False, **SETTINGS)
+    if layer == 0:  # keys of the layers behind it depend on its queries
+        with pytest.raises(UseError, match="keeps no gradients of earlier forwards"):
+            gradient(cache)
+        return
+    found = gradient(cache)
+    assert found.isfinite().all()
+    if stages == []:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert layer == 3 or found is None
 
 
 def test_a_padded_prompt_read_in_inference_mode():

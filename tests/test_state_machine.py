@@ -108,22 +108,19 @@ class Conversation(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def crop(self, data):
-        most = min(self.lengths())
-        remove = data.draw(st.integers(0, min(most - 1, 20)))
+        columns = self.mask.shape[1]
+        most = max(n for n in range(min(columns, 21)) if bool(self.mask[:, : columns - n].any(1).all()))
+        remove = data.draw(st.integers(0, most))
         self.stack.crop(-remove)
         if remove:
             self.crops += 1
             self.just_cropped = True
+            # columns go, as in a dense cache: of a row whose last turn was padded, fewer tokens
+            gone = self.mask[:, columns - remove :].sum(1).tolist()
             self.mask = self.mask[:, :-remove]
-            for layers in self.stack.rows:
+            for layers, tokens_gone in zip(self.stack.rows, gone, strict=True):
                 for tokens in layers:
-                    del tokens[-remove:]
-            # a crop must not reach into a row's padding of a later turn
-            full = self.mask.sum(1).tolist()
-            if full != self.lengths():
-                self.mask = torch.zeros_like(self.mask)
-                for row, length in enumerate(self.lengths()):
-                    self.mask[row, self.mask.shape[1] - length :] = 1
+                    del tokens[len(tokens) - tokens_gone :]
 
     def choose_rows(self, indices):
         self.stack.rows = [copy.deepcopy(self.stack.rows[i]) for i in indices]

@@ -91,7 +91,8 @@ class WeightAxes:
                 z = kv.hidden[:, 0].to(down.device).float() @ down.T
                 for name, rebuilt in (("keys", basis.keys(z, slot)), ("values", basis.values(z, slot))):
                     exact = getattr(kv, name).to(rebuilt)
-                    if not float((rebuilt - exact).norm()) <= TOLERANCE * float(exact.norm()):
+                    same = rebuilt.shape == exact.shape  # values may have another width than keys
+                    if not (same and float((rebuilt - exact).norm()) <= TOLERANCE * float(exact.norm())):
                         raise BindError(
                             f"CommonKV(basis='weights'): {name} of layer {layer} of {type(model).__name__} are not its "
                             "projection of the hidden state. Use basis='calibrated'."

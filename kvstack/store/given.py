@@ -89,9 +89,9 @@ class Given:
     # ---- bytes and files
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        told = self.told
-        if told is not None:
-            yield "positions given", told
+        """All that is held, what was not compared yet included."""
+        held = [self._told, *(new for _, new in self._new)]
+        yield from (("positions given", x) for x in held if x is not None)
 
     def restore(self, told: Tensor | None) -> None:
         """Hold what `told` was when it was saved."""
