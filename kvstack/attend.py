@@ -176,6 +176,8 @@ class Attention:
         batch, call = self.batch, running()
         ours = call is not None and call.listener is self
         rows, new = key_states.shape[0], key_states.shape[2]
+        if self.binding is None:  # the caller may go on writing to what it gave
+            key_states, value_states = key_states.clone(), value_states.clone()
         if self._begins(layer):
             self._begin(rows, new, call if ours else None)
         self._forward.begun = False

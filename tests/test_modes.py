@@ -202,3 +202,10 @@ def test_fused_can_be_switched():
         logits.append(model(tiny.tokens(1, 1), past_key_values=stack).logits)
         stack.crop(-1)
     torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
+
+
+def test_what_a_caller_gave_is_its_own():
+    stack, keys = KVStack([]), torch.ones(1, 2, 3, 4)
+    stack.update(keys, keys, 0)
+    keys.zero_()
+    assert stack.read(0).keys.sum() == 24
