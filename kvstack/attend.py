@@ -301,9 +301,11 @@ class Attention:
             if not n:
                 continue
             every = cohort.rows is None and places is None
-            where = torch.arange(rows, device=query.device) if cohort.rows is None else cohort.rows.to(query.device)
-            at = torch.arange(new, device=query.device) if places is None else places.to(query.device)
-            q = query if every else query[where[:, None], :, at].transpose(1, 2)
+            q = query
+            if not every:
+                where = torch.arange(rows, device=query.device) if cohort.rows is None else cohort.rows.to(query.device)
+                at = torch.arange(new, device=query.device) if places is None else places.to(query.device)
+                q = query[where[:, None], :, at].transpose(1, 2)
             store, part = cohort.stores[group], self._sight.part(mask, call, number, cohort, places, n, dense)
             if self._may_fuse(store, n) and _is_simple(kwargs):
                 answer, looked = self._fused(call, store, slot, cohort, q, part, promise.attached is not None)
