@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import KV
+from .changes import Handles, changes
 from .layers import LayerGroups
 from .rest import at_rest
 
@@ -30,19 +32,24 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
     hidden: dict[int, Tensor] = {}
 
     def listen(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if kwargs is None or threading.get_ident() != mine:  # somebody else uses the model meanwhile
+                return
             hidden[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
 
         return hook
 
+    handles, mine = Handles(), threading.get_ident()
     with at_rest(model):
-        handles = [groups.modules[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in groups.full]
+        with changes:
+            for i in groups.full:
+                handles.before_with_keywords(groups.modules[i], listen(i))
         cache = DynamicCache(config=model.config)
         try:
             model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
         finally:
-            for handle in handles:
-                handle.remove()
+            with changes:
+                handles.remove()
     observed = {}
     for i in groups.full:
         layer: Any = cache.layers[i]

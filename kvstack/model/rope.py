@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention_modules, device_of, parameters
+from .changes import Handles, changes
 from .rest import at_rest
 from .rotation import Form, Rope, RotaryCall, Tables
 
@@ -129,9 +130,10 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
     made: list[tuple[RotaryCall, Tensor, Tables]] = []
     read = _Reading()
 
-    def rotary(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def rotary(module: nn.Module, args: Any, *rest: Any) -> None:
         if threading.get_ident() != mine:  # somebody else uses the model meanwhile
             return
+        kwargs, output = rest
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         tables = tables_of({"position_embeddings": output})
         if tables:
@@ -141,16 +143,22 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
             axes = positions.shape[0] if positions.dim() == 3 else 0
             made.append((RotaryCall(module, extra, axes, tables[0].dtype), positions, tables))
 
-    def attention(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def attention(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if threading.get_ident() != mine:
+            return
         tables = tables_of(dict(zip(parameters(module), args, strict=False)) | kwargs)
         for call, positions, output in made:
-            if tables and tables[0] is output[0] and threading.get_ident() == mine:
+            if tables and tables[0] is output[0]:
                 read.calls[numbers[id(module)]] = call, positions
 
     mine = threading.get_ident()
     numbers = {id(module): layer for layer, module in modules.items()}
-    handles = [module.register_forward_hook(rotary, with_kwargs=True) for module in rotary_modules(reader)]
-    handles += [module.register_forward_pre_hook(attention, with_kwargs=True) for module in modules.values()]
+    handles = Handles()
+    with changes:
+        for module in rotary_modules(reader):
+            handles.after_with_keywords(module, rotary)
+        for module in modules.values():
+            handles.before_with_keywords(module, attention)
     cache = DynamicCache(config=reader.config)
     rows = TOKENS * len(PLACES)
     device = device_of(next(iter(modules.values())))
@@ -159,8 +167,8 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
     try:
         reader(input_ids=ids.repeat(rows // TOKENS)[:, None], past_key_values=cache, use_cache=True, **position)
     finally:
-        for handle in handles:
-            handle.remove()
+        with changes:
+            handles.remove()
     layers: Any = cache.layers
     for layer in modules:
         keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None
