@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import BindError, CalibrationError
 from ..model.adapters import unwrapped
-from ..model.attention import expands
+from ..model.attention import device_of, expands
 from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
 from ..model.probing import SINKS, at_rest, observe
@@ -120,7 +120,7 @@ def calibrate(
                 cache = gradients = observe(model, groups, ids[:, :prompt])
                 _check_tokens(model, groups, cache, sum(prompt for _, prompt in windows))
             else:
-                cache, gradients = read_window(model, ids.to(model.device), prompt, groups.full, seed=number)
+                cache, gradients = read_window(model, ids.to(device_of(model)), prompt, groups.full, seed=number)
             for each in sums:
                 each.add(cache, gradients)
             if progress is not None:

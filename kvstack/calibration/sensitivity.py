@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..model.attention import device_of
 from ..model.layers import LayerGroups
 from ..model.probing import at_rest
 from .windows import PROMPT, windows_of
@@ -41,7 +42,7 @@ def sensitivity(
     lost = torch.zeros(len(groups.full), dtype=torch.float64)
     with at_rest(model):
         for number, (window, prompt) in enumerate(windows):
-            ids = window.to(model.device)
+            ids = window.to(device_of(model))
             cache = DynamicCache(config=model.config)
             model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
             exact = _likelihood(model, ids, prompt, cache)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..model.attention import device_of
 from ..model.probing import at_rest
 from .texts import mixed
 
@@ -139,7 +140,7 @@ def written_by(model: PreTrainedModel, tokens: int) -> Windows:
     rows = max(1, tokens // length)
     ids = torch.randint(0, vocabulary, (rows, 8), generator=generator)
     cache = DynamicCache(config=model.config)
-    given = ids.to(model.device)
+    given = ids.to(device_of(model))
     while ids.shape[1] < length:
         logits = model(given, past_key_values=cache, use_cache=True).logits[:, -1].float()
         given = draw(model, logits.log_softmax(-1), generator)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import KV
+from .attention import device_of
 from .changes import Handles, changes
 from .layers import LayerGroups
 from .rest import at_rest
@@ -46,7 +47,7 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
                 handles.before_with_keywords(groups.modules[i], listen(i))
         cache = DynamicCache(config=model.config)
         try:
-            model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
+            model.base_model(ids.to(device_of(model)), past_key_values=cache, use_cache=True)
         finally:
             with changes:
                 handles.remove()
@@ -67,7 +68,7 @@ def cached_layers(model: PreTrainedModel) -> list[Any]:
 
     cache = DynamicCache(config=model.config)
     with at_rest(model):
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
         model.base_model(ids, past_key_values=cache, use_cache=True)
     return cast(list[Any], cache.layers)
 

@@ -1,5 +1,6 @@
 """Calibration takes gradients with regard to the cache: they are right, or it says that there are none."""
 
+import copy
 import logging
 
 import pytest
@@ -269,3 +270,15 @@ def test_a_tokenizer_is_looked_for_in_the_gguf_file(monkeypatch, tmp_path):
     assert asked[-1] == {"gguf_file": "model.Q4.gguf"}
     (tmp_path / "other.gguf").touch()
     assert windows.tokenizer_of(model) is None
+
+
+# ---- weights kept elsewhere
+
+
+def test_a_model_whose_weights_are_offloaded_calibrates():
+    """Its parameters lie on the meta device between calls, and its input does not."""
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(tiny_model())
+    accelerate.cpu_offload(model, execution_device="cpu")
+    made = calibrate(model, tokens=200)
+    assert all(torch.isfinite(group.axes.float()).all() for group in made.groups)
