@@ -51,10 +51,10 @@ class Cohort:
         for store in self.stores:
             store.given = self.given
 
-    def its(self, x: Tensor, dim: int = 2) -> Tensor:
-        """This cohort's rows and new tokens of `x` (B, ..., new, ...), whose new tokens are on axis `dim`."""
+    def its(self, x: Tensor) -> Tensor:
+        """This cohort's rows and new tokens of `x` (B, heads, new, ...)."""
         x = x if self.rows is None else x.index_select(0, self.rows.to(x.device))
-        return x if self.places is None else x.index_select(dim, self.places.to(x.device))
+        return x if self.places is None else x.index_select(2, self.places.to(x.device))
 
     def picked(self, rows: Tensor | None, local: Tensor) -> Cohort:
         """The cohort of those of our own rows that `local` names, now numbered `rows` in the batch."""

@@ -29,7 +29,7 @@ def gradients(model, cache, ids, mask, history=None):
     return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
-def same(found, expected, close=1e-5):
+def assert_same(found, expected, close=1e-5):
     assert found.keys() == expected.keys()
     for name, x in found.items():
         torch.testing.assert_close(x, expected[name], atol=close, rtol=close)
@@ -41,7 +41,7 @@ def test_a_text_in_one_forward(attention, stages):
     model = copy.deepcopy(tiny.model("llama", attention))
     ids = tiny.tokens(2, 40)
     expected = gradients(model, DynamicCache(), ids, None)
-    same(gradients(model, KVStack(stages, **SETTINGS), ids, None), expected)
+    assert_same(gradients(model, KVStack(stages, **SETTINGS), ids, None), expected)
 
 
 @pytest.mark.parametrize("stages", STACKS, ids=str)
@@ -59,14 +59,14 @@ def test_a_padded_batch(stages):
 
     # the first label of the padded row is told by padding, which sees nothing
     labels[1, :16] = -100
-    same(of(KVStack(stages, **SETTINGS)), of(DynamicCache()), 1e-4)
+    assert_same(of(KVStack(stages, **SETTINGS)), of(DynamicCache()), 1e-4)
 
 
 def test_behind_a_history_without_gradients():
     model = copy.deepcopy(tiny.model())
     history, ids = tiny.tokens(1, 30), tiny.tokens(1, 12, seed=1)
     expected = gradients(model, DynamicCache(), ids, None, history)
-    same(gradients(model, KVStack(**SETTINGS), ids, None, history), expected)
+    assert_same(gradients(model, KVStack(**SETTINGS), ids, None, history), expected)
 
 
 def test_behind_an_evicted_history_they_are_those_of_what_is_held():

@@ -20,7 +20,7 @@ from kvstack.files import read_tensors
 from tests import tiny
 from tests.mutations import mutated
 
-COUNT = int(os.environ.get("KVSTACK_FUZZ", "12"))
+COUNT = int(os.environ.get("KVSTACK_FUZZ", "20"))
 """Changes of each stack."""
 
 
@@ -126,4 +126,4 @@ def test_any_change_is_refused_or_fits(name, saved, monkeypatch):
         except Exception as error:
             faults.append(f"{what}: {error!r}"[:700])
     assert not faults, "\n".join([f"{len(faults)} of {COUNT}", *faults[:30]])
-    assert refused >= COUNT / 3  # a third of a few draws: many change what does not matter, or only numbers
+    assert refused > COUNT / 2
