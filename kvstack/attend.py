@@ -306,14 +306,17 @@ class Attention:
                 where = torch.arange(rows, device=query.device) if cohort.rows is None else cohort.rows.to(query.device)
                 at = torch.arange(new, device=query.device) if places is None else places.to(query.device)
                 q = query[where[:, None], :, at].transpose(1, 2)
-            store, part = cohort.stores[group], self._sight.part(mask, call, number, cohort, places, n, dense)
-            if self._may_fuse(store, n) and _is_simple(kwargs):
+            store = cohort.stores[group]
+            fits, fuses = every and store.held == dense, self._may_fuse(store, n) and _is_simple(kwargs)
+            part = None
+            if fuses or not fits:
+                part = self._sight.part(mask, call, number, cohort, places, n, dense)
+            if fuses:
                 answer, looked = self._fused(call, store, slot, cohort, q, part, promise.attached is not None)
             else:
                 # scratch memory is written again by the next layer, and a backward pass comes later
                 work = Workspace() if torch.is_grad_enabled() and query.requires_grad else batch.work
                 kv = self._promises.attach(store.read(slot, cohort.seen, work), cohort, promise.attached)
-                fits = every and store.held == dense
                 own = mask if fits else self._sight.mask(call, store, cohort, q, part)
                 # positions of all rows: only flash attention looks at them, to find packed texts
                 changes = {} if every or "position_ids" not in kwargs else {"position_ids": None}
