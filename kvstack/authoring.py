@@ -4,7 +4,7 @@ contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, S
 abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
 values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread and the figures behind them
-the model     LayerGroups, cached_shapes, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
+the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
 calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
 """
 
@@ -23,7 +23,7 @@ from .encode.waterfilling import DISTORTION, STEPS, spread
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .files import write_bytes
 from .floats import fitting, saturated, wide
-from .model.attention import expands
+from .model.attention import device_of, expands
 from .model.fingerprint import fingerprint, is_of, kv_fingerprint
 from .model.layers import LayerGroups
 from .model.probing import at_rest, cached_shapes, observe
@@ -91,6 +91,7 @@ __all__ = [
     "calibration_for",
     "check",
     "check_places",
+    "device_of",
     "expands",
     "fingerprint",
     "fitting",

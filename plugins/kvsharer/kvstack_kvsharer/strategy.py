@@ -28,6 +28,7 @@ from kvstack.authoring import (
     Share,
     at_rest,
     cached_shapes,
+    device_of,
     is_of,
     kv_fingerprint,
     tokenizer_of,
@@ -245,7 +246,7 @@ def _samples(
         raise CalibrationError("no text to search with. Give some, or none for those that come with kvstack.")
     lengths = sorted({ids.shape[1] for ids in samples})
     batches = [torch.cat([ids for ids in samples if ids.shape[1] == length]) for length in lengths]
-    return [ids.to(model.device) for ids in batches], source
+    return [ids.to(device_of(model)) for ids in batches], source
 
 
 def _held(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> dict[int, KV]:
