@@ -142,6 +142,9 @@ class Attention:
         scaling = kwargs.get("scaling")
         self.learned.scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         known = own is not None and (own.holds_keys(key) or expands(call.module))
+        asked = query
+        if own is not None and looks and not known and _is_tiled(key, own.kv.keys):
+            known, asked = True, _untiled(query, own.kv.keys.shape[1])
         if own is not None and looks and not known:
             raise UseError(
                 f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
@@ -156,7 +159,7 @@ class Attention:
             group, slot = self._bound.places[call.layer]
             for cohort in self.batch.cohorts:
                 if cohort.new:
-                    cohort.stores[group].remember(slot, cohort.its(query), self.batch.recording)
+                    cohort.stores[group].remember(slot, cohort.its(asked), self.batch.recording)
         if promise is not None and mask is call.mask:
             self.learned.direct.add(call.layer)
         # a mask that the module made may be made of what `update` returned, and is as wide as that
@@ -414,6 +417,19 @@ def _is_simple(kwargs: Mapping[str, Any]) -> bool:
     """Whether attention is plain softmax(qk)v, without any of the extras some models ask for."""
     extras = ("softcap", "s_aux", "position_bias", "sliding_window")
     return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in extras)
+
+
+def _is_tiled(key: Tensor, cached: Tensor) -> bool:
+    """Whether attention was called with all kv heads `cached`, one time after the other (JetMoe: each expert has its
+    queries)."""
+    times, rest = divmod(key.shape[1], cached.shape[1])
+    fits = times > 1 and not rest and key.shape[2:] == cached.shape[2:]
+    return fits and all(torch.equal(x, cached) for x in key.chunk(times, dim=1))
+
+
+def _untiled(query: Tensor, heads: int) -> Tensor:
+    """Queries (B, times * heads, ...) of tiled keys, those of one kv head side by side."""
+    return query.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1, 2)
 
 
 def _by_row(positions: Any, rows: int, new: int) -> Tensor | None:

@@ -103,6 +103,11 @@ class Batch:
         return max((store.held for cohort in self.cohorts for store in cohort.stores[:1]), default=0)
 
     @property
+    def is_even(self) -> bool:
+        """Whether all rows hold equally many tokens."""
+        return len({store.held for cohort in self.cohorts for store in cohort.stores[:1]}) < 2
+
+    @property
     def stores(self) -> list[Store]:
         return [store for cohort in self.cohorts for store in cohort.stores]
 
@@ -137,7 +142,8 @@ class Batch:
     def _like(self, layer: int, kind: str) -> Tensor:
         """Some `keys` or `values` (rows, H, n, D) of a layer, for their type and shape."""
         group, slot = self.binding.places[layer]
-        stores = [cohort.stores[group] for cohort in self.cohorts if cohort.stores[group].held]
+        # in the middle of a forward the layers of a group have not all got their first tokens
+        stores = [cohort.stores[group] for cohort in self.cohorts if cohort.stores[group].raw[slot].length]
         if not stores:
             raise UseError(f"layer {layer} of this cache holds nothing yet but padding, which is left out.")
         like: Tensor = getattr(stores[0].raw[slot].kv, kind)

@@ -37,7 +37,8 @@ class StackLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """The keys held, (B, H, held, D), decoded when they are looked at; None before the first forward."""
+        """The keys held, (B, H, held, D), decoded when they are looked at, which is refused where rows hold different
+        tokens; None before the first forward."""
         return self._read("keys")
 
     @property
@@ -53,9 +54,9 @@ class StackLayer(CacheLayerMixin):
         def decode() -> Tensor:
             return cast(Tensor, getattr(stack.decoded(layer), kind))
 
-        if not stack.batch.running:
+        if not stack.batch.running and stack.batch.is_even:
             return decode()
-        # some models ask in the middle of a forward, of every layer, whether it holds anything
+        # some models ask every layer whether it holds anything: in the middle of a forward, or of padded rows
         return Lazy(*stack.batch.shape_of(layer, kind), decode)
 
     @property

@@ -169,8 +169,10 @@ def test_rows_of_unlike_lengths_are_read_one_by_one():
     stack = KVStack([Quant(8)], model=tiny.model(), window=8)
     tiny.model()(ids, attention_mask=mask, past_key_values=stack)
     if len({stack.read(0, row).keys.shape for row in (0, 1)}) > 1:
+        keys = stack.layers[0].keys  # Llama 3.2 Vision asks every layer for keys.numel()
+        assert keys.numel() > 0
         with pytest.raises(UseError, match=r"Read them one by one: KVStack\.read\(0, row\)"):
-            _ = stack.layers[0].keys
+            keys.sum()
 
 
 def test_sliding_layers_are_given_as_they_are():
