@@ -10,7 +10,7 @@ PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --constra
 
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-EXTRAS_demo := cli,bnb
+EXTRAS_demo := cli,bnb,fast
 EXTRAS_test := test
 EXTRAS_check := dev
 EXTRAS_bench := bench,bnb,peers

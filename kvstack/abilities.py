@@ -2,6 +2,7 @@
 
     NeedsHidden      forward looks at hidden states too
     ReadsDirectly    one query is answered without rebuilding keys and values
+      ReadsLinearly  and from rough scores, but for the tokens that matter
     FitsText         fitted to each text: axes, means or codebooks of its own
       RefitsText     and fitted again where they no longer serve the text
     Budgeted         (of a bound transform) channels of all groups compete for one budget
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +22,18 @@ from torch import Tensor
 from .stage import BoundTransform, Codec, Encoder
 from .types import KV, Channels
 
-__all__ = ["Allotment", "Budgeted", "FitsText", "NeedsHidden", "Picked", "ReadsDirectly", "RefitsText", "Turn"]
+__all__ = [
+    "Allotment",
+    "Budgeted",
+    "FitsText",
+    "Linear",
+    "NeedsHidden",
+    "Picked",
+    "ReadsDirectly",
+    "ReadsLinearly",
+    "RefitsText",
+    "Turn",
+]
 
 Turn = Callable[[Tensor, Tensor], Tensor]
 """Rotates un-rotated keys (B, H, n, D) to the positions of the sealed tokens at `places` (B or 1, H or 1, n)."""
@@ -48,6 +60,36 @@ class ReadsDirectly(Codec):
     def pick(self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn) -> Picked | None:
         """Choose the sealed tokens that a scaled query (B, H, G, D) is answered from; None (the default): all."""
         return None
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Keys or values (B, H, T, D) of one layer as one latent (B, 1, T, R) times axes, plus a mean.
+
+    Attributes:
+        latent: its name.
+        axes: (B or 1, R, H, D), the most important channels first.
+        mean: (H, D), or None.
+    """
+
+    latent: str
+    axes: Tensor
+    mean: Tensor | None = None
+
+
+class ReadsLinearly(ReadsDirectly):
+    """Makes keys and values of latents by a product each. So a single query needs no more than some keys rebuilt: see
+    read/latents.py."""
+
+    exact: int | None = None
+    """Tokens whose keys are rebuilt exactly for each kv head, None (the default): all."""
+    rough: int = 128
+    """Leading channels that score the other tokens."""
+
+    def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:
+        """How the keys or values of the group's layer number `layer` come from a latent, keys as `inverse` gives them
+        (the stack rotates); None where they do not come from one alone."""
+        raise NotImplementedError  # the one method that such a codec must write
 
 
 class FitsText(Codec):

@@ -160,10 +160,12 @@ class Attention:
             for cohort in self.batch.cohorts:
                 if cohort.new:
                     cohort.stores[group].remember(slot, cohort.its(asked), self.batch.recording)
-        if promise is not None and mask is call.mask:
+        direct = promise is not None and mask is call.mask
+        if direct:
             self.learned.direct.add(call.layer)
+            mask = mask if call.replaced is None else call.replaced  # it was taken for another kind of module
         # a mask that the module made may be made of what `update` returned, and is as wide as that
-        dense = promise is not None and (mask is call.mask or self._is_dense(mask, promise))
+        dense = promise is not None and (direct or self._is_dense(mask, promise))
         if promise is None or promise.whole or not dense:
             return plain(query, key, value, mask)
         return self._answer(call, promise, query, value.shape[-1], mask, kwargs, plain)

@@ -112,6 +112,12 @@ class Binding:
         return sorted(ropes.values(), key=lambda rope: rope.switch is None)
 
     @property
+    def reads_with(self) -> Sequence[str]:
+        """What answers a single query from sealed tokens, by the names of the readers."""
+        devices = {self.device_of(layer) for group in self.groups for layer in group if layer in self.modules}
+        return sorted({name for device in devices for name in self.plan.reads_with(device)})
+
+    @property
     def query_heads(self) -> int:
         """Query heads of a layer; 1 where the model does not say."""
         config = None if self.model is None else self.model.config.get_text_config(decoder=True)
@@ -191,7 +197,9 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
             warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    return Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments, adapters, watch)
+    binding = Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments, adapters, watch)
+    _ = binding.reads_with  # readers are chosen now, and compiled where they have to be
+    return binding
 
 
 def _check_takes_cache(name: str, model: PreTrainedModel) -> None:

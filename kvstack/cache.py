@@ -582,4 +582,7 @@ class KVStack(Cache):
     def report(self) -> Report:
         """Bytes by stage and part; prints as a table, `to_dict()` for data."""
         parts = accounting.parts(self.batch, self._others, self._work)
-        return Report(repr(self), self.seen, self.held, self.nbytes, self.dense_nbytes, parts, self.model_nbytes)
+        reads_with = list(self.binding.reads_with) if self.binding is not None and self.fused else []
+        return Report(
+            repr(self), self.seen, self.held, self.nbytes, self.dense_nbytes, parts, self.model_nbytes, reads_with
+        )

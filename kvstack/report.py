@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -36,6 +36,10 @@ class Report:
     model_nbytes: int = 0
     """Bytes that were fitted to the model: held once for all its caches, and not part of `nbytes`."""
 
+    reads_with: list[str] = field(default_factory=list)
+    """What answers a single query from sealed tokens: `torch`, or a faster reader. Empty where nothing is sealed, or
+    everything is decoded."""
+
     @property
     def compression(self) -> float:
         """Share of the dense bytes that is saved."""
@@ -48,6 +52,8 @@ class Report:
         caption = f"{self.held:,} of {self.seen:,} tokens held"
         if self.model_nbytes:
             caption += f"; beside it {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
+        if self.reads_with:
+            caption += f"; single queries are read with {' and '.join(self.reads_with)}"
         table = Table(title=self.stack, caption=caption, title_justify="left")
         for name, justify in (("paid by", "left"), ("part", "left"), ("KiB", "right"), ("of dense", "right")):
             table.add_column(name, justify="right" if justify == "right" else "left")

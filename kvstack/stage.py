@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ __all__ = [
     "Codec",
     "Encode",
     "Encoder",
+    "Reader",
     "Score",
     "Settings",
     "Share",
@@ -150,8 +151,28 @@ class Share(Stage):
 # ---- encode
 
 
+class Reader(Protocol):
+    """Answers one query from what an encoder packed."""
+
+    reads_with: str
+    """What does the work, for the report."""
+
+    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """`query` (B, H, G, R) times the transposed packed tensor: (B, H, G, T)."""
+
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, T) times the packed tensor: (B, H, G, R)."""
+
+
 class Encoder:
     """Stores one tensor in fewer bytes, and gives it back. `Encode` is one; `Encode.allot` may make others."""
+
+    reads_with = "torch"
+
+    def reader(self, device: torch.device) -> Reader:
+        """What answers a single query from tensors packed on `device`, chosen when a stack is bound: this encoder
+        itself (the default), or something faster that agrees with it."""
+        return self
 
     def granule(self, width: int) -> int:
         """Tokens that are encoded, and dropped, together when a token has `width` channels."""

@@ -84,6 +84,12 @@ class Basis:
         )
         return keys, values
 
+    def cut(self, layer: int, keys: bool) -> tuple[Tensor, Tensor]:
+        """Axes (1, R, H, D) and mean (H, D) of the keys or the values of one layer."""
+        heads, *widths = self.shapes[layer]
+        part, shape = self._slice(layer, keys), (heads, widths[not keys])
+        return self.axes[:, part].unflatten(1, shape).unsqueeze(0), self.mean[part].unflatten(0, shape)
+
     def weigh(self, weights: Tensor, z: Tensor, layer: int) -> Tensor:
         """`weights` (B, H, G, T) times the values, without rebuilding them: first over the tokens of the latents,
         then one small product per head (the paper's matrix fusion)."""

@@ -176,7 +176,7 @@ def _check_rotation(calibration: Calibration, groups: LayerGroups) -> None:
     mixed = groups.rotates and len(groups.rotated) < len(groups.full)
     stale = mixed or any(expands(groups.modules[i]) for i in groups.full)
     if told is not None:
-        stale = {int(i) for i in told.split(",") if i} & set(groups.full) != set(groups.rotated)
+        stale = set(told.split(",")) & set(map(str, groups.full)) != set(map(str, groups.rotated))
     if stale:
         raise CalibrationError(
             f"{calibration!r} takes other layers for rotated than {groups.rotated}. Make it again: "

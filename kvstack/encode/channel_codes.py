@@ -75,6 +75,11 @@ class ChannelCodes(ChannelEncoder):
         deviation = self.energy.sqrt()
         return torch.maximum(deviation, TINY * deviation.max() + torch.finfo(deviation.dtype).tiny)
 
+    @cached_property
+    def steps(self) -> Tensor:
+        """(R,) of each channel, at gain 1."""
+        return torch.tensor(STEPS, device=self.energy.device)[self.bits.long() - 1] * self.deviation
+
     def to(self, device: torch.device) -> ChannelCodes:
         return ChannelCodes(self.energy.to(device), self.bits.to(device))
 

@@ -45,6 +45,8 @@ class Kivi:
     bits: int
     group: int
 
+    reads_with = "torch"
+
     def granule(self, width: int, role: str) -> int:
         return self.group
 

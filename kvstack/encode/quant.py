@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import BindError
 from ..packed import Packed
-from ..stage import Encode, check
+from ..read.codes import fastest
+from ..stage import Encode, Reader, check
 from ..types import Channels
 from ..workspace import Workspace
 from .blockwise import Blockwise
@@ -103,6 +105,9 @@ class Quant(Encode):
             rank = max(1, int((widths > 0).sum()))
             encoders.append(ChannelCodes(energy[:rank].clone(), widths[:rank].clamp_min(1)))
         return encoders
+
+    def reader(self, device: torch.device) -> Reader:
+        return fastest(self.coder, device) if isinstance(self.coder, Kivi) else self
 
     def encode(self, x: Tensor, role: str) -> Packed:
         return self.coder.encode(x, role)

@@ -64,6 +64,7 @@ class Call:
     shares: bool  # the layer reads another's keys and values, and its own are not needed
     tables: Tables = ()  # the rotary tables the module was given
     positions: Tensor | None = None  # and positions, where it was given any
+    replaced: Any = None  # the mask in whose place the listener put another one
     asked: Sequence[int] = ()  # rows and tokens that a resting projection was asked for
 
 
@@ -400,7 +401,7 @@ def _entering(names: list[str]) -> Callable[..., Any]:
             raise
         if mask is call.mask:
             return None
-        call.mask = mask
+        call.replaced, call.mask = call.mask, mask
         return _replaced(names, args, kwargs, "attention_mask", mask)
 
     return hook

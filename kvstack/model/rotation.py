@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UseError
+from ..floats import wide
 from ..types import LONG
 
 __all__ = ["Form", "Rope", "RotaryCall", "Tables"]
@@ -167,6 +168,40 @@ class Rope:
         """The inverse of `rotate`."""
         return self._turn(x, positions, backwards=True)
 
+    def facing(self, query: Tensor, positions: Tensor, block: int) -> Tensor:
+        """Queries (B, heads, D) as un-rotated keys of each block of tokens meet them, (B, heads, blocks, D): turned
+        back by the position of the block's middle, the same for all heads. q . rotate(k) = facing(q) . k there."""
+        self.remember(positions)
+        tables = tuple(x[:, block // 2 :: block] for x in self._tables_of(positions))
+        count = positions.shape[-1]
+        if count % block and count % block <= block // 2:  # the last block ends before its middle
+            tables = tuple(
+                torch.cat([x, y[:, -1:]], dim=1) for x, y in zip(tables, self._tables_of(positions), strict=True)
+            )
+        assert self.form is not None  # `tables` has refused
+        # the transpose of a rotation that may be scaled, not its inverse
+        back = (tables[0].conj(),) if len(tables) == 1 else (tables[0], -tables[1])
+        exact = wide(query).unsqueeze(2).expand(-1, -1, back[0].shape[1], -1)
+        return self.form.turn(exact, back).to(query.dtype)
+
+    def rotate_at(self, x: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+        """Rotate `x` (B, H, n, D) to the positions at `places` (B, H, n) of those of all tokens, the same for all
+        heads."""
+        self.remember(positions)
+        b, h, n, d = x.shape
+        rows = torch.arange(b, device=x.device)[:, None, None] if positions.shape[0] > 1 else 0
+        tables = tuple(table[rows, places].flatten(0, 1) for table in self._tables_of(positions))
+        assert self.form is not None
+        turned = self.form.turn(wide(x).reshape(b * h, 1, n, d), tables)
+        return turned.view(b, h, n, d).to(x.dtype)
+
+    def _tables_of(self, positions: Tensor) -> Tables:
+        """Of the same positions for all heads."""
+        last = self._last  # read once: a copy of the stack in another thread may forget it
+        if last is not None and last[0] is positions:
+            return last[1]
+        return _wide(self.tables(_by_axis(positions)[:, :, 0]))
+
     def pull(self, gradient: Tensor, positions: Tensor) -> Tensor:
         """The gradient with regard to un-rotated keys, from that with regard to rotated ones: the transpose of
         `rotate`."""
@@ -183,9 +218,7 @@ class Rope:
             flat = places.expand(rows, axes, h, t).transpose(1, 2).reshape(rows * h, axes, 1, t)
             x = x.expand(rows, h, t, d).reshape(rows * h, 1, t, d)
             return self._turn(x, flat, backwards).view(rows, h, t, d)
-        last = self._last  # read once: a copy of the stack in another thread may forget it
-        remembered = last is not None and last[0] is positions
-        tables = last[1] if last is not None and remembered else _wide(self.tables(_by_axis(positions)[:, :, 0]))
+        tables = self._tables_of(positions)
         if backwards:
             tables = _inverse(tables)
         assert self.form is not None  # `tables` has refused

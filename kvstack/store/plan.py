@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from ..abilities import FitsText, NeedsHidden, RefitsText
-from ..encode.exact import Exact
+import torch
+
+from ..abilities import FitsText, NeedsHidden, ReadsLinearly, RefitsText
+from ..encode.exact import EXACT, Exact
+from ..read import latents
 from ..select.evict import Evict
-from ..stage import BoundTransform, Codec, Encode, check
+from ..stage import BoundTransform, Codec, Encode, Encoder, Reader, check
 
 __all__ = ["Plan", "Spans"]
 
@@ -41,6 +44,7 @@ class Plan:
     block: int
     codecs: Sequence[Codec] = ()
     _granules: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for codec in self.codecs:
@@ -89,6 +93,28 @@ class Plan:
     def own_encoder(self) -> bool:
         """Whether the user named an encoder: without one, what a transform made is stored."""
         return self.encode is not None and not isinstance(self.encode, Exact)
+
+    def reader(self, device: torch.device) -> Reader:
+        """What answers a single query from codes on `device`."""
+        assert self.encode is not None
+        if device.type not in self._readers:
+            self._readers[device.type] = self.encode.reader(device)
+        return self._readers[device.type]
+
+    def reads_with(self, device: torch.device) -> frozenset[str]:
+        """What answers a single query from sealed tokens on `device`, by the names of the readers."""
+        if self.encode is None:
+            return frozenset()
+        if not self.codecs:
+            return frozenset({self.reader(device).reads_with})
+        encoders = [encoder for codec in self.codecs for encoder in self._encoders_of(codec)]
+        return frozenset(latents.reads_with(encoder, device) for encoder in encoders)
+
+    def _encoders_of(self, codec: Codec) -> Sequence[Encoder]:
+        """What packs the latents that are read in place, if any."""
+        assert self.encode is not None
+        reads = isinstance(codec, ReadsLinearly) and codec.exact is not None
+        return (list(codec.encoders.values()) or [self.encode]) if reads else [EXACT]
 
     def granule(self, width: int) -> int:
         """Tokens that are sealed, and dropped, together where a key has `width` channels."""

@@ -18,12 +18,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..abilities import FitsText, Picked, ReadsDirectly, RefitsText
+from ..abilities import FitsText, Picked, ReadsDirectly, ReadsLinearly, RefitsText
 from ..checks import Get, check_numbers, entries, items, misfit
 from ..encode.exact import EXACT, Exact
 from ..errors import UseError
 from ..floats import fitting, saturated
 from ..packed import Packed
+from ..read.latents import LatentReader, Opened, opened
 from ..stage import Codec, Encoder
 from ..types import KV, Latent, Layout, Rotation
 from ..workspace import Workspace
@@ -276,12 +277,10 @@ class LayerCodes(Sealed):
         encode.decode(self.packed["values"], "values", values)
 
     def dot(self, layer: int, query: Tensor, picked: Picked | None, where: Where, work: Workspace) -> Tensor:
-        assert self.plan.encode is not None
-        return self.plan.encode.dot(query, self.packed["keys"], "keys", work)
+        return self.plan.reader(query.device).dot(query, self.packed["keys"], "keys", work)
 
     def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
-        assert self.plan.encode is not None
-        return self.plan.encode.mix(weights, self.packed["values"], "values", work)
+        return self.plan.reader(weights.device).mix(weights, self.packed["values"], "values", work)
 
     def payer(self, packed: Packed) -> object:
         return self.plan.encode
@@ -320,7 +319,13 @@ class GroupLatents(Sealed):
     def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rotation | None]) -> None:
         super().__init__(plan, layers)
         self.codec, self.ropes = codec, ropes
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was decoded or opened for one forward."""
         self._decoded: dict[str, Tensor] = {}
+        self._opened: dict[str, Opened] = {}
+        self._readers: dict[int, LatentReader] = {}
 
     # ---- writing
 
@@ -350,7 +355,7 @@ class GroupLatents(Sealed):
         if isinstance(codec, FitsText) and not self.tokens:
             self.codec = codec = codec.fit(block)
         elif isinstance(codec, RefitsText) and codec.needs_refit(block):
-            self._decoded = {}  # of before tokens were evicted
+            self._forget()  # of before tokens were evicted
             latents = self._latents()
             old = [codec.inverse(latents, i) for i in range(len(block))]
             block = [_joined(was, new) for was, new in zip(old, block, strict=True)]
@@ -373,6 +378,9 @@ class GroupLatents(Sealed):
         return self.codec.pick(query, latents, layer, lambda keys, at: self._rotated(layer, keys, where, at))
 
     def dot(self, layer: int, query: Tensor, picked: Picked | None, where: Where, work: Workspace) -> Tensor:
+        reader = self._reader(layer, query, where, work)
+        if reader is not None:
+            return reader.dot(query)
         latents, places = picked or (self._latents(), None)
         codec = self.codec
         keys = codec.keys(latents, layer) if isinstance(codec, ReadsDirectly) else codec.inverse(latents, layer).keys
@@ -380,6 +388,9 @@ class GroupLatents(Sealed):
         return torch.matmul(query.float(), keys.transpose(-1, -2).to(query.device, torch.float32))
 
     def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+        reader = self._readers.get(layer)
+        if reader is not None:
+            return reader.mix(weights)
         latents = picked[0] if picked else self._latents()
         there = weights.to(_device_of(latents))  # layers of a group may live on several devices
         if isinstance(self.codec, ReadsDirectly):
@@ -387,6 +398,29 @@ class GroupLatents(Sealed):
         else:
             mixed = torch.matmul(there, self.codec.inverse(latents, layer).values.to(there.dtype))
         return mixed.to(weights.device)
+
+    def _reader(self, layer: int, query: Tensor, where: Where, work: Workspace) -> LatentReader | None:
+        """Reads a layer from rough scores, where its codec lets it."""
+        codec, exact = self.codec, getattr(self.codec, "exact", None)
+        if not isinstance(codec, ReadsLinearly) or exact is None or query.dtype != torch.float32:
+            return None
+        keys, values = codec.linear("keys", layer), codec.linear("values", layer)
+        if keys is None or values is None or keys.axes.device != query.device:
+            return None
+        positions = where().to(query.device)
+        if positions.shape[-2] > 1:  # every head holds other tokens
+            return None
+        open_ = {name: self._open(name, work) for name in (keys.latent, values.latent)}
+        rope = self.ropes[layer] if self._unrotated else None
+        latents = open_[keys.latent], open_[values.latent]
+        reader = self._readers[layer] = LatentReader(keys, values, latents, rope, positions, exact, codec.rough)
+        return reader
+
+    def _open(self, name: str, work: Workspace) -> Opened:
+        """A latent, once per forward for all layers."""
+        if name not in self._opened:
+            self._opened[name] = opened(self._encoder(name), self.packed[name], lambda: self._latents()[name], work)
+        return self._opened[name]
 
     def _latents(self) -> Mapping[str, Tensor]:
         """Decoded once per forward for all layers."""
@@ -420,7 +454,7 @@ class GroupLatents(Sealed):
         return rope.unrotate(keys, positions)
 
     def end_forward(self) -> None:
-        self._decoded = {}
+        self._forget()
         if self._unrotated:
             for rope in self.ropes:
                 if rope is not None:
@@ -440,7 +474,7 @@ class GroupLatents(Sealed):
 
     def _hold(self, tokens: int, packed: dict[str, Packed]) -> None:
         super()._hold(tokens, packed)
-        self._decoded = {}
+        self._forget()
 
     def _emptied(self) -> None:
         super()._emptied()
@@ -516,7 +550,7 @@ class GroupLatents(Sealed):
             kv = self.codec.inverse(latents, place)
             for what, x, width in (("keys", kv.keys, layout.key_width), ("values", kv.values, layout.value_width)):
                 _check_shape(x, (get.rows, layout.heads, self.tokens, width), None, get.part(place, 1).where(what))
-        self._decoded = {}
+        self._forget()
 
 
 def _device_of(latents: Mapping[str, Tensor]) -> torch.device:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from torch import Tensor
 
-from ..abilities import Allotment, Budgeted, NeedsHidden, ReadsDirectly
+from ..abilities import Allotment, Budgeted, Linear, NeedsHidden, ReadsLinearly
 from ..calibration.axes import Basis, flat
 from ..calibration.calibrate import calibration_for
 from ..calibration.calibration import Calibration
@@ -67,6 +67,10 @@ class CommonKV(Transform):
             `pairs` all its layers.
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a
             small model) and kept in the user's cache folder.
+        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head (default 256): those
+            that rough scores put first. The others keep their rough scores, and all values count. None: all keys are
+            rebuilt, as for a prompt.
+        rough: how many leading channels of a latent make the rough scores (default 256).
         rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
             model's own. On processors with products of bfloat16 that is several times faster.
 
@@ -89,6 +93,8 @@ class CommonKV(Transform):
     unmerged: float = 0.0
     similarity: Literal["ends", "pairs"] = "ends"
     calibration: str | os.PathLike[str] | Calibration | None = None
+    exact: int | None = 256
+    rough: int = 256
     rebuild: Literal["float32", "bfloat16"] | None = None
 
     name = "commonkv"
@@ -106,8 +112,7 @@ class CommonKV(Transform):
             "Use keep=0.5 for half of them.",
         )
         layers = self.layers
-        counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
-        check(counts, self, "layers counts layers.", "Use 1 or more.")
+        check(layers is None or _counts(layers), self, "layers counts layers.", "Use 1 or more.")
         check(self.basis in ("calibrated", "weights"), self, f"{self.basis!r} is no basis.", 'Use "calibrated".')
         check(self.merge in ("project", "mean"), self, f"{self.merge!r} is no way to merge.", 'Use "project".')
         paper = self.basis == "weights"
@@ -128,6 +133,10 @@ class CommonKV(Transform):
             check(
                 min(self.weights) >= 0 < sum(self.weights), self, "weights are shares, none below 0.", "Use 1.0 each."
             )
+        check(
+            self.exact is None or _counts(self.exact), self, "exact counts tokens.", "Use exact=256, or None for all."
+        )
+        check(_counts(self.rough), self, "rough counts channels.", "Use rough=256.")
         object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
         known = self.rebuild in (None, "float32", "bfloat16")
         check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
@@ -144,6 +153,10 @@ class CommonKV(Transform):
             raise BindError(f"{self!r}: a group of {groups.size} layers has {most} axes. Use keep={most} or less.")
 
 
+def _counts(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
 # ---- bound to a model
 
 
@@ -152,7 +165,7 @@ class Calibrated(Budgeted):
 
     def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
-        self.groups, self.dtype = groups, dtype
+        self.settings, self.groups, self.dtype = stage, groups, dtype
         self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher")
         axes = [len(known) for known in self.channels]
         stage.check_rank(groups, min(axes))
@@ -185,6 +198,7 @@ class Calibrated(Budgeted):
         encoder = allotment.encoder
         if encoder is not None:
             codec.encoders = {LATENT: encoder.to(device) if isinstance(encoder, ChannelCodes) else encoder}
+        codec.exact, codec.rough = self.settings.exact, self.settings.rough
         codec.tensors = [*basis.tensors, *self.calibration.tensors(layers)]
         codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)
         return codec
@@ -195,7 +209,8 @@ class OfWeights(BoundTransform):
 
     def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
-        self.groups, self.dtype, self.merge, self.similarity = groups, dtype, stage.merge, stage.similarity
+        self.settings, self.groups, self.dtype = stage, groups, dtype
+        self.merge, self.similarity = stage.merge, stage.similarity
         self.axes = weight_axes(model, groups)
         stage.check_rank(groups, self.axes.full_rank)
         each = (
@@ -224,6 +239,7 @@ class OfWeights(BoundTransform):
             shares = torch.tensor(mine if sum(mine) > 0 else [1.0] * len(layers), device=device)
             down = self.axes.down(layers, self.rank, device)
             codec = Mean(basis, apart, down, shares / shares.sum(), self.similarity)
+        codec.exact, codec.rough = self.settings.exact, self.settings.rough
         codec.tensors = [*basis.tensors, *self.axes.tensors(layers)]
         codec.fingerprint = _fingerprint(self.axes.fingerprint, layers, codec)
         return codec
@@ -259,7 +275,7 @@ def settle_apart(
 # ---- one group
 
 
-class Project(ReadsDirectly):
+class Project(ReadsLinearly):
     """The latent that leaves the least error in the keys and values of a group.
 
     Args:
@@ -297,6 +313,9 @@ class Project(ReadsDirectly):
         if self.apart:
             return super().keys(latents, layer)
         return self.keys_of(latents[LATENT].squeeze(1), layer)
+
+    def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:
+        return None if self.apart else Linear(LATENT, *self.basis.cut(layer, kind == "keys"))
 
     def keys_of(self, z: Tensor, layer: int) -> Tensor:
         """Latents (B, T, R) -> keys (B, H, T, D)."""

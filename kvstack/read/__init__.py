@@ -1,0 +1,12 @@
+"""Answering one query from what is stored, without a decoded copy of it.
+
+    scores = reader.dot(query, packed)       (B, H, G, D) -> (B, H, G, T)
+    mixed  = reader.mix(weights, packed)     (B, H, G, T) -> (B, H, G, D)
+
+What packed the numbers can always do this, in plain torch: it is the reference. The readers here do the same faster,
+where the machine lets them. Which one answers is settled when a stack is bound, and `report()` names it.
+
+compiled.py     kernels for a processor, compiled by numba; kernels.py are their loops
+codes.py        readers of Quant's codes
+latents.py      reading latents: rough scores of all tokens, exact keys of those that matter
+"""

@@ -1,0 +1,122 @@
+"""Readers of KIVI's codes: scales go into the query or the weights, so codes only have to become numbers on the way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..packed import Packed
+from ..workspace import Workspace
+from . import compiled
+
+if TYPE_CHECKING:
+    from ..encode.kivi import Kivi
+    from ..stage import Reader
+
+__all__ = ["CompiledCodes", "fastest"]
+
+
+def fastest(codec: Kivi, device: torch.device) -> Reader:
+    """The fastest reader that was seen to be right on a device."""
+    if device.type == "cpu" and _agrees(codec.bits, codec.group):
+        return CompiledCodes(codec)
+    return codec
+
+
+@functools.cache
+def _agrees(bits: int, group: int) -> bool:
+    from ..encode.kivi import Kivi
+
+    codec, draw = Kivi(bits, group), torch.Generator().manual_seed(0)
+    width = 3 * group  # no power of two
+    x, query = (torch.randn(2, 2, n, width, generator=draw) for n in (3 * group, 3))
+    weights = torch.rand(2, 2, 3, 3 * group, generator=draw)
+
+    def pairs() -> Iterator[tuple[Tensor, ...]]:
+        keys, values, work = codec.encode(x, "keys"), codec.encode(x, "values"), Workspace()
+        readers = codec, CompiledCodes(codec)
+        yield tuple(each.dot(query, keys, "keys", work) for each in readers)
+        yield tuple(each.mix(weights, values, "values", work) for each in readers)
+
+    return compiled.agree(pairs)
+
+
+class CompiledCodes:
+    """Reads codes with compiled kernels. What these do not know (float32 scales, float64 queries), the codec reads."""
+
+    reads_with = "numba"
+
+    def __init__(self, codec: Kivi) -> None:
+        self.codec = codec
+
+    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """`query` (B, H, G, D) times the transposed packed keys: (B, H, G, T)."""
+        if not self._reads(query, packed):
+            return self.codec.dot(query, packed, role, work)
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        b, h, g, d = query.shape
+        units, tokens = codes.shape[2], self.codec.group
+        parts = _parts(b * h, units)
+        out = torch.empty(b, h, g, packed.tokens)
+        scratch = work.get("rows", (torch.get_num_threads(), (tokens + 1) * d), torch.float32, query.device)
+        compiled.kernel("kivi_dot")(
+            b * h * parts,
+            parts,
+            query.contiguous(),
+            codes,
+            scale,
+            low,
+            out,
+            scratch,
+            g,
+            d,
+            units,
+            self.codec.bits,
+            tokens,
+        )
+        return out
+
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, T) times the packed values: (B, H, G, D)."""
+        if not self._reads(weights, packed) or role != "values":
+            return self.codec.mix(weights, packed, role, work)
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        (b, h, g, _), d = weights.shape, packed.width
+        units, tokens = codes.shape[2], self.codec.group
+        parts = _parts(b * h, units)
+        out = torch.empty(b, h, parts, g, d)
+        scratch = work.get("rows", (torch.get_num_threads(), tokens * d), torch.float32, weights.device)
+        compiled.kernel("kivi_mix")(
+            b * h * parts,
+            parts,
+            weights.contiguous(),
+            codes,
+            scale,
+            low,
+            out,
+            scratch,
+            g,
+            d,
+            units,
+            self.codec.bits,
+            tokens,
+            scale.shape[3],
+        )
+        return out[:, :, 0] if parts == 1 else out.sum(2)
+
+    def _reads(self, x: Tensor, packed: Packed) -> bool:
+        parts = packed.parts.values()
+        return (
+            x.dtype == torch.float32
+            and packed.parts["scale"].dtype == torch.float16
+            and all(part.device.type == "cpu" and part.is_contiguous() for part in parts)
+        )
+
+
+def _parts(heads: int, units: int) -> int:
+    """Into how many parts the units of a head are cut, so that all threads have something to do."""
+    return max(1, min(units, -(-2 * torch.get_num_threads() // heads)))

@@ -1,0 +1,64 @@
+"""Kernels for a processor: loops over packed codes that torch has no operator for, compiled by numba.
+
+numbers (addresses and sizes)  ->  GOMP_parallel(kernel, numbers, threads)  ->  kernel(numbers), once in each thread
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import openmp
+
+__all__ = ["Kernel", "agree", "kernel"]
+
+log = logging.getLogger(__name__)
+
+CLOSE = 1e-4
+"""How far kernels may be from the reference, as a share of the largest number."""
+
+Kernel = Callable[..., None]
+"""Called with whole numbers; a contiguous tensor stands for its address."""
+
+
+def agree(pairs: Callable[[], Iterable[tuple[Tensor, ...]]]) -> bool:
+    """Whether kernels work here: numbers of the reference and of the kernels, `pairs`, are equal up to rounding. Where
+    they do not, plain torch does their work, without a word."""
+    if importlib.util.find_spec("numba") is None or sys.byteorder != "little":
+        return False
+    try:
+        return all(float((x - y).abs().max()) <= CLOSE * float(x.abs().max()) for x, y in pairs())
+    except Exception as error:  # a numba that does not fit this Python or this processor
+        log.debug("kernels cannot be used: %s", error)
+        return False
+
+
+@functools.cache
+def kernel(name: str) -> Kernel:
+    """The kernel of this name, compiled now or read from numba's cache."""
+    from . import kernels
+
+    run = _runner(getattr(kernels, name).address)
+
+    def call(*given: Tensor | int) -> None:
+        numbers = (ctypes.c_int64 * len(given))(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))
+        run(numbers)
+
+    return call
+
+
+def _runner(address: int) -> Callable[[Any], Any]:
+    library = openmp.library()
+    if library is None:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    start = library.GOMP_parallel
+    start.argtypes, start.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return lambda numbers: start(address, numbers, torch.get_num_threads(), 0)

@@ -1,0 +1,140 @@
+"""Readers of codes beside the codec, which is the reference."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstack import KVStack, Quant
+from kvstack.encode.kivi import Kivi
+from kvstack.read import codes, compiled, openmp
+from kvstack.read.codes import CompiledCodes, fastest
+from kvstack.workspace import Workspace
+from tests import tiny
+
+CLOSE = 1e-5
+"""Of the largest number: sums of floats in another order."""
+
+SIZES = {
+    "bits": st.sampled_from([2, 3, 4, 8]),
+    "group": st.sampled_from([8, 16, 32, 40]),
+    "rows": st.integers(1, 3),
+    "heads": st.integers(1, 3),
+    "queries": st.integers(1, 5),
+    "units": st.integers(1, 7),
+    "seed": st.integers(0, 99),
+}
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= CLOSE * max(1e-30, float(expected.abs().max()))
+
+
+def numbers(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(width=st.sampled_from([8, 16, 24, 64, 80, 128, 136]), scale=st.sampled_from([1e-2, 1.0, 300.0, 2e5]), **SIZES)
+def test_keys(bits, group, rows, heads, queries, units, width, scale, seed):
+    codec, work = Kivi(bits, group), Workspace()
+    packed = codec.encode(numbers(rows, heads, units * group, width, seed=seed, scale=scale), "keys")
+    query = numbers(rows, heads, queries, width, seed=seed + 1)
+    found = CompiledCodes(codec).dot(query, packed, "keys", work)
+    assert_close(found, codec.dot(query, packed, "keys", work))
+    decoded = codec.decode(packed, "keys")
+    assert_close(found, query.double() @ decoded.double().mT)
+
+
+@given(channel_groups=st.integers(1, 5), **SIZES)
+def test_values(bits, group, rows, heads, queries, units, channel_groups, seed):
+    codec, work = Kivi(bits, group), Workspace()
+    packed = codec.encode(numbers(rows, heads, units * group, channel_groups * group, seed=seed), "values")
+    weights = numbers(rows, heads, queries, units * group, seed=seed + 1).softmax(-1)
+    found = CompiledCodes(codec).mix(weights, packed, "values", work)
+    assert_close(found, codec.mix(weights, packed, "values", work))
+    assert_close(found, weights.double() @ codec.decode(packed, "values").double())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    codec, work, before = Kivi(4, 32), Workspace(), torch.get_num_threads()
+    packed, query = codec.encode(numbers(1, 3, 320, 64), "keys"), numbers(1, 3, 3, 64)
+    try:
+        torch.set_num_threads(threads)
+        found = CompiledCodes(codec).dot(query, packed, "keys", work)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(found, codec.dot(query, packed, "keys", work))
+
+
+def test_one_thread_without_openmp(monkeypatch):
+    """As on a machine whose torch has another library for threads."""
+    monkeypatch.setattr(openmp, "library", lambda: None)
+    codec, work = Kivi(2, 8), Workspace()
+    packed, query = codec.encode(numbers(1, 2, 24, 16), "keys"), numbers(1, 2, 3, 16)
+    kernel = compiled.kernel.__wrapped__("kivi_dot")
+    monkeypatch.setattr(compiled, "kernel", lambda name: kernel)
+    assert_close(CompiledCodes(codec).dot(query, packed, "keys", work), codec.dot(query, packed, "keys", work))
+
+
+def test_memory_in_another_order():
+    codec, work = Kivi(4, 8), Workspace()
+    packed = codec.encode(numbers(2, 3, 40, 16), "keys")
+    query = numbers(2, 16, 3, 3).permute(0, 2, 3, 1)
+    assert not query.is_contiguous()
+    assert_close(CompiledCodes(codec).dot(query, packed, "keys", work), codec.dot(query, packed, "keys", work))
+    turned = packed._map(lambda part: part.transpose(0, 1).contiguous().transpose(0, 1))
+    assert_close(CompiledCodes(codec).dot(query, turned, "keys", work), codec.dot(query, packed, "keys", work))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_kernels_do_not_know_the_codec_reads(dtype):
+    codec, work = Kivi(4, 8), Workspace()
+    packed, query = codec.encode(numbers(1, 2, 16, 16), "keys"), numbers(1, 2, 3, 16).to(dtype)
+    assert torch.equal(CompiledCodes(codec).dot(query, packed, "keys", work), codec.dot(query, packed, "keys", work))
+    huge = codec.encode(numbers(1, 2, 16, 16, scale=1e6), "keys")
+    assert huge.parts["scale"].dtype == torch.float32
+    assert torch.equal(CompiledCodes(codec).dot(query, huge, "keys", work), codec.dot(query, huge, "keys", work))
+
+
+# ---- which one answers
+
+
+def filled(stack):
+    ids = tiny.tokens(1, 120)
+    with torch.no_grad():
+        tiny.model()(ids, past_key_values=stack)
+        return tiny.model()(ids[:, :1], past_key_values=stack).logits
+
+
+def test_the_report_names_the_reader():
+    stack = KVStack([Quant(4, group=8)], model=tiny.model(), window=8)
+    filled(stack)
+    assert stack.report().reads_with == ["numba"]
+    assert "read with numba" in " ".join(str(stack.report()).split())
+    stack.fused = False
+    assert stack.report().reads_with == []
+    assert KVStack([], model=tiny.model()).report().reads_with == []
+
+
+@pytest.mark.parametrize("broken", ["numba is missing", "a kernel computes something else", "kernels do not compile"])
+def test_without_kernels_torch_reads(broken, monkeypatch):
+    expected = filled(KVStack([Quant(2, group=8)], model=tiny.model(), window=8))
+    codes._agrees.cache_clear()
+    if broken == "numba is missing":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    elif broken == "a kernel computes something else":
+        monkeypatch.setattr(CompiledCodes, "mix", lambda self, weights, packed, role, work: weights[..., :24] + 1)
+    else:
+        monkeypatch.setattr(compiled, "kernel", lambda name: 1 / 0)
+    stack = KVStack([Quant(2, group=8)], model=tiny.model(), window=8)
+    found = filled(stack)
+    codes._agrees.cache_clear()
+    assert stack.report().reads_with == ["torch"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_device_without_kernels():
+    codec = Kivi(4, 32)
+    assert fastest(codec, torch.device("meta")) is codec
