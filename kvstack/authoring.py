@@ -1,7 +1,7 @@
 """What authors of stages may import, beside kvstack's public names. Everything else is the inside, and may move.
 
-contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Score, Settings, check, as_path
-abilities     NeedsHidden, ReadsDirectly, FitsText, RefitsText, Budgeted
+contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Reader, Score, Settings, check, as_path
+abilities     NeedsHidden, ReadsDirectly, ReadsLinearly, FitsText, RefitsText, Budgeted
 values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread and the figures behind them
 the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
@@ -10,7 +10,18 @@ calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_
 
 from __future__ import annotations
 
-from .abilities import Allotment, Budgeted, FitsText, NeedsHidden, Picked, ReadsDirectly, RefitsText, Turn
+from .abilities import (
+    Allotment,
+    Budgeted,
+    FitsText,
+    Linear,
+    NeedsHidden,
+    Picked,
+    ReadsDirectly,
+    ReadsLinearly,
+    RefitsText,
+    Turn,
+)
 from .calibration.axes import Basis, flat
 from .calibration.calibrate import calibration_for
 from .calibration.calibration import Calibration
@@ -35,6 +46,7 @@ from .stage import (
     Codec,
     Encode,
     Encoder,
+    Reader,
     Score,
     Settings,
     Share,
@@ -69,10 +81,13 @@ __all__ = [
     "KVStackError",
     "Latent",
     "LayerGroups",
+    "Linear",
     "NeedsHidden",
     "Packed",
     "Picked",
+    "Reader",
     "ReadsDirectly",
+    "ReadsLinearly",
     "RefitsText",
     "Score",
     "Settings",

@@ -67,7 +67,7 @@ class CommonKV(Transform):
             `pairs` all its layers.
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a
             small model) and kept in the user's cache folder.
-        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head (default 256): those
+        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head (default 384): those
             that rough scores put first. The others keep their rough scores, and all values count. None: all keys are
             rebuilt, as for a prompt.
         rough: how many leading channels of a latent make the rough scores (default 256).
@@ -93,7 +93,7 @@ class CommonKV(Transform):
     unmerged: float = 0.0
     similarity: Literal["ends", "pairs"] = "ends"
     calibration: str | os.PathLike[str] | Calibration | None = None
-    exact: int | None = 256
+    exact: int | None = 384
     rough: int = 256
     rebuild: Literal["float32", "bfloat16"] | None = None
 
@@ -134,7 +134,7 @@ class CommonKV(Transform):
                 min(self.weights) >= 0 < sum(self.weights), self, "weights are shares, none below 0.", "Use 1.0 each."
             )
         check(
-            self.exact is None or _counts(self.exact), self, "exact counts tokens.", "Use exact=256, or None for all."
+            self.exact is None or _counts(self.exact), self, "exact counts tokens.", "Use exact=384, or None for all."
         )
         check(_counts(self.rough), self, "rough counts channels.", "Use rough=256.")
         object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
