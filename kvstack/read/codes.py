@@ -53,37 +53,29 @@ class CompiledCodes:
     def __init__(self, codec: Kivi) -> None:
         self.codec = codec
 
-    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
-        """`query` (B, H, G, D) times the transposed packed keys: (B, H, G, T)."""
-        if not self._reads(query, packed):
-            return self.codec.dot(query, packed, role, work)
+    def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace, raw: Tensor | None = None) -> Tensor:
+        """`query` (B, H, G, D) times the transposed packed keys, and then times `raw` ones: (B, H, G, T)."""
+        if not self._reads(query, packed, raw):
+            found = self.codec.dot(query, packed, role, work)
+            return found if raw is None else with_raw(found, query, raw)
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         b, h, g, d = query.shape
         units, tokens = codes.shape[2], self.codec.group
-        parts = _parts(b * h, units)
-        out = torch.empty(b, h, g, packed.tokens)
+        parts, loose = _parts(b * h, units), 0 if raw is None else raw.shape[2]
+        out = torch.empty(b, h, g, packed.tokens + loose)
         scratch = work.get("rows", (torch.get_num_threads(), (tokens + 1) * d), torch.float32, query.device)
         compiled.kernel("kivi_dot")(
-            b * h * parts,
-            parts,
-            query.contiguous(),
-            codes,
-            scale,
-            low,
-            out,
-            scratch,
-            g,
-            d,
-            units,
-            self.codec.bits,
-            tokens,
-        )
+            b * h * parts, parts, query.contiguous(), codes, scale, low, out, scratch, g, d, units, self.codec.bits,
+            tokens, *_raw(raw),
+        )  # fmt: skip
         return out
 
-    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
-        """`weights` (B, H, G, T) times the packed values: (B, H, G, D)."""
-        if not self._reads(weights, packed) or role != "values":
-            return self.codec.mix(weights, packed, role, work)
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace, raw: Tensor | None = None) -> Tensor:
+        """`weights` (B, H, G, T) times the packed values and then `raw` ones: (B, H, G, D)."""
+        if not self._reads(weights, packed, raw) or role != "values":
+            sealed, loose = weights.tensor_split([packed.tokens], dim=-1)
+            found = self.codec.mix(sealed, packed, role, work)
+            return found if raw is None else found + torch.matmul(loose, raw.to(loose.dtype))
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         (b, h, g, _), d = weights.shape, packed.width
         units, tokens = codes.shape[2], self.codec.group
@@ -91,30 +83,34 @@ class CompiledCodes:
         out = torch.empty(b, h, parts, g, d)
         scratch = work.get("rows", (torch.get_num_threads(), tokens * d), torch.float32, weights.device)
         compiled.kernel("kivi_mix")(
-            b * h * parts,
-            parts,
-            weights.contiguous(),
-            codes,
-            scale,
-            low,
-            out,
-            scratch,
-            g,
-            d,
-            units,
-            self.codec.bits,
-            tokens,
-            scale.shape[3],
-        )
+            b * h * parts, parts, weights.contiguous(), codes, scale, low, out, scratch, g, d, units, self.codec.bits,
+            tokens, scale.shape[3], *_raw(raw),
+        )  # fmt: skip
         return out[:, :, 0] if parts == 1 else out.sum(2)
 
-    def _reads(self, x: Tensor, packed: Packed) -> bool:
-        parts = packed.parts.values()
-        return (
-            x.dtype == torch.float32
-            and packed.parts["scale"].dtype == torch.float16
-            and all(part.device.type == "cpu" and part.is_contiguous() for part in parts)
-        )
+    def _reads(self, x: Tensor, packed: Packed, raw: Tensor | None) -> bool:
+        if x.dtype != torch.float32 or packed.parts["scale"].dtype != torch.float16:
+            return False
+        if raw is not None and not _is_buffer(raw):
+            return False
+        return all(part.device.type == "cpu" and part.is_contiguous() for part in packed.parts.values())
+
+
+def with_raw(scores: Tensor, query: Tensor, raw: Tensor) -> Tensor:
+    """`scores` (B, H, G, T), followed by those of `raw` keys."""
+    loose = torch.matmul(query, raw.to(query.dtype).transpose(-1, -2))
+    return torch.cat([scores, loose.to(scores.dtype)], dim=-1)
+
+
+def _is_buffer(raw: Tensor) -> bool:
+    """Whether tokens of a head stand side by side, and heads at equal distances, as in store/raw.py."""
+    rows, tokens, each, one = raw.stride()
+    return raw.dtype == torch.float32 and one == 1 and each == raw.shape[3] and rows == raw.shape[1] * tokens
+
+
+def _raw(raw: Tensor | None) -> tuple[Tensor | int, int, int]:
+    """Address, tokens, and tokens from a head to the next."""
+    return (0, 0, 0) if raw is None else (raw, raw.shape[2], raw.stride(1) // raw.shape[3])
 
 
 def _parts(heads: int, units: int) -> int:

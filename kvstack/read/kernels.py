@@ -134,18 +134,18 @@ def add_rows(out, to, weights, at, rows, row, width):
 
 
 @njit(fastmath=FAST)
-def dot_row(x, rows, row, width):
-    """x[:width] @ rows[row : row + width]."""
+def dot_row(x, at, rows, row, width):
+    """x[at : at + width] @ rows[row : row + width]."""
     product = types.float32(0)
     begin = 0
     while begin + TILE <= width:
-        product += dot_tile(x, begin, rows, row + begin, TILE)
+        product += dot_tile(x, at + begin, rows, row + begin, TILE)
         begin += TILE
     while begin + SMALL <= width:
-        product += dot_small(x, begin, rows, row + begin, SMALL)
+        product += dot_small(x, at + begin, rows, row + begin, SMALL)
         begin += SMALL
     if begin < width:
-        product += dot_rest(x, begin, rows, row + begin, width - begin)
+        product += dot_rest(x, at + begin, rows, row + begin, width - begin)
     return product
 
 
@@ -154,18 +154,20 @@ def dot_row(x, rows, row, width):
 
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)
 def kivi_dot(numbers):
-    """Products of queries (heads, G, D) with keys (heads, units * tokens, D); a task is a part of the units of a head.
+    """Products of queries (heads, G, D) with keys (heads, units * tokens, D), then with raw ones (heads, raw of room,
+    D): (heads, G, units * tokens + raw). A task is a part of the units of a head; the last part has the raw keys, too.
 
-    tasks, parts, queries, codes, scale, low, out, scratch, G, D, units, bits, tokens
+    tasks, parts, queries, codes, scale, low, out, scratch, G, D, units, bits, tokens, raw keys, raw, room
     """
     tasks, parts = numbers[0], numbers[1]
     queries, codes, scale, low = floats(numbers[2]), bytes_(numbers[3]), halves(numbers[4]), halves(numbers[5])
     out = floats(numbers[6])
     asked, width, units, bits, tokens = numbers[8], numbers[9], numbers[10], numbers[11], numbers[12]
+    keys, raw, room = floats(numbers[13]), numbers[14], numbers[15]
     mine, every = thread_number(), thread_count()
     rows = floats(numbers[7] + 4 * (tokens + 1) * width * mine)
     scaled = floats(numbers[7] + 4 * (tokens + 1) * width * mine + 4 * tokens * width)
-    size = tokens * bits // 8 * width
+    size, sealed = tokens * bits // 8 * width, units * tokens
     for task in range(tasks * mine // every, tasks * (mine + 1) // every):
         head, part = task // parts, task % parts
         for unit in range(units * part // parts, units * (part + 1) // parts):
@@ -176,17 +178,43 @@ def kivi_dot(numbers):
                 for d in range(width):
                     scaled[d] = queries[query + d] * half(scale[here * width + d])
                     base += queries[query + d] * half(low[here * width + d])
-                to = (head * asked + g) * units * tokens + unit * tokens
+                to = (head * asked + g) * (sealed + raw) + unit * tokens
                 for t in range(tokens):
-                    out[to + t] = base + dot_row(scaled, rows, t * width, width)
+                    out[to + t] = base + dot_row(scaled, 0, rows, t * width, width)
+        if part == parts - 1:
+            for g in range(asked):
+                query, to = (head * asked + g) * width, (head * asked + g) * (sealed + raw) + sealed
+                for t in range(raw):
+                    out[to + t] = dot_row(queries, query, keys, (head * room + t) * width, width)
+
+
+@njit(fastmath=FAST)
+def scale_values(rows, scale, low, at, tokens, groups, each):
+    """Values (tokens, groups * each) in the place of their codes; their scales stand from `at` on."""
+    for known in range(tokens * groups):
+        step, least = half(scale[at + known]), half(low[at + known])
+        for d in range(each):
+            rows[known * each + d] = least + step * rows[known * each + d]
+
+
+@njit(fastmath=FAST)
+def add_all(out, to, weights, at, rows, row, count, width):
+    """out[to : to + width] += weights[at : at + count] @ rows (count, width)."""
+    whole = count // 8 * 8
+    for t in range(0, whole, 8):
+        add_rows(out, to, weights, at + t, rows, row + t * width, width)
+    for t in range(whole, count):
+        for d in range(width):
+            out[to + d] += weights[at + t] * rows[row + t * width + d]
 
 
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)
 def kivi_mix(numbers):
-    """Weighted sums, weights (heads, G, units * tokens), of values (heads, units * tokens, D), one for each part of the
-    units: (heads, parts, G, D).
+    """Weighted sums, weights (heads, G, units * tokens + raw), of values (heads, units * tokens, D), then of raw ones
+    (heads, raw of room, D), one for each part of the units: (heads, parts, G, D).
 
-    tasks, parts, weights, codes, scale, low, out, scratch, G, D, units, bits, tokens, groups of channels
+    tasks, parts, weights, codes, scale, low, out, scratch, G, D, units, bits, tokens, groups of channels, raw values,
+    raw, room
     """
     tasks, parts = numbers[0], numbers[1]
     weights, codes, scale, low = floats(numbers[2]), bytes_(numbers[3]), halves(numbers[4]), halves(numbers[5])
@@ -199,9 +227,10 @@ def kivi_mix(numbers):
         numbers[12],
         numbers[13],
     )
+    values, raw, room = floats(numbers[14]), numbers[15], numbers[16]
     mine, every = thread_number(), thread_count()
     rows = floats(numbers[7] + 4 * tokens * width * mine)
-    size, each, total = tokens * bits // 8 * width, width // groups, units * tokens
+    size, each, sealed = tokens * bits // 8 * width, width // groups, units * tokens
     for task in range(tasks * mine // every, tasks * (mine + 1) // every):
         head, part = task // parts, task % parts
         first = task * asked * width
@@ -209,16 +238,14 @@ def kivi_mix(numbers):
             out[first + i] = types.float32(0)
         for unit in range(units * part // parts, units * (part + 1) // parts):
             unpack(codes, (head * units + unit) * size, bits, tokens, width, rows)
-            for t in range(tokens):
-                known = (head * total + unit * tokens + t) * groups
-                for j in range(groups):
-                    step, least, row = half(scale[known + j]), half(low[known + j]), t * width + j * each
-                    for d in range(each):
-                        rows[row + d] = least + step * rows[row + d]
+            scale_values(rows, scale, low, (head * sealed + unit * tokens) * groups, tokens, groups, each)
             for g in range(asked):
-                at = (head * asked + g) * total + unit * tokens
-                for t in range(0, tokens, 8):
-                    add_rows(out, first + g * width, weights, at + t, rows, t * width, width)
+                at = (head * asked + g) * (sealed + raw) + unit * tokens
+                add_all(out, first + g * width, weights, at, rows, 0, tokens, width)
+        if part == parts - 1:
+            for g in range(asked):
+                at = (head * asked + g) * (sealed + raw) + sealed
+                add_all(out, first + g * width, weights, at, values, head * room * width, raw, width)
 
 
 # ---- codes of channels (encode/channel_codes.py): runs of channels of equal width, with a gain for each token and run

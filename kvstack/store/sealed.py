@@ -22,8 +22,9 @@ from ..abilities import FitsText, Picked, ReadsDirectly, ReadsLinearly, RefitsTe
 from ..checks import Get, check_numbers, entries, items, misfit
 from ..encode.exact import EXACT, Exact
 from ..errors import UseError
-from ..floats import fitting, saturated
+from ..floats import fitting, saturated, wide
 from ..packed import Packed
+from ..read.codes import CompiledCodes, with_raw
 from ..read.latents import LatentReader, Opened, opened
 from ..stage import Codec, Encoder
 from ..types import KV, Latent, Layout, Rotation
@@ -87,6 +88,17 @@ class Sealed(Track):
     @abstractmethod
     def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
         """`weights` (B, H, G, T), or those of the picked ones, times the values: (B, H, G, D)."""
+
+    def logits(
+        self, layer: int, query: Tensor, raw: Tensor, picked: Picked | None, where: Where, work: Workspace
+    ) -> Tensor:
+        """`dot`, followed by the products with `raw` keys (B, H, n, D)."""
+        return with_raw(self.dot(layer, query, picked, where, work), query, raw)
+
+    def output(self, layer: int, weights: Tensor, raw: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+        """`mix`, for weights of sealed tokens and then of `raw` ones (B, H, n, D)."""
+        sealed, loose = weights.tensor_split([weights.shape[-1] - raw.shape[2]], dim=-1)
+        return wide(self.mix(layer, sealed, picked, work)) + torch.matmul(loose, wide(raw).to(loose.dtype))
 
     def end_forward(self) -> None:
         """Drop what was decoded for all layers."""
@@ -281,6 +293,20 @@ class LayerCodes(Sealed):
 
     def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
         return self.plan.reader(weights.device).mix(weights, self.packed["values"], "values", work)
+
+    def logits(
+        self, layer: int, query: Tensor, raw: Tensor, picked: Picked | None, where: Where, work: Workspace
+    ) -> Tensor:
+        reader = self.plan.reader(query.device)
+        if isinstance(reader, CompiledCodes):
+            return reader.dot(query, self.packed["keys"], "keys", work, raw)
+        return super().logits(layer, query, raw, picked, where, work)
+
+    def output(self, layer: int, weights: Tensor, raw: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+        reader = self.plan.reader(weights.device)
+        if isinstance(reader, CompiledCodes):
+            return reader.mix(weights, self.packed["values"], "values", work, raw)
+        return super().output(layer, weights, raw, picked, work)
 
     def payer(self, packed: Packed) -> object:
         return self.plan.encode

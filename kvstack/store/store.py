@@ -366,18 +366,15 @@ class Store:
         grouped = wide(query).reshape(b, h, -1, d) * scaling  # (B, H, G, D); products of halves may not be halves
         # logits of sealed tokens, then of raw ones
         picked = part.pick(layer, grouped, where)
-        packed = part.dot(layer, grouped, picked, where, work)
-        loose_logits = torch.matmul(grouped, raw.keys.to(grouped.dtype).transpose(-1, -2))
-        logits = torch.cat([packed, loose_logits.to(packed.dtype)], dim=-1)
+        logits = part.logits(layer, grouped, raw.keys, picked, where, work)
         if mask is not None:
             logits = self._masked(logits, mask, picked)
         # one softmax over all of them, and the values of both
         weights = logits.softmax(dim=-1, dtype=torch.float32)
-        sealed, loose = weights.tensor_split([packed.shape[-1]], dim=-1)
-        mixed = part.mix(layer, sealed, picked, work)
-        mixed = wide(mixed) + torch.matmul(loose, wide(raw.values).to(loose.dtype))
+        mixed = part.output(layer, weights, raw.values, picked, work)
         # tokens that were not picked have no weight
         if picked is not None:
+            sealed, loose = weights.tensor_split([weights.shape[-1] - raw.tokens], dim=-1)
             places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
             sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
             weights = torch.cat([sealed, loose], dim=-1)

@@ -56,6 +56,24 @@ def test_values(bits, group, rows, heads, queries, units, channel_groups, seed):
     assert_close(found, weights.double() @ codec.decode(packed, "values").double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(raw=st.integers(0, 37), room=st.integers(0, 5), width=st.sampled_from([16, 64, 72]), **SIZES)
+def test_raw_tokens_come_last(dtype, bits, group, rows, heads, queries, units, width, raw, room, seed):
+    """In a buffer that has room for more, as a view of it."""
+    codec, work, reader = Kivi(bits, 8), Workspace(), CompiledCodes(Kivi(bits, 8))
+    keys, values = (
+        codec.encode(numbers(rows, heads, 8 * units, width, seed=seed), name) for name in ("keys", "values")
+    )
+    view = numbers(rows, heads, raw + room, width, seed=seed + 2).to(dtype)[:, :, :raw]
+    query = numbers(rows, heads, queries, width, seed=seed + 1)
+    found = reader.dot(query, keys, "keys", work, view)
+    assert_close(found, query.double() @ torch.cat([codec.decode(keys, "keys"), view.float()], dim=2).double().mT)
+    weights = found.softmax(-1)
+    mixed = reader.mix(weights, values, "values", work, view)
+    whole = torch.cat([codec.decode(values, "values"), view.float()], dim=2)
+    assert_close(mixed, weights.double() @ whole.double())
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads):
     codec, work, before = Kivi(4, 32), Workspace(), torch.get_num_threads()

@@ -152,7 +152,7 @@ def test_all_channels_and_a_block_for_each_token_are_exact(monkeypatch):
 
 
 def test_which_tokens_are_exact():
-    """Those that weigh most for some query of their kv head, by scores of the middles of their blocks in plain loops."""
+    """Those that weigh most for some query of their kv head, by scores of their blocks' middles, in plain loops."""
     rope, tokens, exact, rough = a_rope(), 70, 9, 6
     made, keys, _ = reader(tokens, 12, exact, rough, rope)
     query = torch.randn(B, H, G, D, generator=draw(9))
