@@ -108,7 +108,7 @@ class Attention:
         if not binding.reuses:
             self._promises.kept(call.layer)
         if not self.batch.recording:
-            with exactly(call.module):
+            with exactly(call):
                 for group, end in enumerate(binding.ends):
                     if end == call.layer:
                         self.batch.settle(group, self.learned.scaling)
@@ -386,7 +386,7 @@ class Attention:
             part = masks.visible(part)[:, None, None] if part.dim() == 2 else part
             part = masks.fitted(part, store.positions(cohort.seen), query.shape[1])
         scaling = self.learned.scaling[call.layer]
-        with torch.no_grad(), exactly(call.module):
+        with torch.no_grad(), exactly(call):
             answer, unsorted = store.attend(slot, query.detach(), cohort.seen, scaling, self.batch.work, part)
         looked = store.in_order(unsorted) if call.implementation == "eager" else None
         if torch.is_grad_enabled() and (query.requires_grad or attached or self.batch.attached):
@@ -409,9 +409,9 @@ def _by_head(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
 
 
-def exactly(module: torch.nn.Module) -> AbstractContextManager[Any]:
+def exactly(call: Call) -> AbstractContextManager[Any]:
     """Arithmetic as it is written, whatever autocast would make of it."""
-    device = device_of(module).type
+    device = (device_of(call.module) if call.hidden is None else call.hidden.device).type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

@@ -44,6 +44,10 @@ class Packed:
         parts = {name: change(part) for name, part in self.parts.items()}
         return replace(self, parts=parts, tokens=self.tokens if tokens is None else tokens)
 
+    def compact(self) -> Packed:
+        """With parts whose memory has the order of their axes, as readers want it."""
+        return self._map(Tensor.contiguous)
+
     def append(self, newer: Packed) -> Packed:
         """This, followed by `newer` tokens of the same encoder."""
         parts = {name: torch.cat([part, newer.parts[name]], dim=2) for name, part in self.parts.items()}

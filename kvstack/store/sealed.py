@@ -64,7 +64,7 @@ class Sealed(Track):
 
     def _encode(self, name: str, encoder: Encoder, data: Tensor, payer: object) -> Packed:
         try:
-            return encoder.encode(data, name)
+            return encoder.encode(data, name).compact()
         except UseError as error:
             raise UseError(f"{payer!r} on layer {self.layers[0]}: {error}") from None
 

@@ -126,6 +126,15 @@ def filled(stack):
         return tiny.model()(ids[:, :1], past_key_values=stack).logits
 
 
+def test_codes_are_stored_as_they_are_read():
+    """From the prompt on, whose keys and values the model hands over in another order."""
+    stack = KVStack([Quant(4, group=8)], model=tiny.model(), window=8)
+    filled(stack)
+    parts = [x for store in stack.batch.stores for packed in store.packed.values() for x in packed.parts.values()]
+    assert parts
+    assert all(x.is_contiguous() for x in parts)
+
+
 def test_the_report_names_the_reader():
     stack = KVStack([Quant(4, group=8)], model=tiny.model(), window=8)
     filled(stack)
