@@ -397,8 +397,8 @@ class GroupLatents(Sealed):
         values.copy_(saturated(kv.values, values.dtype))
 
     def pick(self, layer: int, query: Tensor, where: Where) -> Picked | None:
-        if not isinstance(self.codec, ReadsDirectly):
-            return None
+        if not isinstance(self.codec, ReadsDirectly) or type(self.codec).pick is ReadsDirectly.pick:
+            return None  # without decoding anything for it
         latents = self._latents()
         query = query.to(_device_of(latents))
         return self.codec.pick(query, latents, layer, lambda keys, at: self._rotated(layer, keys, where, at))
