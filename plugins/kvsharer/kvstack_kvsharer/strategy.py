@@ -328,5 +328,10 @@ Kind = str
 
 def kinds_of(model: PreTrainedModel) -> dict[int, Kind]:
     """Full-attention layer -> what it holds, and where."""
-    devices = LayerGroups(model, 1).devices
-    return {i: f"{shape} on {devices[i]}" for i, shape in cached_shapes(model).items()}
+    layers = LayerGroups(model, 1)
+    # keys that are rotated mean nothing to a layer whose queries are not
+    plain = set(layers.full) - set(layers.rotated) if layers.rotates else set()
+    return {
+        i: f"{shape} on {layers.devices[i]}{', not rotated' if i in plain else ''}"
+        for i, shape in cached_shapes(model).items()
+    }

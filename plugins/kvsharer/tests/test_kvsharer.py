@@ -716,3 +716,25 @@ def test_contract(stage):
 
 def test_docstring_examples():
     assert doctest.testmod(kvstack_kvsharer) == (0, 3)
+
+
+def test_layers_that_rotate_share_with_their_like():
+    """SmolLM3 rotates no key in every fourth layer."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = SmolLM3Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        no_rope_layer_interval=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    kinds = kinds_of(SmolLM3ForCausalLM(config).eval())
+    assert kinds[0] == kinds[2]
+    assert kinds[1] == kinds[3]
+    assert kinds[0] != kinds[1]
