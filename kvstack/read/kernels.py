@@ -357,17 +357,28 @@ def channels_dot(numbers):
                 dot_four(vectors, u, rows, 4 * stride, stride, leading, out, to + 4)
 
 
+@njit(fastmath=FAST)
+def largest(weights, at):
+    """Of 8 weights."""
+    most = weights[at]
+    for t in range(1, 8):
+        most = max(most, weights[at + t])
+    return most
+
+
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)
 def channels_mix(numbers):
     """Weighted sums, weights (rows, heads, units * 8), of all channels: (rows, parts, heads, channels), whole tiles.
+    Units whose weights are all below 1 / (tokens * shares) are left out; shares = 0: none.
 
     tasks, parts, weights, codes, gains, out, scratch, runs, count of runs, heads, channels, units, bytes of codes and
-    of gains in a unit
+    of gains in a unit, shares
     """
     tasks, parts = numbers[0], numbers[1]
     weights, codes, gains, out = floats(numbers[2]), numbers[3], numbers[4], floats(numbers[5])
     runs, count, heads, channels = longs(numbers[7]), numbers[8], numbers[9], numbers[10]
     units, size, gain_size = numbers[11], numbers[12], numbers[13]
+    least = types.float32(1.0) / types.float32(max(1, units * 8 * numbers[14])) if numbers[14] else types.float32(0)
     mine, every = thread_number(), thread_count()
     stride = channels + STEP
     rows = floats(numbers[6] + 4 * 8 * stride * mine)
@@ -383,7 +394,8 @@ def channels_mix(numbers):
             for begin in range(0, channels, TILE):  # a tile of the rows stays near for all heads
                 for head in range(heads):
                     at = (row * heads + head) * units * 8 + unit * 8
-                    add_tile(out, first + head * channels + begin, weights, at, rows, begin, stride, TILE)
+                    if largest(weights, at) >= least:
+                        add_tile(out, first + head * channels + begin, weights, at, rows, begin, stride, TILE)
 
 
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)

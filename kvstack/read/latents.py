@@ -37,6 +37,9 @@ __all__ = ["Decoded", "LatentReader", "Opened", "opened", "reads_with"]
 
 BLOCK = 32
 """Tokens that are scored with one rotation."""
+SHARES = 100
+"""Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the
+attention. In texts of thousands of tokens they are nearly half of all."""
 TILE = 64
 """Channels that kernels take at once (kernels.py)."""
 SLACK = 32
@@ -58,8 +61,9 @@ class Opened(Protocol):
     def at(self, places: Tensor) -> Tensor:
         """All channels of the tokens at `places` (B, n): (B, n, R)."""
 
-    def mixed(self, weights: Tensor) -> Tensor:
-        """Weighted sums of all tokens: (B, heads, T) -> (B, heads, R)."""
+    def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
+        """Weighted sums of all tokens: (B, heads, T) -> (B, heads, R). Weights below an even share, 1 / T, by this
+        factor may be left out; 0: none."""
 
 
 def reads_with(encoder: Encoder, device: torch.device) -> str:
@@ -113,7 +117,7 @@ class Decoded:
     def at(self, places: Tensor) -> Tensor:
         return take_tokens(self.z.unsqueeze(1), places.unsqueeze(1))[:, 0]
 
-    def mixed(self, weights: Tensor) -> Tensor:
+    def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
         return weights.to(self.z) @ self.z
 
 
@@ -151,14 +155,14 @@ class CompiledChannels:
         )  # fmt: skip
         return out.mul_(self.encoder.steps)
 
-    def mixed(self, weights: Tensor) -> Tensor:
+    def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
         b, heads, _ = weights.shape
         rank = self.encoder.rank
         width, parts = -(-rank // TILE) * TILE, self._parts()
         out = torch.empty(b, parts, heads, width)
         compiled.kernel("channels_mix")(
             b * parts, parts, weights.float().contiguous(), self.codes, self.gains, out, self._scratch(width),
-            self.runs, len(self.runs), heads, width, self.units, *self._sizes,
+            self.runs, len(self.runs), heads, width, self.units, *self._sizes, shares,
         )  # fmt: skip
         return out.sum(1)[..., :rank] * self.encoder.steps
 
@@ -216,7 +220,7 @@ class LatentReader:
     def mix(self, weights: Tensor) -> Tensor:
         """`weights` (B, H, G, T) times the values: (B, H, G, D)."""
         h, g = weights.shape[1:3]
-        mixed = self.for_values.mixed(weights.flatten(1, 2)).unflatten(1, (h, g))  # (B, H, G, R)
+        mixed = self.for_values.mixed(weights.flatten(1, 2), SHARES).unflatten(1, (h, g))  # (B, H, G, R)
         out = mixed @ self.values.axes.to(mixed.dtype).transpose(1, 2)
         if self.values.mean is None:
             return out

@@ -59,6 +59,19 @@ def test_compiled_channels_are_decoded_ones(widths, rows, units, heads, block, l
     assert_close(compiled.mixed(weights), plain.mixed(weights))
 
 
+def test_weights_that_do_not_count_are_left_out():
+    """Of an attention that sums to one, less than a hundredth; of an even one, nothing."""
+    codes = encoder([4] * 70)
+    z = torch.randn(1, 1, 800, 70, generator=draw(1)) * codes.deviation
+    packed = codes.encode(z, "latent")
+    compiled, plain = CompiledChannels(codes, packed, Workspace()), Decoded(codes.decode(packed, "latent"))
+    weights = (5 * torch.randn(1, 3, 800, generator=draw(2))).softmax(-1)
+    apart = (compiled.mixed(weights, 100) - plain.mixed(weights)).abs()
+    assert 1e-5 < float(apart.max()) < 0.01 * float(plain.z.abs().max())
+    even = torch.full((1, 3, 800), 1 / 800)
+    assert_close(compiled.mixed(even, 100), plain.mixed(even))
+
+
 def test_products_in_plain_loops():
     z = torch.randn(1, 1, 13, 6, generator=draw(0))
     vectors = torch.randn(1, 4, 2, 3, generator=draw(1))
