@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import Cache
 
+from ... import KVStack
 from .. import terminal
 from ..results import Figures, Results
 from . import sizes, subject, variants
@@ -32,10 +33,11 @@ CONTEXTS = (1024, 4096, 7936)  # the steps after the last one still fit into a w
 STACKS = (
     "empty",
     "evict:0.2",
+    "quant:8",
     "quant:4",
     "quant:2",
     "quant:2+evict:0.2",
-    "commonkv+quant:2",
+    "commonkv:0.65+quant:2",
     "commonkv+quant:2+evict:0.2",
     "hqq:4",
     "hqq:2",
@@ -135,6 +137,12 @@ def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dic
         "speed_mean": statistics.mean(dense.bursts) / statistics.mean(lane.bursts),
         "nbytes": sizes.held_bytes(lane.cache),
         "share": sizes.share_of_bfloat16(lane.cache, model),
+        "reader": _reader(lane.cache),
         "prefills_ms": [seconds * 1e3 for seconds in lane.first],
         "bursts_ms": [seconds * 1e3 for seconds in lane.bursts],
     }
+
+
+def _reader(cache: Cache) -> str:
+    """What answered from sealed tokens; empty for caches that have none."""
+    return " and ".join(cache.report().reads_with) if isinstance(cache, KVStack) else ""

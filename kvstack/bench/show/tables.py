@@ -129,6 +129,7 @@ def decode(figures: Figures) -> None:
             f"{row['speed_mean']:.2f}x",
             mib(row["nbytes"]),
             f"{row['nbytes'] / dense['nbytes']:.1%}",
+            row.get("reader", ""),
         ]
         for row in rows
     ]
@@ -138,7 +139,7 @@ def decode(figures: Figures) -> None:
         f"first: time to the first token, median of {len(dense['prefills_ms'])}; {dense['tokens']} tokens decoded "
         "with each cache; the mean includes the occasional slow steps that seal or quantize a block"
     )
-    _print(title, (*columns, "MiB", "of dense"), lines, caption)
+    _print(title, (*columns, "MiB", "of dense", "reader"), lines, caption)
 
 
 def matrix(qualities: Figures, speeds: Figures) -> None:

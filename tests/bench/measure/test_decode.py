@@ -15,3 +15,4 @@ def test_decode_counts_bytes_of_every_cache(bench):
     assert rows["dense"]["ttft_cost"] == 0
     assert rows["dense"]["speed_typical"] == 1
     assert rows["evict:0.2"]["nbytes"] < rows["dense"]["nbytes"] / 2
+    assert [row["reader"] for row in rows.values()] == ["", "", "", "numba"]
