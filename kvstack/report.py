@@ -53,7 +53,7 @@ class Report:
         if self.model_nbytes:
             caption += f"; beside it {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
         if self.reads_with:
-            caption += f"; single queries are read with {' and '.join(self.reads_with)}"
+            caption += f"; read with {' and '.join(self.reads_with)}"
         table = Table(title=self.stack, caption=caption, title_justify="left")
         for name, justify in (("paid by", "left"), ("part", "left"), ("KiB", "right"), ("of dense", "right")):
             table.add_column(name, justify="right" if justify == "right" else "left")
