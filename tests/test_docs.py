@@ -160,12 +160,16 @@ def test_docstring_examples(name):
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+ANCHOR = re.compile(r'<a id="([^"]+)">')
 
 
 def anchors(page: Path) -> set[str]:
-    """Headings of a page, as links name them."""
-    headings = HEADING.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """Headings of a page, as links name them, and the places it names itself."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    headings = HEADING.findall(text)
+    return set(ANCHOR.findall(text)) | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)

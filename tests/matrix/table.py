@@ -93,9 +93,10 @@ class Notes:
 
 
 def _general(words: str) -> str:
-    """The words of a refusal without the model, the layer and the numbers that it names."""
-    words = re.sub(r"\b[A-Z]\w*For(CausalLM|ConditionalGeneration)\b", "the model", words)
+    """The words of a refusal without the model, the layer, the settings and the numbers that it names."""
+    words = re.sub(r"\b[A-Z]\w*(For(CausalLM|ConditionalGeneration)|LMHeadModel)\b", "the model", words)
     words = re.sub(r"KVStack\(\[.*?\](, \w+=\w+)*\)", "KVStack(...)", words)
+    words = re.sub(r"\b([A-Z]\w*)\((?:[^()]|\([^()]*\))*=(?:[^()]|\([^()]*\))*\)", r"\1", words)
     words = re.sub(r"\blayers? (\[[\d, ]*\]|\d+)", "layer N", words)
     return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "N", words)
 
