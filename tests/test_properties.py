@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstack import Evict, KVStack, Quant, SnapKV
-from kvstack.encode.kivi import Kivi
+from kvstack.read.codes import CompiledCodes
 from tests import tiny
 
 LAYERS = 2
@@ -134,7 +134,7 @@ def test_fused_agrees_with_plain(length, bits, evict, attention):
 def test_the_fused_path_reads_codes(monkeypatch):
     """Otherwise the test above compares one path with itself."""
     calls = []
-    monkeypatch.setattr(Kivi, "dot", lambda *a, dot=Kivi.dot: calls.append(1) or dot(*a))
+    monkeypatch.setattr(CompiledCodes, "dot", lambda *a, dot=CompiledCodes.dot: calls.append(1) or dot(*a))
     for fused, expected in ((True, LAYERS), (False, 0)):
         calls.clear()
         stack = filled([Quant(4, group=8)], 60, sinks=2, window=8, block=8, fused=fused)
