@@ -136,7 +136,7 @@ def test_the_fused_path_reads_codes(monkeypatch):
     calls = []
     monkeypatch.setattr(CompiledCodes, "dot", lambda *a, dot=CompiledCodes.dot: calls.append(1) or dot(*a))
     for fused, expected in ((True, LAYERS), (False, 0)):
-        calls.clear()
         stack = filled([Quant(4, group=8)], 60, sinks=2, window=8, block=8, fused=fused)
+        calls.clear()  # of the check whether the reader is right
         model()(tiny.tokens(1, 1), past_key_values=stack)
         assert len(calls) == expected
