@@ -35,7 +35,7 @@ from . import compiled
 
 __all__ = ["Decoded", "LatentReader", "Opened", "opened", "reads_with"]
 
-BLOCK = 32
+BLOCK = 16
 """Tokens that are scored with one rotation."""
 SHARES = 100
 """Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the

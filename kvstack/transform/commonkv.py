@@ -70,7 +70,7 @@ class CommonKV(Transform):
         exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head (default 384): those
             that rough scores put first. The others keep their rough scores, and all values count. None: all keys are
             rebuilt, as for a prompt.
-        rough: how many leading channels of a latent make the rough scores (default 256).
+        rough: how many leading channels of a latent make the rough scores (default 512).
         rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
             model's own. On processors with products of bfloat16 that is several times faster.
 
@@ -94,7 +94,7 @@ class CommonKV(Transform):
     similarity: Literal["ends", "pairs"] = "ends"
     calibration: str | os.PathLike[str] | Calibration | None = None
     exact: int | None = 384
-    rough: int = 256
+    rough: int = 512
     rebuild: Literal["float32", "bfloat16"] | None = None
 
     name = "commonkv"
@@ -136,7 +136,7 @@ class CommonKV(Transform):
         check(
             self.exact is None or _counts(self.exact), self, "exact counts tokens.", "Use exact=384, or None for all."
         )
-        check(_counts(self.rough), self, "rough counts channels.", "Use rough=256.")
+        check(_counts(self.rough), self, "rough counts channels.", "Use rough=512.")
         object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
         known = self.rebuild in (None, "float32", "bfloat16")
         check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')

@@ -172,7 +172,9 @@ def test_which_tokens_are_exact():
     found = made.dot(query)
     plain = torch.einsum("btr,rhd->bhtd", made.for_keys.z[..., :rough], made.keys.axes[0, :rough])
     plain = plain + made.keys.mean[:, None]
-    middles = torch.tensor([min(tokens - 1, token // 32 * 32 + 16) + 5 for token in range(tokens)])[None, None]
+    middles = torch.tensor(
+        [min(tokens - 1, token // latents.BLOCK * latents.BLOCK + latents.BLOCK // 2) + 5 for token in range(tokens)]
+    )[None, None]
     scores = query @ rope.rotate(plain, middles).mT
     for row in range(B):
         for head in range(H):
