@@ -220,7 +220,8 @@ class LatentReader:
     def mix(self, weights: Tensor) -> Tensor:
         """`weights` (B, H, G, T) times the values: (B, H, G, D)."""
         h, g = weights.shape[1:3]
-        mixed = self.for_values.mixed(weights.flatten(1, 2), SHARES).unflatten(1, (h, g))  # (B, H, G, R)
+        shares = SHARES if self.for_values.tokens > self.exact else 0  # where all keys are exact, so are the values
+        mixed = self.for_values.mixed(weights.flatten(1, 2), shares).unflatten(1, (h, g))  # (B, H, G, R)
         out = mixed @ self.values.axes.to(mixed.dtype).transpose(1, 2)
         if self.values.mean is None:
             return out
