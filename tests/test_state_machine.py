@@ -17,7 +17,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
+)
+from hypothesis.stateful import (
+    run_state_machine_as_test as check_machine,
 )
 
 from kvstack import CommonKV, Evict, KVStack, Quant, Transform
@@ -254,4 +256,4 @@ def tensors_in(thing, seen=None):
 @pytest.mark.parametrize("name", STACKS)
 def test_conversations(name):
     machine = type(f"Conversation_{name}", (Conversation,), {"stages": STACKS[name]})
-    run_state_machine_as_test(machine, settings=settings(max_examples=10, stateful_step_count=10, deadline=None))
+    check_machine(machine, settings=settings(max_examples=10, stateful_step_count=10, deadline=None))

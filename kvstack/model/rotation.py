@@ -222,8 +222,7 @@ class Rope:
         if backwards:
             tables = _inverse(tables)
         assert self.form is not None  # `tables` has refused
-        exact = x if x.dtype == torch.float64 else x.float()
-        return self.form.turn(exact, tables).to(x.dtype)
+        return self.form.turn(wide(x), tables).to(x.dtype)
 
 
 def _by_axis(positions: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 What packed the numbers can always do this, in plain torch: it is the reference. The readers here do the same faster,
 where the machine lets them. Which one answers is settled when a stack is bound, and `report()` names it.
 
-compiled.py     kernels for a processor, compiled by numba; kernels.py are their loops
+compiled.py     kernels for a processor, compiled by numba: loops in kernels.py, threads in openmp.py
 codes.py        readers of Quant's codes
 latents.py      reading latents: rough scores of all tokens, exact keys of those that matter
 """

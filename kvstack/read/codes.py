@@ -12,6 +12,7 @@ from torch import Tensor
 from ..packed import Packed
 from ..workspace import Workspace
 from . import compiled
+from .sizes import parts
 
 if TYPE_CHECKING:
     from ..encode.kivi import Kivi
@@ -61,12 +62,12 @@ class CompiledCodes:
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         b, h, g, d = query.shape
         units, tokens = codes.shape[2], self.codec.group
-        parts, loose = _parts(b * h, units), 0 if raw is None else raw.shape[2]
+        pieces, loose = parts(b * h, units), 0 if raw is None else raw.shape[2]
         out = torch.empty(b, h, g, packed.tokens + loose)
         scratch = work.get("rows", (torch.get_num_threads(), (tokens + 1) * d), torch.float32, query.device)
         compiled.kernel("kivi_dot")(
-            b * h * parts, parts, query.contiguous(), codes, scale, low, out, scratch, g, d, units, self.codec.bits,
-            tokens, *_raw(raw),
+            b * h * pieces, pieces, query.contiguous(), codes, scale, low, out, scratch, g, d, units,
+            self.codec.bits, tokens, *_raw(raw),
         )  # fmt: skip
         return out
 
@@ -79,14 +80,14 @@ class CompiledCodes:
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         (b, h, g, _), d = weights.shape, packed.width
         units, tokens = codes.shape[2], self.codec.group
-        parts = _parts(b * h, units)
-        out = torch.empty(b, h, parts, g, d)
+        pieces = parts(b * h, units)
+        out = torch.empty(b, h, pieces, g, d)
         scratch = work.get("rows", (torch.get_num_threads(), tokens * d), torch.float32, weights.device)
         compiled.kernel("kivi_mix")(
-            b * h * parts, parts, weights.contiguous(), codes, scale, low, out, scratch, g, d, units, self.codec.bits,
-            tokens, scale.shape[3], *_raw(raw),
+            b * h * pieces, pieces, weights.contiguous(), codes, scale, low, out, scratch, g, d, units,
+            self.codec.bits, tokens, scale.shape[3], *_raw(raw),
         )  # fmt: skip
-        return out[:, :, 0] if parts == 1 else out.sum(2)
+        return out[:, :, 0] if pieces == 1 else out.sum(2)
 
     def _reads(self, x: Tensor, packed: Packed, raw: Tensor | None) -> bool:
         if x.dtype != torch.float32 or packed.parts["scale"].dtype != torch.float16:
@@ -111,8 +112,3 @@ def _is_buffer(raw: Tensor) -> bool:
 def _raw(raw: Tensor | None) -> tuple[Tensor | int, int, int]:
     """Address, tokens, and tokens from a head to the next."""
     return (0, 0, 0) if raw is None else (raw, raw.shape[2], raw.stride(1) // raw.shape[3])
-
-
-def _parts(heads: int, units: int) -> int:
-    """Into how many parts the units of a head are cut, so that all threads have something to do."""
-    return max(1, min(units, -(-2 * torch.get_num_threads() // heads)))

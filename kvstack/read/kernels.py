@@ -16,10 +16,9 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from . import openmp
+from .sizes import STEP, TILE
 
-__all__ = ["NAMES"]
-
-NAMES = ("kivi_dot", "kivi_mix", "channels_dot", "channels_mix", "channels_at")
+__all__ = ["channels_at", "channels_dot", "channels_mix", "kivi_dot", "kivi_mix"]
 
 # sums may be reordered, so that they run in vectors; NaN and infinity keep their meaning
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -75,12 +74,8 @@ def unpack(codes, at, bits, tokens, width, out):
         weight, first = weight << plane, False
 
 
-TILE = 64
-"""Channels that are worked on at once: they stay in the nearest cache, and a loop of known length leaves no rest."""
 SMALL = 16
-"""The same for heads of other sizes."""
-STEP = 32
-"""Codes that a loop of any length takes at once."""
+"""TILE for heads of other sizes."""
 
 
 def _tile(size):
@@ -252,59 +247,50 @@ def kivi_mix(numbers):
 
 
 @njit(fastmath=FAST)
-def write(codes, row, count, shift, mask, factor, base, out, to):
-    """`base` and `factor` times one plane of codes, in whole steps."""
-    for i in range((count + STEP - 1) // STEP * STEP):
-        code = (types.int32(codes[row + i]) >> shift) & mask
-        out[to + i] = base + factor * types.float32(code)
+def unpack_run(codes, at, bits, channels, token, factor, count, out, to):
+    """`count` channels of a run, of one token of its unit: factor * (code - middle)."""
+    base, first = -factor * types.float32(((1 << bits) - 1) * 0.5), True
+    for plane in (8, 4, 2, 1):
+        if not bits & plane:
+            continue
+        mask, row, shift = (1 << plane) - 1, at + token % plane * channels, token // plane * plane
+        if first:
+            for i in range(count):
+                out[to + i] = base + factor * types.float32((types.int32(codes[row + i]) >> shift) & mask)
+        else:
+            for i in range(count):
+                out[to + i] += factor * types.float32((types.int32(codes[row + i]) >> shift) & mask)
+        at += plane * channels
+        factor, first = factor * types.float32(mask + 1), False
 
 
 @njit(fastmath=FAST)
-def add(codes, row, count, shift, mask, factor, base, out, to):
-    """`write`, of one more plane."""
-    for i in range((count + STEP - 1) // STEP * STEP):
-        code = (types.int32(codes[row + i]) >> shift) & mask
-        out[to + i] += factor * types.float32(code)
+def unpack_token(codes, gains, runs, count, token, end, out, to, whole):
+    """The first `end` channels of one token of a unit, in steps of their runs; returns how many there are.
 
-
-@njit(fastmath=FAST)
-def unpack_channels(codes, gains, runs, count, begin, end, out, stride, last):
-    """Channels `begin` to `end` of the 8 tokens of one unit, in steps of their runs, gain * (code - middle); rows of
-    `stride` numbers, zero behind the last channel.
-
-    runs: bits and channels of every run. gains: two rows of bytes, four tokens in each of them. Loops go in whole
-    steps and write as many too many, which the next run writes again: rows are so much longer than needed.
-    The `last` unit is read number by number, since nothing may be read behind it.
+    runs: bits and channels of every run. gains: two rows of bytes, four tokens in each of them. With `whole`, loops go
+    in whole steps, and read and write as many numbers too many; the next run writes them again.
     """
-    at = start = filled = 0
+    at = filled = 0
     for run in range(count):
         bits, channels = runs[2 * run], runs[2 * run + 1]
-        skipped = max(0, begin - start)
-        wanted = min(channels, end - start) - skipped
-        if wanted > 0:
-            middle = types.float32(((1 << bits) - 1) * 0.5)
-            for token in range(8):
-                factor = gain_of(gains[(token % 2) * count + run] >> (token // 2 * 2))
-                base, to, plane_at, first = -factor * middle, token * stride + filled, at + skipped, True
-                for plane in (8, 4, 2, 1):
-                    if not bits & plane:
-                        continue
-                    mask, row, shift = (1 << plane) - 1, plane_at + token % plane * channels, token // plane * plane
-                    if last:
-                        for i in range(wanted):
-                            code = factor * types.float32((types.int32(codes[row + i]) >> shift) & mask)
-                            out[to + i] = base + code if first else out[to + i] + code
-                    elif first:
-                        write(codes, row, wanted, shift, mask, factor, base, out, to)
-                    else:
-                        add(codes, row, wanted, shift, mask, factor, base, out, to)
-                    plane_at += plane * channels
-                    factor, first = factor * types.float32(mask + 1), False
-            filled += wanted
+        wanted = min(channels, end - filled)
+        if wanted <= 0:
+            break
+        gain = gain_of(gains[(token % 2) * count + run] >> (token // 2 * 2))
+        taken = (wanted + STEP - 1) // STEP * STEP if whole else wanted
+        unpack_run(codes, at, bits, channels, token, gain, taken, out, to + filled)
+        filled += wanted
         at += bits * channels
-        start += channels
+    return filled
+
+
+@njit(fastmath=FAST)
+def unpack_channels(codes, gains, runs, count, end, out, stride, whole):
+    """The first `end` channels of the 8 tokens of one unit, rows of `stride` numbers, zero behind the last channel."""
     for token in range(8):
-        for i in range(filled, end - begin):
+        filled = unpack_token(codes, gains, runs, count, token, end, out, token * stride, whole)
+        for i in range(filled, end):
             out[token * stride + i] = types.float32(0)
 
 
@@ -347,9 +333,10 @@ def channels_dot(numbers):
     for task in range(tasks * mine // every, tasks * (mine + 1) // every):
         row, part = task // parts, task % parts
         for unit in range(units * part // parts, units * (part + 1) // parts):
-            here, last = row * units + unit, task == tasks - 1 and unit == units - 1
+            here = row * units + unit
+            whole = (tasks // parts * units - here - 1) * size >= STEP  # so much may be read behind this unit
             unit_codes, unit_gains = bytes_(codes + here * size), bytes_(gains + here * gain_size)
-            unpack_channels(unit_codes, unit_gains, runs, count, 0, leading, rows, stride, last)
+            unpack_channels(unit_codes, unit_gains, runs, count, leading, rows, stride, whole)
             for head in range(heads):
                 u = ((row * blocks + unit // block) * heads + head) * leading
                 to = (row * heads + head) * units * 8 + unit * 8
@@ -388,9 +375,10 @@ def channels_mix(numbers):
         for i in range(heads * channels):
             out[first + i] = types.float32(0)
         for unit in range(units * part // parts, units * (part + 1) // parts):
-            here, last = row * units + unit, task == tasks - 1 and unit == units - 1
+            here = row * units + unit
+            whole = (tasks // parts * units - here - 1) * size >= STEP  # so much may be read behind this unit
             unit_codes, unit_gains = bytes_(codes + here * size), bytes_(gains + here * gain_size)
-            unpack_channels(unit_codes, unit_gains, runs, count, 0, channels, rows, stride, last)
+            unpack_channels(unit_codes, unit_gains, runs, count, channels, rows, stride, whole)
             for begin in range(0, channels, TILE):  # a tile of the rows stays near for all heads
                 for head in range(heads):
                     at = (row * heads + head) * units * 8 + unit * 8
@@ -412,24 +400,4 @@ def channels_at(numbers):
         here, token = task // n * units + places[task] // 8, places[task] % 8
         codes, gains = bytes_(numbers[3] + here * size), bytes_(numbers[4] + here * gain_size)
         out = floats(numbers[5] + 4 * task * channels)
-        at = start = 0
-        for run in range(count):
-            bits, wide = runs[2 * run], runs[2 * run + 1]
-            weight, first = 1, True
-            for plane in (8, 4, 2, 1):
-                if not bits & plane:
-                    continue
-                mask, row, shift = (1 << plane) - 1, at + (token % plane) * wide, (token // plane) * plane
-                if first:
-                    for i in range(wide):
-                        out[start + i] = types.float32((types.int32(codes[row + i]) >> shift) & mask)
-                else:
-                    for i in range(wide):
-                        out[start + i] += types.float32(((types.int32(codes[row + i]) >> shift) & mask) * weight)
-                at += plane * wide
-                weight, first = weight << plane, False
-            middle = types.float32(((1 << bits) - 1) * 0.5)
-            gain = gain_of(gains[(token % 2) * count + run] >> (token // 2 * 2))
-            for i in range(wide):
-                out[start + i] = gain * (out[start + i] - middle)
-            start += wide
+        unpack_token(codes, gains, runs, count, token, channels, out, 0, False)

@@ -32,6 +32,7 @@ from ..stage import Encoder
 from ..types import Rotation, take_tokens
 from ..workspace import Workspace
 from . import compiled
+from .sizes import STEP, TILE, parts
 
 __all__ = ["Decoded", "LatentReader", "Opened", "opened", "reads_with"]
 
@@ -40,10 +41,6 @@ BLOCK = 16
 SHARES = 100
 """Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the
 attention. In texts of thousands of tokens they are nearly half of all."""
-TILE = 64
-"""Channels that kernels take at once (kernels.py)."""
-SLACK = 32
-"""Numbers that kernels may write behind a row (kernels.py)."""
 
 
 # ---- one latent, open for the reading of one forward
@@ -139,9 +136,9 @@ class CompiledChannels:
         width = -(-leading // TILE) * TILE
         scaled = vectors.new_zeros(b, blocks, heads, width)
         torch.mul(vectors, self.encoder.steps[:leading], out=scaled[..., :leading])
-        parts, out = self._parts(), torch.empty(b, heads, self.tokens)
+        pieces, out = parts(self.rows, self.units), torch.empty(b, heads, self.tokens)
         compiled.kernel("channels_dot")(
-            b * parts, parts, scaled, self.codes, self.gains, out, self._scratch(width), self.runs, len(self.runs),
+            b * pieces, pieces, scaled, self.codes, self.gains, out, self._scratch(width), self.runs, len(self.runs),
             heads, width, self.units, block // 8, blocks, *self._sizes,
         )  # fmt: skip
         return out
@@ -158,20 +155,17 @@ class CompiledChannels:
     def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
         b, heads, _ = weights.shape
         rank = self.encoder.rank
-        width, parts = -(-rank // TILE) * TILE, self._parts()
-        out = torch.empty(b, parts, heads, width)
+        width, pieces = -(-rank // TILE) * TILE, parts(self.rows, self.units)
+        out = torch.empty(b, pieces, heads, width)
         compiled.kernel("channels_mix")(
-            b * parts, parts, weights.float().contiguous(), self.codes, self.gains, out, self._scratch(width),
+            b * pieces, pieces, weights.float().contiguous(), self.codes, self.gains, out, self._scratch(width),
             self.runs, len(self.runs), heads, width, self.units, *self._sizes, shares,
         )  # fmt: skip
         return out.sum(1)[..., :rank] * self.encoder.steps
 
     def _scratch(self, width: int) -> Tensor:
-        size = (torch.get_num_threads(), 8 * (width + SLACK))
+        size = (torch.get_num_threads(), 8 * (width + STEP))
         return self.work.get("rows", size, torch.float32, self.codes.device)
-
-    def _parts(self) -> int:
-        return max(1, min(self.units, -(-2 * torch.get_num_threads() // self.rows)))
 
 
 # ---- one layer

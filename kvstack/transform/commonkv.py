@@ -163,9 +163,11 @@ def _counts(number: object) -> bool:
 class Calibrated(Budgeted):
     """Axes from a calibration. All groups compete for one budget."""
 
+    stage: CommonKV
+
     def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
-        self.settings, self.groups, self.dtype = stage, groups, dtype
+        self.groups, self.dtype = groups, dtype
         self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher")
         axes = [len(known) for known in self.channels]
         stage.check_rank(groups, min(axes))
@@ -198,7 +200,7 @@ class Calibrated(Budgeted):
         encoder = allotment.encoder
         if encoder is not None:
             codec.encoders = {LATENT: encoder.to(device) if isinstance(encoder, ChannelCodes) else encoder}
-        codec.exact, codec.rough = self.settings.exact, self.settings.rough
+        codec.exact, codec.rough = self.stage.exact, self.stage.rough
         codec.tensors = [*basis.tensors, *self.calibration.tensors(layers)]
         codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)
         return codec
@@ -207,9 +209,11 @@ class Calibrated(Budgeted):
 class OfWeights(BoundTransform):
     """The paper's axes: singular vectors of the key and value projections. All groups have the same rank."""
 
+    stage: CommonKV
+
     def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
-        self.settings, self.groups, self.dtype = stage, groups, dtype
+        self.groups, self.dtype = groups, dtype
         self.merge, self.similarity = stage.merge, stage.similarity
         self.axes = weight_axes(model, groups)
         stage.check_rank(groups, self.axes.full_rank)
@@ -239,7 +243,7 @@ class OfWeights(BoundTransform):
             shares = torch.tensor(mine if sum(mine) > 0 else [1.0] * len(layers), device=device)
             down = self.axes.down(layers, self.rank, device)
             codec = Mean(basis, apart, down, shares / shares.sum(), self.similarity)
-        codec.exact, codec.rough = self.settings.exact, self.settings.rough
+        codec.exact, codec.rough = self.stage.exact, self.stage.rough
         codec.tensors = [*basis.tensors, *self.axes.tensors(layers)]
         codec.fingerprint = _fingerprint(self.axes.fingerprint, layers, codec)
         return codec

@@ -1,5 +1,8 @@
 """Reading latents from rough scores, beside keys that are all rebuilt."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +60,43 @@ def test_compiled_channels_are_decoded_ones(widths, rows, units, heads, block, l
     assert_close(compiled.at(places), plain.at(places))
     weights = torch.rand(rows, heads, tokens, generator=draw(seed))
     assert_close(compiled.mixed(weights), plain.mixed(weights))
+
+
+BEHIND = """
+import ctypes, mmap, sys, torch
+from kvstack.encode.channel_codes import ChannelCodes
+from kvstack.read.latents import CompiledChannels, Decoded
+from kvstack.workspace import Workspace
+
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+
+def at_the_end(x):
+    # the last byte of a page, and nothing may be read in the next one
+    memory = mmap.mmap(-1, 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
+    made = torch.frombuffer(memory, dtype=torch.uint8, count=x.numel(), offset=page - x.numel()).view(x.shape)
+    return made.copy_(x)
+
+for widths in ([1], [2, 1], [3] * 5, [8, 5, 2, 1, 1], [2] * 40):
+    codes = ChannelCodes(torch.ones(len(widths)), torch.tensor(widths, dtype=torch.uint8))
+    packed = codes.encode(torch.randn(1, 1, 48, len(widths)), "latent")._map(at_the_end)
+    found, plain = CompiledChannels(codes, packed, Workspace()), Decoded(codes.decode(packed, "latent"))
+    for x, y in (
+        (found.products(torch.ones(1, 3, 2, len(widths)), 16), plain.products(torch.ones(1, 3, 2, len(widths)), 16)),
+        (found.mixed(torch.ones(1, 2, 48)), plain.mixed(torch.ones(1, 2, 48))),
+        (found.at(torch.arange(48)[None]), plain.at(torch.arange(48)[None])),
+    ):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+print("read")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_nothing_is_read_behind_the_codes():
+    """In a process of its own: it would not survive."""
+    done = subprocess.run([sys.executable, "-c", BEHIND], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "read"), done.stderr
 
 
 def test_weights_that_do_not_count_are_left_out():
