@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .turns import Turns
 
 __all__ = [
     "KV",
@@ -54,15 +57,12 @@ class Rotation(TokenRotation, Protocol):
     """The rotary embedding of one layer: `positions` are those that the model was given, (B or 1, H or 1, T), or
     (B or 1, axes, H or 1, T) where these are not the indices of the tokens."""
 
-    def facing(self, query: Tensor, positions: Tensor, block: int, /) -> Tensor:
-        """Queries (B, heads, D) turned so that they meet un-rotated keys as they would meet rotated ones: for each
-        block of tokens as at its middle, (B, heads, blocks, D). Positions are the same for all heads."""
-
-    def rotate_at(self, x: Tensor, positions: Tensor, places: Tensor, /) -> Tensor:
-        """Rotate `x` (B, H, n, D) to the positions at `places` (B, H, n) of those of all tokens."""
+    def turns(self, positions: Tensor, width: int, /) -> Turns | None:
+        """How heads of `width` channels are turned at positions that are the same for all
+        heads; None where that is not pair by pair."""
 
     def remember(self, positions: Tensor, /) -> None:
-        """Keep the tables for this very tensor of positions until `forget`."""
+        """Keep the tables for these positions until `forget`."""
 
     def forget(self) -> None: ...
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import UseError
 from ..floats import wide
 from ..types import LONG
+from ..turns import Pairs, Turns, find_pairs
 
 __all__ = ["Form", "Rope", "RotaryCall", "Tables"]
 
@@ -99,6 +100,19 @@ class Form:
         return turned
 
 
+@dataclass(eq=False)
+class _Known:
+    """What was worked out for some positions."""
+
+    positions: Tensor
+    tables: Tables
+    turns: Turns | None = None
+
+    def knows(self, positions: Tensor) -> bool:
+        """Whether they are these: groups of layers hold tensors of their own, of the same numbers."""
+        return self.positions.device == positions.device and torch.equal(self.positions, positions)
+
+
 class Rope:
     """Rotates keys of one layer to given positions and back.
 
@@ -116,15 +130,21 @@ class Rope:
         self._short = self._long = call.module if call else None
         if call is not None and switch is not None:
             self._short, self._long = (_frozen(call, at) for at in (0, switch))
-        self._last: tuple[Tensor, Tables] | None = None
+        self._last: _Known | None = None
+        self._pairs: dict[tuple[int, torch.device], Pairs | None] = {}
 
     # ---- tables
 
     def remember(self, positions: Tensor) -> None:
-        """Compute the tables of `positions` once, for all calls with this very tensor until `forget`."""
-        if positions.shape[-2] == 1 and (self._last is None or self._last[0] is not positions):
-            self._last = None
-            self._last = (positions, _wide(self.tables(_by_axis(positions)[:, :, 0])))
+        """Compute the tables of `positions` once, for all calls with the same ones until `forget`."""
+        last = self._last
+        if positions.shape[-2] > 1 or (last is not None and last.positions is positions):
+            return
+        if last is not None and last.knows(positions):
+            self._last = replace(last, positions=positions)
+            return
+        self._last = None
+        self._last = _Known(positions, _wide(self.tables(_by_axis(positions)[:, :, 0])))
 
     def forget(self) -> None:
         self._last = None
@@ -168,38 +188,45 @@ class Rope:
         """The inverse of `rotate`."""
         return self._turn(x, positions, backwards=True)
 
-    def facing(self, query: Tensor, positions: Tensor, block: int) -> Tensor:
-        """Queries (B, heads, D) as un-rotated keys of each block of tokens meet them, (B, heads, blocks, D): turned
-        back by the position of the block's middle, the same for all heads. q . rotate(k) = facing(q) . k there."""
+    def turns(self, positions: Tensor, width: int) -> Turns | None:
+        """How heads of `width` channels are turned at positions that are the same for all heads, computed once like
+        the tables; None where the rotation is not one of pairs."""
         self.remember(positions)
-        tables = tuple(x[:, block // 2 :: block] for x in self._tables_of(positions))
-        count = positions.shape[-1]
-        if count % block and count % block <= block // 2:  # the last block ends before its middle
-            tables = tuple(
-                torch.cat([x, y[:, -1:]], dim=1) for x, y in zip(tables, self._tables_of(positions), strict=True)
-            )
-        assert self.form is not None  # `tables` has refused
-        # the transpose of a rotation that may be scaled, not its inverse
-        back = (tables[0].conj(),) if len(tables) == 1 else (tables[0], -tables[1])
-        exact = wide(query).unsqueeze(2).expand(-1, -1, back[0].shape[1], -1)
-        return self.form.turn(exact, back).to(query.dtype)
+        last = self._last  # read once: a copy of the stack in another thread may forget it
+        known = None if last is None else last.turns
+        if known is None:
+            known = self._turns(positions, width)
+            if last is not None:
+                last.turns = known
+        return known
 
-    def rotate_at(self, x: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-        """Rotate `x` (B, H, n, D) to the positions at `places` (B, H, n) of those of all tokens, the same for all
-        heads."""
-        self.remember(positions)
-        b, h, n, d = x.shape
-        rows = torch.arange(b, device=x.device)[:, None, None] if positions.shape[0] > 1 else 0
-        tables = tuple(table[rows, places].flatten(0, 1) for table in self._tables_of(positions))
-        assert self.form is not None
-        turned = self.form.turn(wide(x).reshape(b * h, 1, n, d), tables)
-        return turned.view(b, h, n, d).to(x.dtype)
+    def _turns(self, positions: Tensor, width: int) -> Turns | None:
+        pairs = self._pairs_of(width, positions)
+        if pairs is None:
+            return None
+        probe = torch.zeros(1, 1, positions.shape[-1], width, device=positions.device)
+        probe[..., pairs.first] = 1.0  # becomes the cosine there, and the sine at the second of a pair
+        turned = self.rotate(probe.expand(positions.shape[0], -1, -1, -1), positions)[:, 0].mT  # (B or 1, D, T)
+        return Turns(pairs, turned[:, pairs.first].contiguous(), turned[:, pairs.second].contiguous())
+
+    def _pairs_of(self, width: int, like: Tensor) -> Pairs | None:
+        key = width, like.device
+        if key not in self._pairs:
+            axes = like.shape[1] if like.dim() == 4 else None
+
+            def rotate(x: Tensor, position: int) -> Tensor:
+                shape = (1, 1, 1) if axes is None else (1, axes, 1, 1)
+                at = torch.full(shape, position, dtype=like.dtype, device=like.device)
+                return self._turn(x[None, :, None], at, backwards=False)[0, :, 0]
+
+            self._pairs[key] = find_pairs(rotate, width, like.device)
+        return self._pairs[key]
 
     def _tables_of(self, positions: Tensor) -> Tables:
         """Of the same positions for all heads."""
         last = self._last  # read once: a copy of the stack in another thread may forget it
-        if last is not None and last[0] is positions:
-            return last[1]
+        if last is not None and last.positions is positions:
+            return last.tables
         return _wide(self.tables(_by_axis(positions)[:, :, 0]))
 
     def pull(self, gradient: Tensor, positions: Tensor) -> Tensor:

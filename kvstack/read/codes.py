@@ -65,9 +65,9 @@ class CompiledCodes:
         pieces, loose = parts(b * h, units), 0 if raw is None else raw.shape[2]
         out = torch.empty(b, h, g, packed.tokens + loose)
         scratch = work.get("rows", (torch.get_num_threads(), (tokens + 1) * d), torch.float32, query.device)
-        compiled.kernel("kivi_dot")(
+        compiled.kernel("kivi.dot")(
             b * h * pieces, pieces, query.contiguous(), codes, scale, low, out, scratch, g, d, units,
-            self.codec.bits, tokens, *_raw(raw),
+            self.codec.bits, tokens, *((0, 0, 0) if raw is None else compiled.side_by_side(raw)),
         )  # fmt: skip
         return out
 
@@ -83,16 +83,14 @@ class CompiledCodes:
         pieces = parts(b * h, units)
         out = torch.empty(b, h, pieces, g, d)
         scratch = work.get("rows", (torch.get_num_threads(), tokens * d), torch.float32, weights.device)
-        compiled.kernel("kivi_mix")(
+        compiled.kernel("kivi.mix")(
             b * h * pieces, pieces, weights.contiguous(), codes, scale, low, out, scratch, g, d, units,
-            self.codec.bits, tokens, scale.shape[3], *_raw(raw),
+            self.codec.bits, tokens, scale.shape[3], *((0, 0, 0) if raw is None else compiled.side_by_side(raw)),
         )  # fmt: skip
         return out[:, :, 0] if pieces == 1 else out.sum(2)
 
     def _reads(self, x: Tensor, packed: Packed, raw: Tensor | None) -> bool:
         if x.dtype != torch.float32 or packed.parts["scale"].dtype != torch.float16:
-            return False
-        if raw is not None and not _is_buffer(raw):
             return False
         return all(part.device.type == "cpu" and part.is_contiguous() for part in packed.parts.values())
 
@@ -101,14 +99,3 @@ def with_raw(scores: Tensor, query: Tensor, raw: Tensor) -> Tensor:
     """`scores` (B, H, G, T), followed by those of `raw` keys."""
     loose = torch.matmul(query, raw.to(query.dtype).transpose(-1, -2))
     return torch.cat([scores, loose.to(scores.dtype)], dim=-1)
-
-
-def _is_buffer(raw: Tensor) -> bool:
-    """Whether tokens of a head stand side by side, and heads at equal distances, as in store/raw.py."""
-    rows, tokens, each, one = raw.stride()
-    return raw.dtype == torch.float32 and one == 1 and each == raw.shape[3] and rows == raw.shape[1] * tokens
-
-
-def _raw(raw: Tensor | None) -> tuple[Tensor | int, int, int]:
-    """Address, tokens, and tokens from a head to the next."""
-    return (0, 0, 0) if raw is None else (raw, raw.shape[2], raw.stride(1) // raw.shape[3])

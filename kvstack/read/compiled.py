@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import logging
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import openmp
 
-__all__ = ["Kernel", "agree", "kernel"]
+__all__ = ["Kernel", "agree", "kernel", "side_by_side"]
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,9 @@ def agree(pairs: Callable[[], Iterable[tuple[Tensor, ...]]]) -> bool:
 
 @functools.cache
 def kernel(name: str) -> Kernel:
-    """The kernel of this name, compiled now or read from numba's cache."""
-    from . import kernels
-
-    run = _runner(getattr(kernels, name).address)
+    """The kernel of this name, `file.function` of kernels/, compiled now or read from numba's cache."""
+    file, _, function = name.partition(".")
+    run = _runner(getattr(importlib.import_module(f"{__package__}.kernels.{file}"), function).address)
 
     def call(*given: Tensor | int) -> None:
         numbers = (ctypes.c_int64 * len(given))(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))
@@ -62,3 +62,14 @@ def _runner(address: int) -> Callable[[Any], Any]:
     start = library.GOMP_parallel
     start.argtypes, start.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return lambda numbers: start(address, numbers, torch.get_num_threads(), 0)
+
+
+def side_by_side(raw: Tensor) -> tuple[Tensor, int, int]:
+    """Raw tokens (B, H, n, D) as kernels read them: float32, the tokens of a head side by side and heads at equal
+    distances, as in store/raw.py. The tensor, its tokens, and the tokens from a head to the next."""
+    rows, heads, each, one = raw.stride()
+    width = raw.shape[3]
+    if raw.dtype != torch.float32 or one != 1 or each != width or rows != raw.shape[1] * heads or heads % width:
+        raw = raw.float().contiguous()
+        heads = raw.stride(1)
+    return raw, raw.shape[2], heads // width

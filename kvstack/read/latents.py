@@ -6,8 +6,10 @@
 Rebuilding costs R * D for every token and kv head. But the rotation may change sides, s = turn(q, -position) . k, and
 is nearly the same for the tokens of a block. So a block is scored with a few vectors of R numbers, and no key is made:
 
-    rough     u = axes @ turn(q, -middle of the block);  s ~ z . u + turn(q) . mean      leading channels only
-    choose    the tokens of highest rough scores, each kv head its own
+    rough     s ~ z . u + q . rotate(mean, position),  u = axes @ turn(q, -middle of the block)
+              leading channels only. Pairs of channels that turn slowly share their vectors in large blocks, those that
+              turn fast in small ones, and what is turned around within a small block is left to the mean
+    choose    the tokens whose share of the attention counts, for each kv head
     exact     rebuild and rotate their keys, and put exact scores in their places
     weigh     all tokens take part in the softmax and in the values, (weights @ z) @ axes
 
@@ -18,8 +20,9 @@ here the other tokens keep their rough scores instead of none.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,38 +32,75 @@ from ..encode.channel_codes import ChannelCodes
 from ..floats import wide
 from ..packed import Packed
 from ..stage import Encoder
-from ..types import Rotation, take_tokens
+from ..types import take_tokens
 from ..workspace import Workspace
 from . import compiled
-from .sizes import STEP, TILE, parts
+from .sizes import CHUNK, PAIR, SLACK, TILE, padded, parts
 
-__all__ = ["Decoded", "LatentReader", "Opened", "opened", "reads_with"]
+if TYPE_CHECKING:
+    from ..turns import Blocks, Turns
 
-BLOCK = 16
-"""Tokens that are scored with one rotation."""
+__all__ = ["CodesReader", "LatentReader", "opened", "reads_with"]
+
+COUNTS, EVEN = 3e-4, 1
+"""A token's key is rebuilt where its share of the attention is so large, or as large as that of so many tokens if all
+had the same."""
 SHARES = 100
 """Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the
 attention. In texts of thousands of tokens they are nearly half of all."""
 
 
-# ---- one latent, open for the reading of one forward
+# ---- latents, open for the layers of one forward
 
 
-class Opened(Protocol):
-    """Encoded tokens of one latent."""
+class Decoded:
+    """A latent as plain numbers, (B, T, R)."""
 
-    tokens: int
+    def __init__(self, z: Tensor) -> None:
+        self.z = wide(z.squeeze(1))
+        self.tokens = z.shape[2]
 
-    def products(self, vectors: Tensor, block: int) -> Tensor:
-        """Products of every token's leading channels with the vectors of its block: (B, blocks, heads, r) -> (B, heads,
-        T)."""
 
-    def at(self, places: Tensor) -> Tensor:
-        """All channels of the tokens at `places` (B, n): (B, n, R)."""
+class Codes:
+    """A latent in codes of channels."""
 
-    def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
-        """Weighted sums of all tokens: (B, heads, T) -> (B, heads, R). Weights below an even share, 1 / T, by this
-        factor may be left out; 0: none."""
+    def __init__(self, encoder: ChannelCodes, packed: Packed) -> None:
+        self.encoder, self.tokens = encoder, packed.tokens
+        self.codes, self.gains = (packed.parts[name].contiguous() for name in ("codes", "gains"))
+        self.rows, _, self.units = self.codes.shape[:3]
+        self.layout = _layout(encoder)
+
+    @property
+    def numbers(self) -> tuple[Tensor | int, ...]:
+        """As kernels are given them."""
+        runs = self.layout.runs
+        return self.codes, self.gains, runs, len(runs), self.units, self.codes.shape[3], self.gains.shape[3]
+
+
+class _Layout(NamedTuple):
+    """How kernels see the channels of an encoder.
+
+    Attributes:
+        runs: (runs, 2) bits and channels of each.
+        steps: (R + slack,) of the channels.
+        width: of a row whose runs are padded.
+        places: (R,) of the channels in it.
+    """
+
+    runs: Tensor
+    steps: Tensor
+    width: int
+    places: Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(encoder: ChannelCodes) -> _Layout:
+    places, width = [], 0
+    for _, channels in encoder.runs:
+        places.append(torch.arange(width, width + channels))
+        width += padded(channels)
+    steps = torch.cat([encoder.steps.float(), torch.zeros(SLACK)])
+    return _Layout(torch.tensor(encoder.runs), steps, width, torch.cat(places))
 
 
 def reads_with(encoder: Encoder, device: torch.device) -> str:
@@ -69,181 +109,257 @@ def reads_with(encoder: Encoder, device: torch.device) -> str:
     return "numba" if compiles else "torch"
 
 
-def opened(encoder: Encoder, packed: Packed, decoded: Callable[[], Tensor], work: Workspace) -> Opened:
-    """A latent (B, 1, T, R), read in place where there are kernels for its codes, or else decoded once."""
+def opened(encoder: Encoder, packed: Packed, decoded: Callable[[], Tensor]) -> Decoded | Codes:
+    """A latent (B, 1, T, R), to be read in place where there are kernels for its codes, or else decoded once."""
     device = next(iter(packed.parts.values())).device
     if isinstance(encoder, ChannelCodes) and reads_with(encoder, device) == "numba":
-        return CompiledChannels(encoder, packed, work)
+        return Codes(encoder, packed)
     return Decoded(decoded())
 
 
 @functools.cache
 def _agrees() -> bool:
     """Whether kernels compute what plain torch does."""
+    from ..turns import Pairs, Turns
+
     bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
     draw = torch.Generator().manual_seed(0)
+    rows, heads, asked, width, tokens = 2, 2, 3, 20, 200
     encoder = ChannelCodes(torch.rand(len(bits), generator=draw).sort(descending=True).values, bits)
-    packed = encoder.encode(torch.randn(2, 1, 40, len(bits), generator=draw) * encoder.deviation, "latent")
-    vectors, weights = torch.randn(2, 3, 4, 70, generator=draw), torch.rand(2, 4, 40, generator=draw)
-    places = torch.tensor([[0, 39, 7], [8, 9, 31]])
+    z = torch.randn(rows, 1, tokens, len(bits), generator=draw) * encoder.deviation
+    packed = encoder.encode(z, "latent")
+    axes, mean = torch.randn(1, len(bits), heads, width, generator=draw) / 8, torch.randn(heads, width, generator=draw)
+    linear = Linear("latent", axes, mean)
+    angles = torch.arange(tokens) * torch.tensor([[1.0], [0.1], [0.01], [0.001]])
+    pairs = Pairs(torch.arange(0, 8, 2), torch.arange(1, 8, 2), torch.arange(8, width))
+    query, raw = (torch.randn(rows, heads, n, width, generator=draw) for n in (asked, 7))
+    weights = torch.rand(rows, heads, asked, tokens + raw.shape[2], generator=draw)
 
-    def pairs() -> Iterator[tuple[Tensor, ...]]:
-        readers = Decoded(encoder.decode(packed, "latent")), CompiledChannels(encoder, packed, Workspace())
-        yield tuple(each.products(vectors, 16) for each in readers)
-        yield tuple(each.at(places) for each in readers)
-        yield tuple(each.mixed(weights) for each in readers)
+    def pairs_of() -> Iterator[tuple[Tensor, ...]]:
+        nothing = Turns.none(tokens, width, torch.device("cpu"))
+        for turns in (Turns(pairs, angles.cos()[None], angles.sin()[None]), nothing):
+            latents: tuple[Decoded | Codes, ...] = Decoded(encoder.decode(packed, "latent")), Codes(encoder, packed)
+            readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in latents]
+            yield tuple(each.dot(query, raw) for each in readers)
+            yield tuple(each.mix(weights, raw) for each in readers)
 
-    return compiled.agree(pairs)
-
-
-class Decoded:
-    """A latent as plain numbers, (B, 1, T, R)."""
-
-    def __init__(self, z: Tensor) -> None:
-        self.z = wide(z.squeeze(1))
-        self.tokens = z.shape[2]
-
-    def products(self, vectors: Tensor, block: int) -> Tensor:
-        leading = vectors.shape[3]
-        z, rest = self.z[..., :leading], -self.tokens % block
-        if rest:
-            z = torch.nn.functional.pad(z, (0, 0, 0, rest))
-        found = vectors.to(z) @ z.unflatten(1, (-1, block)).mT  # (B, blocks, heads, block)
-        return found.transpose(1, 2).flatten(2)[..., : self.tokens]
-
-    def at(self, places: Tensor) -> Tensor:
-        return take_tokens(self.z.unsqueeze(1), places.unsqueeze(1))[:, 0]
-
-    def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
-        return weights.to(self.z) @ self.z
-
-
-class CompiledChannels:
-    """A latent in codes of channels, read in place by compiled kernels."""
-
-    def __init__(self, encoder: ChannelCodes, packed: Packed, work: Workspace) -> None:
-        self.encoder, self.work, self.tokens = encoder, work, packed.tokens
-        self.codes, self.gains = (packed.parts[name].contiguous() for name in ("codes", "gains"))
-        self.rows, _, self.units = self.codes.shape[:3]
-        self.runs = torch.tensor(encoder.runs)
-
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        return self.codes.shape[3], self.gains.shape[3]
-
-    def products(self, vectors: Tensor, block: int) -> Tensor:
-        b, blocks, heads, leading = vectors.shape
-        width = -(-leading // TILE) * TILE
-        scaled = vectors.new_zeros(b, blocks, heads, width)
-        torch.mul(vectors, self.encoder.steps[:leading], out=scaled[..., :leading])
-        pieces, out = parts(self.rows, self.units), torch.empty(b, heads, self.tokens)
-        compiled.kernel("channels_dot")(
-            b * pieces, pieces, scaled, self.codes, self.gains, out, self._scratch(width), self.runs, len(self.runs),
-            heads, width, self.units, block // 8, blocks, *self._sizes,
-        )  # fmt: skip
-        return out
-
-    def at(self, places: Tensor) -> Tensor:
-        b, n = places.shape
-        out = torch.empty(b, n, self.encoder.rank)
-        compiled.kernel("channels_at")(
-            b * n, n, places.contiguous(), self.codes, self.gains, out, self.runs, len(self.runs), self.encoder.rank,
-            self.units, *self._sizes,
-        )  # fmt: skip
-        return out.mul_(self.encoder.steps)
-
-    def mixed(self, weights: Tensor, shares: int = 0) -> Tensor:
-        b, heads, _ = weights.shape
-        rank = self.encoder.rank
-        width, pieces = -(-rank // TILE) * TILE, parts(self.rows, self.units)
-        out = torch.empty(b, pieces, heads, width)
-        compiled.kernel("channels_mix")(
-            b * pieces, pieces, weights.float().contiguous(), self.codes, self.gains, out, self._scratch(width),
-            self.runs, len(self.runs), heads, width, self.units, *self._sizes, shares,
-        )  # fmt: skip
-        return out.sum(1)[..., :rank] * self.encoder.steps
-
-    def _scratch(self, width: int) -> Tensor:
-        size = (torch.get_num_threads(), 8 * (width + STEP))
-        return self.work.get("rows", size, torch.float32, self.codes.device)
+    return compiled.agree(pairs_of)
 
 
 # ---- one layer
 
 
+def reader_of(
+    keys: Linear,
+    values: Linear,
+    latents: tuple[Decoded | Codes, Decoded | Codes],
+    turns: Turns,
+    exact: int,
+    rough: int,
+    work: Workspace,
+) -> LatentReader:
+    """The reader of one layer, for latents as they were opened."""
+    if all(isinstance(each, Codes) for each in latents):
+        return CodesReader(keys, values, latents, turns, exact, rough, work)
+    return LatentReader(keys, values, latents, turns, exact, rough)
+
+
 class LatentReader:
-    """Answers one query from the latents of one layer.
+    """Answers one query from the latents of one layer, in plain torch.
 
     Args:
         keys, values: how the layer's keys and values come from latents; `keys` before rotation.
-        latents: the two latents, open.
-        rope: how keys are rotated; None: not at all.
-        positions: of the tokens, (B or 1, 1, T) or (B or 1, axes, 1, T).
-        exact, rough: tokens whose keys are rebuilt, and channels that score the others.
+        latents: those of the keys and of the values, open; the same where they have one.
+        turns: how keys of the sealed tokens are rotated.
+        exact: keys that are rebuilt for each kv head, at most.
+        rough: channels that score the others.
     """
 
     def __init__(
         self,
         keys: Linear,
         values: Linear,
-        latents: tuple[Opened, Opened],
-        rope: Rotation | None,
-        positions: Tensor,
+        latents: tuple[Decoded, Decoded],
+        turns: Turns,
         exact: int,
         rough: int,
     ) -> None:
-        self.keys, self.values, self.rope, self.positions = keys, values, rope, positions
+        self.keys, self.values, self.turns = keys, values, turns
         self.for_keys, self.for_values = latents
-        self.exact, self.rough = exact, rough
+        self.tokens = self.for_keys.tokens
+        self.exact = min(exact, self.tokens)
+        # where nothing is rotated, scores of all channels are exact
+        self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
-    def dot(self, query: Tensor) -> Tensor:
-        """A scaled `query` (B, H, G, D) times the keys: (B, H, G, T)."""
-        b, h, g, _ = query.shape
-        tokens = self.for_keys.tokens
-        if self.rope is None:  # the rotation that is missing is exact for all tokens
-            return self._rough(query, self.keys.axes.shape[1], tokens + -tokens % 8)
-        if tokens <= self.exact:
-            every = torch.arange(tokens, device=query.device).expand(b, h, tokens)
-            return self._exact(query, every)
-        scores = self._rough(query, min(self.rough, self.keys.axes.shape[1]), BLOCK)
-        # of any query of a kv head, as it counts in the softmax of this query
-        matters = (scores - scores.logsumexp(-1, keepdim=True)).amax(2)
-        places = matters.topk(self.exact, dim=-1, sorted=False).indices  # (B, H, n)
-        return scores.scatter_(3, places.unsqueeze(2).expand(b, h, g, -1), self._exact(query, places))
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        """A scaled `query` (B, H, G, D) times the sealed keys, and then times `raw` ones: (B, H, G, T)."""
+        scores, loose = self._rough(query), query @ raw.to(query.dtype).mT
+        if self.turns.rotates:
+            total = torch.cat([scores, loose], dim=-1).logsumexp(-1, keepdim=True)
+            shares, places = (scores - total).amax(2).topk(self.exact, dim=-1)  # (B, H, n), for any query of a kv head
+            counts = shares >= self.least.log()
+            if query.device.type == "cpu":  # elsewhere the host would wait for it
+                most = int(counts.sum(-1).max())
+                places, counts = places[..., :most], counts[..., :most]
+            index = places.unsqueeze(2).expand(-1, -1, query.shape[2], -1)
+            found = torch.where(counts.unsqueeze(2), self._exact(query, places), scores.gather(3, index))
+            scores = scores.scatter(3, index, found)
+        return torch.cat([scores, loose], dim=-1)
 
-    def mix(self, weights: Tensor) -> Tensor:
-        """`weights` (B, H, G, T) times the values: (B, H, G, D)."""
-        h, g = weights.shape[1:3]
-        shares = SHARES if self.for_values.tokens > self.exact else 0  # where all keys are exact, so are the values
-        mixed = self.for_values.mixed(weights.flatten(1, 2), shares).unflatten(1, (h, g))  # (B, H, G, R)
-        out = mixed @ self.values.axes.to(mixed.dtype).transpose(1, 2)
-        if self.values.mean is None:
-            return out
-        return out + weights.sum(-1, keepdim=True) * self.values.mean.to(mixed.dtype).unsqueeze(1)
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
+        weights, loose = weights.tensor_split([self.tokens], dim=-1)
+        mixed = weights.flatten(1, 2).to(self.for_values.z) @ self.for_values.z  # (B, H * G, R)
+        out = mixed.unflatten(1, weights.shape[1:3]) @ self.values.axes.to(mixed.dtype).transpose(1, 2)
+        if self.values.mean is not None:
+            out = out + weights.sum(-1, keepdim=True) * self.values.mean.to(mixed.dtype).unsqueeze(1)
+        return out + loose @ raw.to(loose.dtype)
 
-    def _rough(self, query: Tensor, channels: int, block: int) -> Tensor:
-        h, g = query.shape[1:3]
-        if self.rope is None:
-            turned = query.unsqueeze(2)  # (B, H, 1, G, D)
-        else:
-            turned = self.rope.facing(query.flatten(1, 2), self.positions, block).unflatten(1, (h, g)).transpose(2, 3)
-        blocks = turned.shape[2]
-        axes = self.keys.axes[:, :channels].to(query.dtype)  # (B or 1, r, H, D)
-        vectors = turned.flatten(2, 3) @ axes.permute(0, 2, 3, 1)  # (B, H, blocks * G, r)
-        vectors = vectors.unflatten(2, (blocks, g)).transpose(1, 2).flatten(2, 3)  # (B, blocks, heads, r)
-        scores = self.for_keys.products(vectors, block).unflatten(1, (h, g))
+    @property
+    def least(self) -> Tensor:
+        """The share of the attention from which on a token's key is rebuilt."""
+        return torch.tensor(min(COUNTS, EVEN / self.tokens))
+
+    # ---- rough scores
+
+    def _rough(self, query: Tensor) -> Tensor:
+        """(B, H, G, T)."""
+        z, fast, slow = self.for_keys.z[..., : self.rough], self.turns.fast, self.turns.slow
+        # one vector for each small block
+        far = self._vectors(slow, query).repeat_interleave(slow.size // fast.size, dim=2)
+        vectors = self._vectors(fast, query) + far[:, :, : fast.count]
+        z = torch.nn.functional.pad(z, (0, 0, 0, -self.tokens % fast.size)).unflatten(1, (-1, fast.size))
+        scores = vectors @ z.unsqueeze(1).mT  # (B, H, blocks, G, size)
+        scores = scores.transpose(2, 3).flatten(3)[..., : self.tokens]
         if self.keys.mean is None:
             return scores
-        base = (turned * self.keys.mean.to(query.dtype)[:, None, None]).sum(-1).transpose(2, 3)  # (B, H, G, blocks)
-        return scores + base.repeat_interleave(block, dim=-1)[..., : scores.shape[-1]]
+        turning, still = self.turns.facing(query, self.keys.mean)
+        return scores + still.unsqueeze(-1) + turning @ self.turns.angles.unsqueeze(1).to(scores.dtype)
+
+    def _vectors(self, blocks: Blocks, query: Tensor) -> Tensor:
+        """What a query, turned back for each block, makes of the leading channels: (B, H, blocks, G, r)."""
+        facing = blocks.facing(query)  # (B, H, blocks, G, C)
+        axes = self.keys.axes[:, : self.rough].index_select(3, blocks.channels).to(facing.dtype)  # (B or 1, r, H, C)
+        return (facing.flatten(2, 3) @ axes.permute(0, 2, 3, 1)).unflatten(2, facing.shape[2:4])
+
+    # ---- exact scores
 
     def _exact(self, query: Tensor, places: Tensor) -> Tensor:
         """Scores of the tokens at `places` (B, H, n), from keys that are rebuilt: (B, H, G, n)."""
         h, n = places.shape[1:]
-        z = self.for_keys.at(places.flatten(1)).unflatten(1, (h, n))
+        z = take_tokens(self.for_keys.z.unsqueeze(1), places.flatten(1).unsqueeze(1))[:, 0].unflatten(1, (h, n))
         keys = z @ self.keys.axes.to(z.dtype).transpose(1, 2)  # (B, H, n, D)
         if self.keys.mean is not None:
             keys = keys + self.keys.mean.to(z.dtype).unsqueeze(1)
-        if self.rope is not None:
-            keys = self.rope.rotate_at(keys, self.positions, places)
-        return query @ keys.mT
+        return query @ self.turns.rotate_at(keys, places).to(query.dtype).mT
+
+
+class CodesReader(LatentReader):
+    """The same, from codes of channels, with compiled kernels.
+
+    Args:
+        work: for scratch memory.
+    """
+
+    def __init__(
+        self,
+        keys: Linear,
+        values: Linear,
+        latents: tuple[Codes, Codes],
+        turns: Turns,
+        exact: int,
+        rough: int,
+        work: Workspace,
+    ) -> None:
+        super().__init__(keys, values, latents, turns, exact, rough)
+        self.work = work
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        query = query.contiguous()
+        b, h, g, d = query.shape
+        scores = torch.empty(b, h, g, self.tokens + raw.shape[2])
+        self._score(query, scores)
+        if not self.turns.rotates:
+            scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
+            return scores
+        places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
+        compiled.kernel("channels.choose")(
+            b * h, scores, scores.shape[3], g, self.tokens, self.exact, self.least, query, d, *compiled.side_by_side(raw), places,
+            counts, *self._scratch(4 * (self.tokens + SLACK)),
+        )  # fmt: skip
+        self._rescore(query, scores, places, counts)
+        return scores
+
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        b, h, g, held = weights.shape
+        weights = weights.contiguous()
+        codes, layout, mean = self.for_values, self.for_values.layout, self.values.mean
+        pieces, d = parts(b, codes.units), raw.shape[3]
+        sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
+        # where all keys are exact, so are the values
+        least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
+        compiled.kernel("channels.mix")(
+            b * pieces, pieces, weights, held, torch.tensor(least), sums, *codes.numbers,
+            *self._scratch(4 * CHUNK * 8 * (TILE + h * g) + 8 * CHUNK + 32 + codes.codes.shape[3] + SLACK), h * g,
+            layout.width,
+        )  # fmt: skip
+        rank = len(layout.places)
+        compiled.kernel("channels.finish")(
+            b * h, h, g, sums, pieces, layout.width, layout.places, rank, layout.steps, *_axes(self.values), d,
+            0 if mean is None else mean.float().contiguous(), weights, held, self.tokens, *compiled.side_by_side(raw), out,
+            *self._scratch(4 * g * rank),
+        )  # fmt: skip
+        return out
+
+    def _score(self, query: Tensor, scores: Tensor) -> None:
+        """Write rough scores."""
+        b, h, g, d = query.shape
+        codes, mean, room = self.for_keys, self.keys.mean, padded(self.rough)
+        turns = self.turns
+        kinds, pairs, angles = (turns.fast, turns.slow), turns.pairs, turns.padded
+        vectors = [torch.empty(b, h, kind.count, g, room) if len(kind.channels) else 0 for kind in kinds]
+        turning, constant = torch.empty(b, h * g, angles.shape[1]), torch.zeros(b, h * g)
+        given: list[Tensor | int] = []
+        for kind, made in zip(kinds, vectors, strict=True):
+            given += [
+                made, kind.count if len(kind.channels) else 0, kind.channels, len(kind.first), len(kind.still),
+                kind.cos, kind.sin, kind.cos.shape[0],
+            ]  # fmt: skip
+        compiled.kernel("channels.face")(
+            b * h * 2, query, g, d, h, *_axes(self.keys), self.rough, room, codes.layout.steps,
+            *self._scratch(4 * d * (room + 5)), 0 if mean is None else mean.float().contiguous(), pairs.every,
+            len(pairs.first), len(pairs.still), turning, constant, *given,
+        )  # fmt: skip
+        fast, slow = ((made, kind.count, kind.size // 8) for made, kind in zip(vectors, kinds, strict=True))
+        pieces = parts(b, codes.units)
+        compiled.kernel("channels.dot")(
+            b * pieces, pieces, scores, scores.shape[3], *codes.numbers,
+            *self._scratch(4 * (PAIR * (TILE + 8 + h * g + 1) + h * g * room) + codes.codes.shape[3] + SLACK), h, g, self.rough, room, *fast, *slow,
+            turning, constant, angles, 0 if mean is None else angles.shape[1], angles.shape[-1], angles.shape[0],
+        )  # fmt: skip
+
+    def _rescore(self, query: Tensor, scores: Tensor, places: Tensor, counts: Tensor) -> None:
+        """Put exact scores of the tokens at `places` over the rough ones."""
+        b, h, g, d = query.shape
+        codes, rank, mean = self.for_keys, self.keys.axes.shape[1], self.keys.mean
+        rows, groups = self.turns.by_token, -(-self.exact // 5)
+        compiled.kernel("channels.rescore")(
+            b * h * groups, groups, scores, scores.shape[3], *codes.numbers,
+            *self._scratch(4 * 5 * (rank + SLACK + padded(d)) + codes.codes.shape[3] + SLACK), h, g, query, d,
+            places, counts, self.exact, rank, codes.layout.steps, *_axes(self.keys),
+            0 if mean is None else mean.float().contiguous(), self.turns.pairs.every, len(self.turns.pairs.first), rows,
+            rows.shape[0],
+        )  # fmt: skip
+
+    def _scratch(self, size: int) -> tuple[Tensor, int]:
+        """Memory of at least `size` bytes for each thread, and how many it is."""
+        size = padded(size, 64)
+        return self.work.get("rows", (torch.get_num_threads(), size), torch.uint8, self.for_keys.codes.device), size
+
+
+def _axes(linear: Linear) -> tuple[Tensor, int, int]:
+    """Axes (B or 1, R, H, D) for kernels, and the numbers from one channel and from one row to the next."""
+    axes = linear.axes.float()
+    if axes.stride(3) != 1 or axes.stride(2) != axes.shape[3]:
+        axes = axes.contiguous()
+    return axes, axes.stride(1), axes.stride(0) if axes.shape[0] > 1 else 0

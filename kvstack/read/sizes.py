@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["STEP", "TILE", "parts"]
+__all__ = ["CHUNK", "PAIR", "SLACK", "TILE", "padded", "parts"]
 
 TILE = 64
-"""Channels that are worked on at once: they stay in the nearest cache, and a loop of known length leaves no rest."""
-STEP = 32
-"""Codes that a loop of any length takes at once; it may write as many behind a row."""
+"""Channels that are worked on at once: they stay in the nearest cache."""
+PAIR = 16
+"""Tokens, or channels, that a product of kernels works on."""
+CHUNK = 8
+"""Units of tokens whose weights are summed before the sums go to memory."""
+SLACK = 32
+"""Bytes, and numbers, that may be read or written behind the last one."""
+
+
+def padded(size: int, step: int = PAIR) -> int:
+    """`size`, in whole steps."""
+    return -(-size // step) * step
 
 
 def parts(heads: int, units: int) -> int:

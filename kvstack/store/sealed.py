@@ -23,9 +23,10 @@ from ..checks import Get, check_numbers, entries, items, misfit
 from ..encode.exact import EXACT, Exact
 from ..errors import UseError
 from ..floats import fitting, saturated, wide
+from ..turns import Turns
 from ..packed import Packed
 from ..read.codes import CompiledCodes, with_raw
-from ..read.latents import LatentReader, Opened, opened
+from ..read.latents import Codes, Decoded, LatentReader, opened, reader_of
 from ..stage import Codec, Encoder
 from ..types import KV, Latent, Layout, Rotation
 from ..workspace import Workspace
@@ -100,8 +101,12 @@ class Sealed(Track):
         sealed, loose = weights.tensor_split([weights.shape[-1] - raw.shape[2]], dim=-1)
         return wide(self.mix(layer, sealed, picked, work)) + torch.matmul(loose, wide(raw).to(loose.dtype))
 
+    def close(self) -> None:
+        """Drop what was decoded for its layers."""
+
     def end_forward(self) -> None:
-        """Drop what was decoded for all layers."""
+        """The forward is over."""
+        self.close()
 
     # ---- moving
 
@@ -350,7 +355,7 @@ class GroupLatents(Sealed):
     def _forget(self) -> None:
         """What was decoded or opened for one forward."""
         self._decoded: dict[str, Tensor] = {}
-        self._opened: dict[str, Opened] = {}
+        self._opened: dict[str, Decoded | Codes] = {}
         self._readers: dict[int, LatentReader] = {}
 
     # ---- writing
@@ -404,9 +409,6 @@ class GroupLatents(Sealed):
         return self.codec.pick(query, latents, layer, lambda keys, at: self._rotated(layer, keys, where, at))
 
     def dot(self, layer: int, query: Tensor, picked: Picked | None, where: Where, work: Workspace) -> Tensor:
-        reader = self._reader(layer, query, where, work)
-        if reader is not None:
-            return reader.dot(query)
         latents, places = picked or (self._latents(), None)
         codec = self.codec
         keys = codec.keys(latents, layer) if isinstance(codec, ReadsDirectly) else codec.inverse(latents, layer).keys
@@ -414,9 +416,6 @@ class GroupLatents(Sealed):
         return torch.matmul(query.float(), keys.transpose(-1, -2).to(query.device, torch.float32))
 
     def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
-        reader = self._readers.get(layer)
-        if reader is not None:
-            return reader.mix(weights)
         latents = picked[0] if picked else self._latents()
         there = weights.to(_device_of(latents))  # layers of a group may live on several devices
         if isinstance(self.codec, ReadsDirectly):
@@ -424,6 +423,18 @@ class GroupLatents(Sealed):
         else:
             mixed = torch.matmul(there, self.codec.inverse(latents, layer).values.to(there.dtype))
         return mixed.to(weights.device)
+
+    def logits(
+        self, layer: int, query: Tensor, raw: Tensor, picked: Picked | None, where: Where, work: Workspace
+    ) -> Tensor:
+        reader = self._reader(layer, query, where, work)
+        if reader is None:
+            return super().logits(layer, query, raw, picked, where, work)
+        return reader.dot(query, raw)
+
+    def output(self, layer: int, weights: Tensor, raw: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+        reader = self._readers.get(layer)
+        return super().output(layer, weights, raw, picked, work) if reader is None else reader.mix(weights, raw)
 
     def _reader(self, layer: int, query: Tensor, where: Where, work: Workspace) -> LatentReader | None:
         """Reads a layer from rough scores, where its codec lets it."""
@@ -433,19 +444,22 @@ class GroupLatents(Sealed):
         keys, values = codec.linear("keys", layer), codec.linear("values", layer)
         if keys is None or values is None or keys.axes.device != query.device:
             return None
-        positions = where().to(query.device)
-        if positions.shape[-2] > 1:  # every head holds other tokens
-            return None
-        open_ = {name: self._open(name, work) for name in (keys.latent, values.latent)}
         rope = self.ropes[layer] if self._unrotated else None
-        latents = open_[keys.latent], open_[values.latent]
-        reader = self._readers[layer] = LatentReader(keys, values, latents, rope, positions, exact, codec.rough)
+        turns: Turns | None = None
+        if rope is None:
+            turns = Turns.none(self.tokens, query.shape[-1], query.device)
+        elif (positions := where().to(query.device)).shape[-2] == 1:  # or every head holds other tokens
+            turns = rope.turns(positions, query.shape[-1])
+        if turns is None:
+            return None
+        latents = self._open(keys.latent), self._open(values.latent)
+        reader = self._readers[layer] = reader_of(keys, values, latents, turns, exact, codec.rough, work)
         return reader
 
-    def _open(self, name: str, work: Workspace) -> Opened:
+    def _open(self, name: str) -> Decoded | Codes:
         """A latent, once per forward for all layers."""
         if name not in self._opened:
-            self._opened[name] = opened(self._encoder(name), self.packed[name], lambda: self._latents()[name], work)
+            self._opened[name] = opened(self._encoder(name), self.packed[name], lambda: self._latents()[name])
         return self._opened[name]
 
     def _latents(self) -> Mapping[str, Tensor]:
@@ -479,8 +493,11 @@ class GroupLatents(Sealed):
             return fitting(rope.unrotate(keys.float(), positions), keys.dtype)
         return rope.unrotate(keys, positions)
 
-    def end_forward(self) -> None:
+    def close(self) -> None:
         self._forget()
+
+    def end_forward(self) -> None:
+        super().end_forward()
         if self._unrotated:
             for rope in self.ropes:
                 if rope is not None:

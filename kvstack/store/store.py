@@ -214,7 +214,7 @@ class Store:
             self._seal(seen, count)
         for queries in self.queries:
             queries.settled(bool(dropped) or (plan.evict is not None and not plan.evict.queries))
-        self.end_forward()
+        self.close()
 
     def _can_score(self) -> bool:
         """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
@@ -337,7 +337,7 @@ class Store:
         part = self.sealed[slot // size]
         if self._reading is not part:  # what was decoded for the layers before is not needed any more
             if self._reading is not None:
-                self._reading.end_forward()
+                self._reading.close()
             self._reading = part
         return part, slot % size
 
@@ -400,9 +400,15 @@ class Store:
         sealed, sinks = self.sealed_tokens, self.sealed_tokens + self.sinks
         return torch.cat([weights[..., sealed:sinks], weights[..., :sealed], weights[..., sinks:]], dim=-1)
 
-    def end_forward(self) -> None:
+    def close(self) -> None:
         """Drop what was decoded for all layers of a group."""
         self._sealed_positions = self._reading = None
+        for part in self.sealed:
+            part.close()
+
+    def end_forward(self) -> None:
+        """Drop what was needed for one forward only."""
+        self.close()
         for part in self.sealed:
             part.end_forward()
 
@@ -431,7 +437,7 @@ class Store:
         crop = Crop(remove, sinks, stay, whole, max(0, stay - self.sealed_tokens), thawed)
         for track in self.tracks():
             track.crop(crop)
-        self.end_forward()
+        self.close()
 
     def _thawed(self, seen: int, whole: int, rest: int, granule: int) -> tuple[KV, ...]:
         """`rest` tokens behind the `whole` ones that stay sealed, decoded: the crop cuts through their granule."""

@@ -67,9 +67,9 @@ class CommonKV(Transform):
             `pairs` all its layers.
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a
             small model) and kept in the user's cache folder.
-        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head (default 384): those
-            that rough scores put first. The others keep their rough scores, and all values count. None: all keys are
-            rebuilt, as for a prompt.
+        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
+            384): those whose rough scores give them a share of the attention that counts, 3 in 10,000 or more. The
+            others keep their rough scores, and all values count. None: all keys are rebuilt, as for a prompt.
         rough: how many leading channels of a latent make the rough scores (default 512).
         rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
             model's own. On processors with products of bfloat16 that is several times faster.

@@ -91,7 +91,7 @@ def test_one_thread_without_openmp(monkeypatch):
     monkeypatch.setattr(openmp, "library", lambda: None)
     codec, work = Kivi(2, 8), Workspace()
     packed, query = codec.encode(numbers(1, 2, 24, 16), "keys"), numbers(1, 2, 3, 16)
-    kernel = compiled.kernel.__wrapped__("kivi_dot")
+    kernel = compiled.kernel.__wrapped__("kivi.dot")
     monkeypatch.setattr(compiled, "kernel", lambda name: kernel)
     assert_close(CompiledCodes(codec).dot(query, packed, "keys", work), codec.dot(query, packed, "keys", work))
 

@@ -13,8 +13,9 @@ from kvstack.abilities import Linear
 from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.model.attention import attention_modules
 from kvstack.model.rope import find_ropes
+from kvstack.turns import Blocks, Pairs, Turns, find_pairs
 from kvstack.read import latents
-from kvstack.read.latents import CompiledChannels, Decoded, LatentReader
+from kvstack.read.latents import Codes, CodesReader, Decoded, reader_of
 from kvstack.workspace import Workspace
 from tests import tiny
 
@@ -35,37 +36,69 @@ def assert_close(found, expected, loose=1e-5):
     assert float((found - expected).abs().max()) <= loose * max(1e-30, float(expected.abs().max()))
 
 
-# ---- codes that are read in place
+# ---- kernels beside plain torch
+
+
+def pairs_of(count, width):
+    """The first channels of a head in pairs, in any order; the others do not turn."""
+    order = torch.randperm(width, generator=draw(count))
+    return Pairs(order[:count], order[count : 2 * count], order[2 * count :].sort().values)
+
+
+def readers(codes, packed, linear, turns, exact, rough):
+    """A reader in plain torch, and one with kernels, of the same latent for keys and values."""
+    for latent in (Decoded(codes.decode(packed, "latent")), Codes(codes, packed)):
+        yield reader_of(*linear, (latent, latent), turns, exact, rough, Workspace())
 
 
 @given(
     widths=st.lists(st.integers(1, 8), min_size=1, max_size=150),
     rows=st.integers(1, 3),
-    units=st.integers(1, 9),
-    heads=st.integers(1, 5),
-    block=st.sampled_from([8, 16, 64]),
-    leading=st.integers(1, 150),
+    units=st.integers(1, 40),
+    heads=st.integers(1, 3),
+    queries=st.integers(1, 7),
+    width=st.sampled_from([8, 16, 24, 40]),
+    turning=st.sampled_from([0, 1, 4]),
+    rough=st.integers(1, 150),
+    exact=st.sampled_from([1, 6, 1000]),
+    mean=st.booleans(),
+    raw=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_compiled_channels_are_decoded_ones(widths, rows, units, heads, block, leading, seed):
+def test_kernels_read_as_plain_torch_does(
+    widths, rows, units, heads, queries, width, turning, rough, exact, mean, raw, seed
+):
     codes, tokens = encoder(widths, seed), 8 * units
     z = torch.randn(rows, 1, tokens, len(widths), generator=draw(seed)) * codes.deviation
     packed = codes.encode(z, "latent")
-    plain, compiled = Decoded(codes.decode(packed, "latent")), CompiledChannels(codes, packed, Workspace())
-    leading = min(leading, len(widths))
-    vectors = torch.randn(rows, -(-tokens // block), heads, leading, generator=draw(seed))
-    assert_close(compiled.products(vectors, block), plain.products(vectors, block))
-    places = torch.randint(0, tokens, (rows, 11), generator=draw(seed))
-    assert_close(compiled.at(places), plain.at(places))
-    weights = torch.rand(rows, heads, tokens, generator=draw(seed))
-    assert_close(compiled.mixed(weights), plain.mixed(weights))
+    linear = [
+        Linear(
+            "latent",
+            torch.randn(1, len(widths), heads, width, generator=draw(seed + i)),
+            torch.randn(heads, width, generator=draw(seed + i)) if mean else None,
+        )
+        for i in (1, 2)
+    ]
+    angles = torch.rand(rows, turning, 1, generator=draw(seed)) * torch.arange(tokens) / 4
+    turns = Turns(pairs_of(turning, width), angles.cos(), angles.sin())
+    query, keys, values = (torch.randn(rows, heads, n, width, generator=draw(n)) for n in (queries, raw, raw + 1))
+    plain, fast = readers(codes, packed, linear, turns, exact, rough)
+    assert isinstance(fast, CodesReader)
+    expected, found = plain.dot(query, keys), fast.dot(query, keys)
+    # a token whose share is the least that counts, up to rounding, may be exact for one and rough for the other
+    same = torch.isclose(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    assert (~same.all(2)).sum(-1).max() <= 1
+    weights = torch.rand(rows, heads, queries, tokens + raw, generator=draw(seed))
+    assert_close(fast.mix(weights, values[:, :, :raw]), plain.mix(weights, values[:, :, :raw]))
 
 
 BEHIND = """
 import ctypes, mmap, sys, torch
 from kvstack.encode.channel_codes import ChannelCodes
-from kvstack.read.latents import CompiledChannels, Decoded
+from kvstack.abilities import Linear
+from kvstack.turns import Pairs, Turns
+from kvstack.read.latents import Codes, Decoded, reader_of
 from kvstack.workspace import Workspace
 
 libc, page = ctypes.CDLL(None), mmap.PAGESIZE
@@ -81,13 +114,15 @@ def at_the_end(x):
 for widths in ([1], [2, 1], [3] * 5, [8, 5, 2, 1, 1], [2] * 40):
     codes = ChannelCodes(torch.ones(len(widths)), torch.tensor(widths, dtype=torch.uint8))
     packed = codes.encode(torch.randn(1, 1, 48, len(widths)), "latent")._map(at_the_end)
-    found, plain = CompiledChannels(codes, packed, Workspace()), Decoded(codes.decode(packed, "latent"))
-    for x, y in (
-        (found.products(torch.ones(1, 3, 2, len(widths)), 16), plain.products(torch.ones(1, 3, 2, len(widths)), 16)),
-        (found.mixed(torch.ones(1, 2, 48)), plain.mixed(torch.ones(1, 2, 48))),
-        (found.at(torch.arange(48)[None]), plain.at(torch.arange(48)[None])),
-    ):
-        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    linear = Linear("latent", torch.ones(1, len(widths), 1, 8))
+    turns = Turns(Pairs(torch.arange(4), torch.arange(4, 8), torch.arange(0)), torch.ones(1, 4, 48), torch.zeros(1, 4, 48))
+    query = torch.ones(1, 1, 2, 8)
+    results = []
+    for latent in (Codes(codes, packed), Decoded(codes.decode(packed, "latent"))):
+        reader = reader_of(linear, linear, (latent, latent), turns, 48, 200, Workspace())
+        results.append((reader.dot(query, query), reader.mix(torch.ones(1, 1, 2, 50), query)))
+    for x, y in zip(*results):
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
 print("read")
 """
 
@@ -103,23 +138,14 @@ def test_weights_that_do_not_count_are_left_out():
     """Of an attention that sums to one, less than a hundredth; of an even one, nothing."""
     codes = encoder([4] * 70)
     z = torch.randn(1, 1, 800, 70, generator=draw(1)) * codes.deviation
-    packed = codes.encode(z, "latent")
-    compiled, plain = CompiledChannels(codes, packed, Workspace()), Decoded(codes.decode(packed, "latent"))
-    weights = (5 * torch.randn(1, 3, 800, generator=draw(2))).softmax(-1)
-    apart = (compiled.mixed(weights, 100) - plain.mixed(weights)).abs()
-    assert 1e-5 < float(apart.max()) < 0.01 * float(plain.z.abs().max())
-    even = torch.full((1, 3, 800), 1 / 800)
-    assert_close(compiled.mixed(even, 100), plain.mixed(even))
-
-
-def test_products_in_plain_loops():
-    z = torch.randn(1, 1, 13, 6, generator=draw(0))
-    vectors = torch.randn(1, 4, 2, 3, generator=draw(1))
-    found = Decoded(z).products(vectors, 4)
-    for token in range(13):
-        for head in range(2):
-            expected = sum(float(z[0, 0, token, i] * vectors[0, token // 4, head, i]) for i in range(3))
-            assert float(found[0, head, token]) == pytest.approx(expected, abs=1e-5)
+    linear = [Linear("latent", torch.eye(70).view(1, 70, 1, 70))] * 2
+    turns, nothing = Turns.none(800, 70, torch.device("cpu")), torch.zeros(1, 1, 0, 70)
+    plain, fast = readers(codes, codes.encode(z, "latent"), linear, turns, 384, 70)
+    weights = (5 * torch.randn(1, 1, 3, 800, generator=draw(2))).softmax(-1)
+    apart = (fast.mix(weights, nothing) - plain.mix(weights, nothing)).abs()
+    assert 1e-5 < float(apart.max()) < 0.01 * float(plain.for_values.z.abs().max())
+    even = torch.full((1, 1, 3, 800), 1 / 800)
+    assert_close(fast.mix(even, nothing), plain.mix(even, nothing))
 
 
 # ---- turning queries instead of keys
@@ -128,28 +154,50 @@ ROTATING = [name for name in tiny.MODELS if name not in ("opt", "deepseek_v3")]
 
 
 @pytest.mark.parametrize("name", ROTATING)
-def test_a_turned_query_meets_keys_as_they_were(name):
-    """For every token of its own position, and for a block those of its middle."""
+def test_a_rotation_is_pairs_that_turn(name):
+    """Rotating keys by pairs, or turning the query back, is what the model's own function does."""
     model = tiny.model(name)
     ropes = find_ropes(model, attention_modules(model))
     rope = next(rope for rope in ropes.values() if rope is not None)
     head = model.config.get_text_config().head_dim if hasattr(model.config, "head_dim") else 16
     positions = torch.tensor([[3, 4, 9, 10, 50, 51, 52]])[None]
-    query, keys = torch.randn(B, 4, head, generator=draw(0)), torch.randn(B, 4, 7, head, generator=draw(1))
-    expected = (query.unsqueeze(2) @ rope.rotate(keys, positions).mT)[:, :, 0]
-    found = (rope.facing(query, positions, 1) * keys).sum(-1)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    turned = rope.facing(query, positions, 4)  # blocks of 4 and of 3 tokens, their middles at places 2 and 6
-    torch.testing.assert_close((turned[:, :, 0] * keys[:, :, 2]).sum(-1), expected[..., 2], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close((turned[:, :, 1] * keys[:, :, 6]).sum(-1), expected[..., 6], atol=1e-4, rtol=1e-4)
-    assert rope.facing(query, positions[..., :5], 4).shape == (B, 4, 2, head)
+    query, keys = torch.randn(B, 4, 2, head, generator=draw(0)), torch.randn(B, 4, 7, head, generator=draw(1))
+    turns = rope.turns(positions, head)
+    rotated = rope.rotate(keys, positions)
     places = torch.tensor([[[0, 6], [1, 1], [3, 2], [5, 4]]]).expand(B, -1, -1)
-    some = keys.gather(2, places[..., None].expand(-1, -1, -1, head))
-    assert torch.equal(
-        rope.rotate_at(some, positions, places),
-        rope.rotate(keys, positions).gather(2, places[..., None].expand(-1, -1, -1, head)),
-    )
+    index = places[..., None].expand(-1, -1, -1, head)
+    found = turns.rotate_at(keys.gather(2, index), places)
+    torch.testing.assert_close(found, rotated.gather(2, index), atol=1e-5, rtol=1e-5)
+    blocks = Blocks.of(turns, 4)  # of 4 and of 3 tokens, their middles at places 2 and 6
+    facing = blocks.facing(query)  # (B, H, blocks, G, C)
+    met = torch.einsum("bhngc,bhnc->bhng", facing, keys[:, :, [2, 6]][..., blocks.channels])
+    expected = torch.einsum("bhgd,bhnd->bhng", query, rotated[:, :, [2, 6]])
+    torch.testing.assert_close(met, expected, atol=1e-4, rtol=1e-4)
+    mean = torch.randn(4, head, generator=draw(2))
+    turning, still = turns.facing(query, mean)
+    expected = query @ rope.rotate(mean[None, :, None].expand(1, -1, 7, -1), positions).mT
+    torch.testing.assert_close(turning @ turns.angles.unsqueeze(1) + still.unsqueeze(-1), expected, atol=1e-4, rtol=1e-4)
+    again = rope.turns(positions.clone(), head)
+    assert again is turns, "the same positions, in a tensor of another group"
     rope.forget()
+
+
+def test_what_is_no_rotation_of_pairs():
+    mixes = torch.linalg.qr(torch.randn(6, 6, generator=draw(0)))[0]
+    assert find_pairs(lambda x, position: x @ mixes, 6, torch.device("cpu")) is None
+    assert find_pairs(lambda x, position: 2 * x, 6, torch.device("cpu")) is None, "it would be scaled"
+    assert len(find_pairs(lambda x, position: x, 6, torch.device("cpu")).still) == 6
+
+
+def test_fast_and_slow_pairs():
+    """Every pair is in the blocks that it needs; one that turns around within a small block is in none."""
+    speeds = torch.tensor([1.0, 0.1, 0.03, 0.001, 0.0])
+    angles = torch.arange(400) * speeds[:, None]
+    turns = Turns(Pairs(torch.arange(5), torch.arange(5, 10), torch.tensor([10])), angles.cos()[None], angles.sin()[None])
+    assert (turns.fast.first.tolist(), turns.slow.first.tolist()) == ([1, 2], [3, 4])
+    assert (turns.fast.channels.tolist(), turns.slow.channels.tolist()) == ([1, 2, 6, 7], [3, 4, 8, 9, 10])
+    scaled = Turns(turns.pairs, 3 * turns.cos, 3 * turns.sin)
+    assert scaled.fast.first.tolist() == [1, 2], "yarn scales rotations"
 
 
 # ---- one layer
@@ -166,8 +214,9 @@ def reader(tokens, rank, exact, rough, rope, mean=True, seed=0, rows=B):
         for i in (1, 2)
     )
     positions = torch.arange(5, 5 + tokens)[None, None]
+    turns = Turns.none(tokens, D, torch.device("cpu")) if rope is None else rope.turns(positions, D)
     opened = Decoded(z)
-    made = LatentReader(keys, values, (opened, opened), rope, positions, exact, rough)
+    made = reader_of(keys, values, (opened, opened), turns, exact, rough, Workspace())
     plain = [
         torch.einsum("btr,rhd->bhtd", z[:, 0], x.axes[0]) + (x.mean[:, None] if mean else 0) for x in (keys, values)
     ]
@@ -179,52 +228,50 @@ def a_rope():
     return find_ropes(model, attention_modules(model))[0]
 
 
+RAW = torch.randn(B, H, 3, D, generator=draw(8))
+
+
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("rotates", [True, False])
-@pytest.mark.parametrize("exact", [4, 30, 100])
-def test_exact_scores_and_weighed_values(exact, rotates, mean):
-    made, keys, values = reader(37, 12, exact, 5, a_rope() if rotates else None, mean)
-    query = torch.randn(B, H, G, D, generator=draw(9))
-    found, expected = made.dot(query), query @ keys.mT
-    assert found.shape == expected.shape == (B, H, G, 37)
-    same = torch.isclose(found, expected, atol=1e-3, rtol=1e-3)
-    if not rotates:
-        assert same.all(), "what is not rotated is scored exactly without any key"
-    else:
-        assert (same.all(2).sum(-1) >= min(exact, 37)).all()
-        assert same.all() == (exact >= 37)
-    weights = torch.rand(B, H, G, 37, generator=draw(3))
-    torch.testing.assert_close(made.mix(weights), weights @ values, atol=1e-3, rtol=1e-3)
-
-
-def test_all_channels_and_a_block_for_each_token_are_exact(monkeypatch):
-    monkeypatch.setattr(latents, "BLOCK", 1)
-    made, keys, _ = reader(29, 12, 1, 12, a_rope())
-    query = torch.randn(B, H, G, D, generator=draw(9))
-    torch.testing.assert_close(made.dot(query), query @ keys.mT, atol=1e-3, rtol=1e-3)
+def test_exact_scores_and_weighed_values(rotates, mean):
+    """Tokens are few enough to count, all of them."""
+    made, keys, values = reader(37, 12, 100, 5, a_rope() if rotates else None, mean)
+    query = torch.randn(B, H, G, D, generator=draw(9)) / 20
+    torch.testing.assert_close(made.dot(query, RAW), query @ torch.cat([keys, RAW], 2).mT, atol=1e-3, rtol=1e-3)
+    weights = torch.rand(B, H, G, 40, generator=draw(3))
+    expected = weights @ torch.cat([values, RAW], 2)
+    torch.testing.assert_close(made.mix(weights, RAW), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_which_tokens_are_exact():
-    """Those that weigh most for some query of their kv head, by scores of their blocks' middles, in plain loops."""
-    rope, tokens, exact, rough = a_rope(), 70, 9, 6
-    made, keys, _ = reader(tokens, 12, exact, rough, rope)
-    query = torch.randn(B, H, G, D, generator=draw(9))
-    found = made.dot(query)
-    plain = torch.einsum("btr,rhd->bhtd", made.for_keys.z[..., :rough], made.keys.axes[0, :rough])
-    plain = plain + made.keys.mean[:, None]
-    middles = torch.tensor(
-        [min(tokens - 1, token // latents.BLOCK * latents.BLOCK + latents.BLOCK // 2) + 5 for token in range(tokens)]
-    )[None, None]
-    scores = query @ rope.rotate(plain, middles).mT
-    for row in range(B):
-        for head in range(H):
-            matters = scores[row, head].softmax(-1).amax(0)
-            chosen = set(matters.topk(exact).indices.tolist())
-            for token in range(tokens):
-                expected = (
-                    (query[row, head] @ keys[row, head, token]) if token in chosen else scores[row, head, :, token]
-                )
-                torch.testing.assert_close(found[row, head, :, token], expected, atol=1e-3, rtol=1e-3)
+    """Those whose share of the attention of some query of their kv head counts, at most so many; the others are scored
+    from leading channels, turned as in the middle of their block, or not at all. In plain loops."""
+    rope, tokens, rough = a_rope(), 300, 6
+    query = torch.randn(B, H, G, D, generator=draw(9)) / 4
+    for exact in (5, 1000):
+        made, keys, _ = reader(tokens, 12, exact, rough, rope)
+        found = made.dot(query, RAW)[..., :tokens]
+        turns = made.turns
+        plain = torch.einsum("btr,rhd->bhtd", made.for_keys.z[..., :rough], made.keys.axes[0, :rough])
+        scores = torch.zeros(B, H, G, tokens)
+        angle = torch.atan2(turns.sin[0], turns.cos[0])  # (P, T)
+        for token in range(tokens):
+            mean = rope.rotate(made.keys.mean[None, :, None], torch.tensor([[[5 + token]]]))
+            scores[..., token] = (query @ mean.mT)[..., 0]
+            for blocks in (turns.fast, turns.slow):
+                middle = min(tokens - 1, token // blocks.size * blocks.size + blocks.size // 2)
+                for x, y in zip(blocks.first.tolist(), blocks.second.tolist(), strict=True):
+                    turned = angle[turns.pairs.first.tolist().index(x), middle]
+                    cos, sin = turned.cos(), turned.sin()
+                    one, other = plain[:, :, token, x], plain[:, :, token, y]
+                    scores[..., token] += query[..., x] * (cos * one - sin * other).unsqueeze(-1)
+                    scores[..., token] += query[..., y] * (sin * one + cos * other).unsqueeze(-1)
+        shares = torch.cat([scores, query @ RAW.mT], -1).softmax(-1)[..., :tokens].amax(2)
+        least = shares.topk(min(exact, tokens), dim=-1).values[..., -1:]
+        chosen = (shares >= least) & (shares >= min(latents.COUNTS, latents.EVEN / tokens))
+        assert 0 < int(chosen.sum()) < B * H * tokens
+        expected = torch.where(chosen.unsqueeze(2), query @ keys.mT, scores)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 # ---- in a stack
@@ -249,8 +296,9 @@ STACKS = {
 
 @pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
 @pytest.mark.parametrize(("rows", "padded"), [(1, 0), (3, 0), (2, 150)])
-def test_as_many_exact_tokens_as_there_are(stages, rows, padded):
+def test_as_many_exact_tokens_as_there_are(stages, rows, padded, monkeypatch):
     """Then nothing is left to be rough."""
+    monkeypatch.setattr(latents, "COUNTS", 1e-30)
     found = logits(KVStack(stages, window=8), rows=rows, padded=padded)
     slow = [CommonKV(0.9, exact=None), *stages[1:]]
     expected = logits(KVStack(slow, window=8), rows=rows, padded=padded)

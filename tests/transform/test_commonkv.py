@@ -119,10 +119,17 @@ def test_block_size_does_not_change_the_result(encode):
 
 
 @pytest.mark.parametrize(
-    "stages", [[CommonKV(0.4)], [CommonKV(0.4), Quant(4)], [CommonKV(0.4), Quant(2), Evict(0.5)]], ids=repr
+    "stages",
+    [
+        [CommonKV(0.4, exact=None)],
+        [CommonKV(0.4, exact=None), Quant(4)],
+        [CommonKV(0.4, exact=None), Quant(2), Evict(0.5)],
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_weighing_latents_is_the_plain_path(stages, attention):
+    """With all keys rebuilt; what rough scores add is measured with the real model."""
     model = tiny.model("llama", attention=attention)
     ids = tiny.tokens(2, 130)
     logits = []

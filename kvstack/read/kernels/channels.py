@@ -1,0 +1,525 @@
+"""Codes of channels (encode/channel_codes.py), read in place.
+
+    a unit, 8 tokens    for every run of channels of equal bits, for every plane (encode/bits.py) its rows of bytes
+    gains of a unit     2 rows of bytes, one for each run, the gains of 4 tokens in each
+
+    face     vectors of each block, from queries turned back to its middle
+    dot      rough scores: vectors of each block times the leading channels, tokens in lanes
+    choose   raw scores, and the tokens that matter
+    rescore  keys of these tokens, rebuilt, rotated and scored, channels in lanes
+    mix      weighted sums of all tokens, channels in lanes
+    finish   values of these sums
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import cfunc, njit, types
+
+from ..sizes import CHUNK, PAIR, SLACK, TILE
+from .kivi import FAST, dot_row
+from .lanes import (
+    LANES,
+    add,
+    at_least,
+    either,
+    exponential,
+    fill,
+    fill_words,
+    gains_of,
+    load,
+    load_bytes,
+    masked,
+    multiply,
+    multiply_add,
+    product,
+    shift_left,
+    shift_right,
+    store,
+    to_floats,
+    unpack_columns,
+    unpack_rows,
+)
+from .memory import SIGNATURE, bytes_, floats, longs, thread_count, thread_number
+
+__all__ = ["choose", "dot", "face", "finish", "mix", "rescore"]
+
+@njit
+def readable(address, unit, units, size, copy):
+    """The codes of a unit, with bytes behind them that may be read: of the last units, a copy."""
+    codes = bytes_(address + unit * size)
+    if (units - unit - 1) * size >= SLACK:
+        return codes
+    for i in range(size):
+        copy[i] = codes[i]
+    return copy
+
+
+# ---- queries
+
+
+@njit
+def numbers_of(numbers, at):
+    """Those from number `at` on."""
+    return numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3], numbers[at + 4], numbers[at + 5], numbers[at + 6], numbers[at + 7]
+
+
+@njit
+def turn_back(queries, query, width, channels, pairs, still, cos, sin, at, out, to):
+    """A query as the un-rotated keys of a block meet it: the first channels of all pairs, the second ones, the rest."""
+    for p in range(pairs):
+        x, y = queries[query * width + channels[p]], queries[query * width + channels[pairs + p]]
+        out[to + p] = cos[at + p] * x + sin[at + p] * y
+        out[to + pairs + p] = cos[at + p] * y - sin[at + p] * x
+    for c in range(2 * pairs, 2 * pairs + still):
+        out[to + c] = queries[query * width + channels[c]]
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def face(numbers):
+    """The vectors that score the leading channels, times their steps, for two kinds of blocks: (rows, kv heads, blocks,
+    queries, room) each. And what queries make of the mean: (rows, heads, 2 * pairs) with the angles of a token, (rows,
+    heads) with channels that do not turn. A task is a kind of blocks of a kv head.
+
+    tasks, queries (rows, kv heads, queries, D), queries of each, D, kv heads, axes, numbers from one channel and from
+    one row to the next, leading channels, room, steps, scratch, bytes of it, mean (kv heads, D) or 0, pairs and still
+    channels (2 * pairs + still,), count of pairs, of still, what they make, what the still make; then for each kind:
+    vectors, blocks, channels, pairs, still, cos (rows, blocks, pairs), sin, rows of them
+    """
+    queries, asked, width, kv_heads = floats(numbers[1]), numbers[2], numbers[3], numbers[4]
+    axes_at, channel_stride, row_stride, leading, room = numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]
+    steps, mean, known, pairs, still = floats(numbers[10]), floats(numbers[13]), longs(numbers[14]), numbers[15], numbers[16]
+    turning, constant = floats(numbers[17]), floats(numbers[18])
+    mine, every = thread_number(), thread_count()
+    memory = numbers[11] + numbers[12] * mine
+    turned, rows = floats(memory), floats(memory + 4 * width * room)
+    for task in range(mine, numbers[0], every):
+        head, given = task // 2, numbers_of(numbers, 19 + task % 2 * 8)
+        row, kv_head = head // kv_heads, head % kv_heads
+        out, blocks, channels = floats(given[0]), given[1], longs(given[2])
+        count = 2 * given[3] + given[4]
+        # axes of these channels, on their sides
+        axes = floats(axes_at + 4 * (row * row_stride + kv_head * width))
+        for c in range(count):
+            for r in range(leading):
+                turned[c * room + r] = axes[r * channel_stride + channels[c]] * steps[r]
+            for r in range(leading, room):
+                turned[c * room + r] = types.float32(0)
+        # vectors, for as many queries of blocks at once as a product takes
+        cos, sin = floats(given[5]), floats(given[6])
+        first = head * blocks * asked
+        i = 0
+        while i < blocks * asked:
+            some = min(5, blocks * asked - i)
+            for j in range(some):
+                block = (row * blocks if given[7] > 1 else 0) + (i + j) // asked
+                turn_back(
+                    queries, head * asked + (i + j) % asked, width, channels, given[3], given[4], cos, sin,
+                    block * given[3], rows, j * count,
+                )  # fmt: skip
+                for r in range(room):
+                    out[(first + i + j) * room + r] = types.float32(0)
+            for begin in range(0, room, PAIR):
+                product(out, (first + i) * room + begin, room, rows, 0, count, turned, begin, room, count, some)
+            i += some
+        if task % 2 or not numbers[13]:
+            continue
+        for query in range(asked):
+            at, to = (head * asked + query) * width, (head * asked + query) * 2 * pairs
+            base = kv_head * width
+            for p in range(pairs):
+                x, y = queries[at + known[p]], queries[at + known[pairs + p]]
+                a, b = mean[base + known[p]], mean[base + known[pairs + p]]
+                turning[to + p] = x * a + y * b
+                turning[to + pairs + p] = y * a - x * b
+            total = types.float32(0)
+            for c in range(2 * pairs, 2 * pairs + still):
+                total += queries[at + known[c]] * mean[base + known[c]]
+            constant[head * asked + query] = total
+
+
+# ---- rough scores
+
+
+@njit(fastmath=FAST)
+def add_vectors(near, far, fast, slow, size, out, to):
+    """The sum of two vectors, of which one may not be there (address 0)."""
+    for i in range(size):
+        out[to + i] = far[i] if slow else types.float32(0)
+    if fast:
+        for i in range(size):
+            out[to + i] += near[i]
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def dot(numbers):
+    """Rough scores of all tokens, for each head
+
+        mean vector @ angles of the token + still + (fast vector of its block + slow vector of its block) @ channels
+
+    out (rows, heads, stride): heads are kv heads, each with its queries. A task is a part of the units of a row.
+
+    tasks, parts, out, stride, codes, gains, runs, count of runs, units, bytes of codes and of gains in a unit, scratch,
+    bytes of it, kv heads, queries of each, leading channels, room; fast vectors (rows, kv heads, blocks, queries, room)
+    or 0, blocks, units in each, the same of slow vectors; mean vectors (rows, heads, angles), still (rows, heads),
+    angles (rows, angles, tokens), count of angles, numbers in a row of them, rows of angles
+    """
+    tasks, parts, out, stride = numbers[0], numbers[1], floats(numbers[2]), numbers[3]
+    runs, count, units = longs(numbers[6]), numbers[7], numbers[8]
+    size, gain_size = numbers[9], numbers[10]
+    kv_heads, asked, leading, room = numbers[13], numbers[14], numbers[15], numbers[16]
+    fast, fast_blocks, fast_units = numbers[17], numbers[18], numbers[19]
+    slow, slow_blocks, slow_units = numbers[20], numbers[21], numbers[22]
+    means, still, angles, turning, angle_stride = numbers[23], numbers[24], numbers[25], numbers[26], numbers[27]
+    heads, mine, every = kv_heads * asked, thread_number(), thread_count()
+    memory = numbers[11] + numbers[12] * mine
+    all_units = tasks // parts * units
+    tile, sums = floats(memory), floats(memory + 4 * PAIR * (TILE + LANES))
+    gain = floats(memory + 4 * PAIR * (TILE + LANES + heads))
+    vectors = floats(memory + 4 * PAIR * (TILE + LANES + heads + 1))
+    copy = bytes_(memory + 4 * PAIR * (TILE + LANES + heads + 1) + 4 * heads * room)
+    for task in range(tasks * mine // every, tasks * (mine + 1) // every):
+        row, part, pairs, known = task // parts, task % parts, (units + 1) // 2, -1
+        for pair in range(pairs * part // parts, pairs * (part + 1) // parts):
+            for head in range(heads):
+                constant = floats(still)[row * heads + head]
+                for i in range(PAIR):
+                    sums[head * PAIR + i] = constant
+            if turning:
+                at = row * turning * angle_stride if numbers[28] > 1 else 0
+                left, right = floats(means + 4 * row * heads * turning), floats(angles + 4 * at)
+                product(sums, 0, PAIR, left, 0, turning, right, pair * PAIR, angle_stride, turning, heads)
+            # vectors of this pair of units, the same for all of a block
+            if known != row * fast_blocks + pair * 2 // fast_units:
+                known = row * fast_blocks + pair * 2 // fast_units
+                for kv_head in range(kv_heads):
+                    here = row * kv_heads + kv_head
+                    near = floats(fast + 4 * (here * fast_blocks + pair * 2 // fast_units) * asked * room)
+                    far = floats(slow + 4 * (here * slow_blocks + pair * 2 // slow_units) * asked * room)
+                    add_vectors(near, far, fast, slow, asked * room, vectors, kv_head * asked * room)
+            # their products with the channels, a tile of them at a time
+            at = filled = held = 0
+            for run in range(count):
+                bits, channels, first = runs[2 * run], runs[2 * run + 1], 0
+                wanted = min(channels, leading - filled)
+                while first < wanted:
+                    some = min(TILE - held, wanted - first)
+                    for second in range(2):
+                        unit = row * units + min(2 * pair + second, units - 1)
+                        unit_codes = readable(numbers[4], unit, all_units, size, copy)
+                        store(gain, 0, gains_of(bytes_(numbers[5] + unit * gain_size), run, count))
+                        unpack_columns(
+                            bits, unit_codes, at + first, channels, some, gain, tile, held * PAIR + second * LANES, PAIR
+                        )  # fmt: skip
+                    first, held = first + some, held + some
+                    if held == TILE or filled + first == leading:
+                        begin = filled + first - held
+                        product(sums, 0, PAIR, vectors, begin, room, tile, 0, PAIR, held, heads)
+                        held = 0
+                filled += wanted
+                if filled == leading:
+                    break
+                at += bits * channels
+            for head in range(heads):
+                to = (row * heads + head) * stride + pair * PAIR
+                for i in range(min(PAIR, units * LANES - pair * PAIR)):
+                    out[to + i] = sums[head * PAIR + i]
+
+
+# ---- which tokens matter
+
+
+@njit(fastmath=FAST)
+def count_above(x, size, least):
+    found = 0
+    for i in range(size):
+        found += x[i] >= least
+    return found
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def choose(numbers):
+    """Scores of raw keys, behind those of the `tokens` that are sealed, and the places of the tokens whose share of
+    the attention of some query is `least` or more: at most `exact` for each kv head, those of the largest shares. A
+    task is a kv head.
+
+    tasks, scores (rows, kv heads, queries, stride), stride, queries, tokens, exact, least (a float's bits), queries'
+    address (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv heads, exact), counts, scratch,
+    bytes of it
+    """
+    tasks, scores, stride, asked, tokens = numbers[0], floats(numbers[1]), numbers[2], numbers[3], numbers[4]
+    exact, least, queries, width = numbers[5], floats(numbers[6])[0], floats(numbers[7]), numbers[8]
+    keys, raw, room = floats(numbers[9]), numbers[10], numbers[11]
+    places, counts = longs(numbers[12]), longs(numbers[13])
+    mine, every = thread_number(), thread_count()
+    excess = floats(numbers[14] + numbers[15] * mine)
+    for head in range(tasks * mine // every, tasks * (mine + 1) // every):
+        for query in range(asked):
+            at = (head * asked + query) * stride
+            for t in range(raw):
+                scores[at + tokens + t] = dot_row(
+                    queries, (head * asked + query) * width, keys, (head * room + t) * width, width
+                )
+            most = scores[at]
+            for t in range(1, tokens + raw):
+                most = max(most, scores[at + t])
+            total, sums, whole = types.float32(0), fill(types.float32(0)), (tokens + raw) // LANES * LANES
+            for t in range(0, whole, LANES):
+                sums = add(sums, exponential(at_least(add(load(scores, at + t), fill(-most)), -80)))
+            store(excess, tokens, sums)
+            for i in range(LANES):
+                total += excess[tokens + i]
+            for t in range(whole, tokens + raw):
+                total += math.exp(scores[at + t] - most)
+            share = most + math.log(total) + math.log(least)
+            if query == 0:
+                for t in range(tokens):
+                    excess[t] = scores[at + t] - share
+            else:
+                for t in range(tokens):
+                    excess[t] = max(excess[t], scores[at + t] - share)
+        # the threshold that leaves no more than `exact`
+        low, high = types.float32(0), types.float32(0)
+        if count_above(excess, tokens, low) > exact:
+            for t in range(tokens):
+                high = max(high, excess[t])
+            for _ in range(24):
+                middle = (low + high) / 2
+                if count_above(excess, tokens, middle) > exact:
+                    low = middle
+                else:
+                    high = middle
+            low = high
+        found = 0
+        for t in range(tokens):
+            if excess[t] >= low and found < exact:
+                places[head * exact + found] = t
+                found += 1
+        counts[head] = found
+
+
+# ---- exact scores
+
+
+@njit
+def unpack_token(codes, gains, runs, count, token, steps, gain_of, out, to):
+    """All channels of one token, times the steps of the channels; writes some more behind them. `gain_of`: room for the
+    gains of 8 tokens."""
+    at = filled = 0
+    for run in range(count):
+        bits, channels = runs[2 * run], runs[2 * run + 1]
+        store(gain_of, 0, gains_of(gains, run, count))
+        gain, one, two, three = gain_of[token], 8, 0, 0
+        if bits < 8:
+            one = 4 if bits & 4 else (2 if bits & 2 else 1)
+            two = 2 if (bits - one) & 2 else (bits - one) & 1
+            three = bits - one - two
+        scale, base = fill(gain), fill(-gain * types.float32(((1 << bits) - 1) * 0.5))
+        row = at + token % one * channels
+        places, mask = fill_words(types.uint32(token // one * one)), fill_words(types.uint32((1 << one) - 1))
+        if not two:
+            for i in range(0, channels, LANES):
+                code = masked(shift_right(load_bytes(codes, row + i), places), mask)
+                store(out, to + filled + i, multiply_add(to_floats(code), scale, base))
+        else:
+            next_row, last_row = at + (one + token % two) * channels, at + (one + two) * channels
+            next_places = fill_words(types.uint32(token // two * two))
+            next_mask, up = fill_words(types.uint32((1 << two) - 1)), fill_words(types.uint32(one))
+            last_places, last_mask = fill_words(types.uint32(token)), fill_words(types.uint32(1 if three else 0))
+            top = fill_words(types.uint32(one + two))
+            for i in range(0, channels, LANES):
+                code = masked(shift_right(load_bytes(codes, row + i), places), mask)
+                more = masked(shift_right(load_bytes(codes, next_row + i), next_places), next_mask)
+                code = either(code, shift_left(more, up))
+                if three:
+                    more = masked(shift_right(load_bytes(codes, last_row + i), last_places), last_mask)
+                    code = either(code, shift_left(more, top))
+                store(out, to + filled + i, multiply_add(to_floats(code), scale, base))
+        filled += channels
+        at += bits * channels
+    for i in range(0, filled, LANES):
+        store(out, to + i, multiply(load(out, to + i), load(steps, i)))
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def rescore(numbers):
+    """Exact scores of tokens, put over the rough ones: their keys are rebuilt, latents @ axes + mean, and rotated.
+    Tokens of a kv head come in groups of 5; a task is a group.
+
+    tasks, groups, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units, bytes of
+    codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places, counts,
+    exact, rank, steps, axes (rows, rank, kv heads, D), numbers from one channel and from one row to the next, mean
+    (kv heads, D) or 0, pairs (2, pairs), count of pairs, angles (rows, tokens, 2 * pairs), rows of angles
+    """
+    tasks, groups, scores, stride = numbers[0], numbers[1], floats(numbers[2]), numbers[3]
+    runs, count, units, size, gain_size = longs(numbers[6]), numbers[7], numbers[8], numbers[9], numbers[10]
+    kv_heads, asked, queries, width = numbers[13], numbers[14], floats(numbers[15]), numbers[16]
+    places, counts, exact, rank, steps = longs(numbers[17]), longs(numbers[18]), numbers[19], numbers[20], floats(numbers[21])
+    channel_stride, row_stride, mean = numbers[23], numbers[24], floats(numbers[25])
+    first, second, turning = longs(numbers[26]), longs(numbers[26] + 8 * numbers[27]), numbers[27]
+    all_units, tokens = tasks // groups // kv_heads * units, units * LANES
+    mine, every = thread_number(), thread_count()
+    memory = numbers[11] + numbers[12] * mine
+    ranked = rank + SLACK
+    latents, keys = floats(memory), floats(memory + 4 * 5 * ranked)
+    padded = (width + PAIR - 1) // PAIR * PAIR
+    copy = bytes_(memory + 4 * 5 * (ranked + padded))
+    for task in range(mine, tasks, every):  # how many groups a head has, the text says
+        head, group = task // groups, task % groups
+        some = min(5, counts[head] - 5 * group)
+        if some <= 0:
+            continue
+        row, kv_head = head // kv_heads, head % kv_heads
+        chosen = head * exact + 5 * group
+        for i in range(some):
+            unit = row * units + places[chosen + i] // LANES
+            codes = readable(numbers[4], unit, all_units, size, copy)
+            gains = bytes_(numbers[5] + unit * gain_size)
+            unpack_token(codes, gains, runs, count, places[chosen + i] % LANES, steps, keys, latents, i * ranked)
+        # rebuild
+        axes = floats(numbers[22] + 4 * (row * row_stride + kv_head * width))
+        for begin in range(0, width // PAIR * PAIR, PAIR):
+            for i in range(some):
+                for d in range(PAIR):
+                    at = i * padded + begin + d
+                    keys[at] = mean[kv_head * width + begin + d] if numbers[25] else types.float32(0)
+            product(keys, begin, padded, latents, 0, ranked, axes, begin, channel_stride, rank, some)
+        for d in range(width // PAIR * PAIR, width):
+            for i in range(some):
+                made = mean[kv_head * width + d] if numbers[25] else types.float32(0)
+                for r in range(rank):
+                    made += latents[i * ranked + r] * axes[r * channel_stride + d]
+                keys[i * padded + d] = made
+        # rotate and score
+        for i in range(some):
+            token = places[chosen + i]
+            at = ((row * tokens if numbers[29] > 1 else 0) + token) * 2 * turning
+            angles = floats(numbers[28] + 4 * at)
+            for p in range(turning):
+                x, y = keys[i * padded + first[p]], keys[i * padded + second[p]]
+                keys[i * padded + first[p]] = angles[p] * x - angles[turning + p] * y
+                keys[i * padded + second[p]] = angles[turning + p] * x + angles[p] * y
+            for query in range(asked):
+                to = (head * asked + query) * stride + token
+                scores[to] = dot_row(queries, (head * asked + query) * width, keys, i * padded, width)
+
+
+# ---- values
+
+
+@njit(fastmath=FAST)
+def largest(weights, head, heads, stride, at):
+    """Of the weights of 8 tokens, for all heads."""
+    most = types.float32(0)
+    for h in range(heads):
+        for t in range(LANES):
+            most = max(most, weights[(head + h) * stride + at + t])
+    return most
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def mix(numbers):
+    """Weighted sums of all tokens, without the steps of the channels: (rows, parts, heads, padded), every run of
+    channels padded to whole pairs. Units of weights below `least` are left out.
+
+    tasks, parts, weights (rows, heads, stride), stride, least (a float's address), out, codes, gains, runs, count of
+    runs, units, bytes of codes and of gains in a unit, scratch, bytes of it, heads, padded
+    """
+    tasks, parts, weights, stride, least = numbers[0], numbers[1], floats(numbers[2]), numbers[3], floats(numbers[4])[0]
+    out, runs, count, units = floats(numbers[5]), longs(numbers[8]), numbers[9], numbers[10]
+    size, gain_size, heads, padded = numbers[11], numbers[12], numbers[15], numbers[16]
+    all_units = tasks // parts * units
+    mine, every = thread_number(), thread_count()
+    memory = numbers[13] + numbers[14] * mine
+    tile, near = floats(memory), floats(memory + 4 * CHUNK * LANES * TILE)
+    chosen, gain = longs(memory + 4 * CHUNK * LANES * (TILE + heads)), floats(
+        memory + 4 * CHUNK * LANES * (TILE + heads) + 8 * CHUNK
+    )
+    copy = bytes_(memory + 4 * CHUNK * LANES * (TILE + heads) + 8 * CHUNK + 4 * LANES)
+    for task in range(tasks * mine // every, tasks * (mine + 1) // every):
+        row, part = task // parts, task % parts
+        first_out = task * heads * padded
+        for i in range(heads * padded):
+            out[first_out + i] = types.float32(0)
+        unit, last = units * part // parts, units * (part + 1) // parts
+        while unit < last:
+            # the next units that count, and their weights side by side
+            some = 0
+            while unit < last and some < CHUNK:
+                if largest(weights, row * heads, heads, stride, unit * LANES) >= least:
+                    chosen[some] = unit
+                    for head in range(heads):
+                        at = (row * heads + head) * stride + unit * LANES
+                        for t in range(LANES):
+                            near[(head * CHUNK + some) * LANES + t] = weights[at + t]
+                    some += 1
+                unit += 1
+            if not some:
+                break
+            at = to = 0
+            for run in range(count):
+                bits, channels = runs[2 * run], runs[2 * run + 1]
+                for first in range(0, channels, TILE):
+                    taken = min(TILE, channels - first)
+                    wide = (taken + PAIR - 1) // PAIR * PAIR
+                    for i in range(some):
+                        here = row * units + chosen[i]
+                        codes = readable(numbers[6], here, all_units, size, copy)
+                        store(gain, 0, gains_of(bytes_(numbers[7] + here * gain_size), run, count))
+                        unpack_rows(bits, codes, at + first, channels, wide, gain, tile, i * LANES * TILE, TILE)
+                    for begin in range(0, wide, PAIR):
+                        product(
+                            out, first_out + to + begin, padded, near, 0, CHUNK * LANES, tile, begin, TILE,
+                            some * LANES, heads,
+                        )  # fmt: skip
+                    to += wide
+                at += bits * channels
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def finish(numbers):
+    """Mixed values (rows, kv heads, queries, D) of what `mix` left: sums of its parts, times steps and axes, plus the
+    mean as far as weights of sealed tokens go, plus raw values. A task is a kv head.
+
+    tasks, kv heads, queries of each, sums (rows, parts, heads, padded), parts, padded, places of channels, rank, steps,
+    axes, numbers from one channel and from one row to the next, D, mean (kv heads, D) or 0, weights (rows, heads,
+    stride), stride, tokens, raw values (rows, kv heads, raw of room, D), raw, room, out, scratch, bytes of it
+    """
+    kv_heads, asked, sums, parts, padded = numbers[1], numbers[2], floats(numbers[3]), numbers[4], numbers[5]
+    places, rank, steps = longs(numbers[6]), numbers[7], floats(numbers[8])
+    channel_stride, row_stride, width, mean = numbers[10], numbers[11], numbers[12], floats(numbers[13])
+    weights, stride, tokens = floats(numbers[14]), numbers[15], numbers[16]
+    values, raw, room, out = floats(numbers[17]), numbers[18], numbers[19], floats(numbers[20])
+    heads, mine, every = kv_heads * asked, thread_number(), thread_count()
+    latents = floats(numbers[21] + numbers[22] * mine)
+    for head in range(mine, numbers[0], every):
+        row, kv_head = head // kv_heads, head % kv_heads
+        for query in range(asked):
+            number = kv_head * asked + query
+            for r in range(rank):
+                latents[query * rank + r] = types.float32(0)
+            for part in range(parts):
+                at = ((row * parts + part) * heads + number) * padded
+                for r in range(rank):
+                    latents[query * rank + r] += sums[at + places[r]]
+            for r in range(rank):
+                latents[query * rank + r] *= steps[r]
+            total, at, to = types.float32(0), (head * asked + query) * stride, (head * asked + query) * width
+            for t in range(tokens):
+                total += weights[at + t]
+            for d in range(width):
+                out[to + d] = total * mean[kv_head * width + d] if numbers[13] else types.float32(0)
+            for t in range(raw):
+                weight = weights[at + tokens + t]
+                for d in range(width):
+                    out[to + d] += weight * values[(head * room + t) * width + d]
+        axes, first = floats(numbers[9] + 4 * (row * row_stride + kv_head * width)), head * asked * width
+        for begin in range(0, width // PAIR * PAIR, PAIR):
+            product(out, first + begin, width, latents, 0, rank, axes, begin, channel_stride, rank, asked)
+        for d in range(width // PAIR * PAIR, width):
+            for query in range(asked):
+                total = types.float32(0)
+                for r in range(rank):
+                    total += latents[query * rank + r] * axes[r * channel_stride + d]
+                out[first + query * width + d] += total
