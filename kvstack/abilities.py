@@ -12,7 +12,7 @@ The stack asks `isinstance`, nothing else: a codec can do what it inherits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -28,18 +28,10 @@ __all__ = [
     "FitsText",
     "Linear",
     "NeedsHidden",
-    "Picked",
     "ReadsDirectly",
     "ReadsLinearly",
     "RefitsText",
-    "Turn",
 ]
-
-Turn = Callable[[Tensor, Tensor], Tensor]
-"""Rotates un-rotated keys (B, H, n, D) to the positions of the sealed tokens at `places` (B or 1, H or 1, n)."""
-
-Picked = tuple[Mapping[str, Tensor], Tensor]
-"""Latents of some tokens, and their places among the sealed ones, (B, H, n)."""
 
 
 class NeedsHidden(Codec):
@@ -56,10 +48,6 @@ class ReadsDirectly(Codec):
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         """`weights` (B, H, G, T) times the values: (B, H, G, D). Override to weigh the latents first."""
         return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
-
-    def pick(self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn) -> Picked | None:
-        """Choose the sealed tokens that a scaled query (B, H, G, D) is answered from; None (the default): all."""
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +70,8 @@ class ReadsLinearly(ReadsDirectly):
     read/latents.py."""
 
     exact: int | None = None
-    """Tokens whose keys are rebuilt exactly for each kv head, None (the default): all."""
-    rough: int = 128
+    """Keys that are rebuilt for each kv head at most, None (the default): all."""
+    rough: int = 512
     """Leading channels that score the other tokens."""
 
     def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:

@@ -16,11 +16,9 @@ from .abilities import (
     FitsText,
     Linear,
     NeedsHidden,
-    Picked,
     ReadsDirectly,
     ReadsLinearly,
     RefitsText,
-    Turn,
 )
 from .calibration.axes import Basis, flat
 from .calibration.calibrate import calibration_for
@@ -84,7 +82,6 @@ __all__ = [
     "Linear",
     "NeedsHidden",
     "Packed",
-    "Picked",
     "Reader",
     "ReadsDirectly",
     "ReadsLinearly",
@@ -96,7 +93,6 @@ __all__ = [
     "Stage",
     "StageError",
     "Transform",
-    "Turn",
     "UseError",
     "Workspace",
     "as_path",

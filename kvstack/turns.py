@@ -135,8 +135,7 @@ class Turns:
 
     def rotate_at(self, x: Tensor, places: Tensor) -> Tensor:
         """Rotate `x` (B, H, n, D) to the positions of the tokens at `places` (B, H, n)."""
-        b, h, n = places.shape
-        rows = torch.arange(b, device=x.device)[:, None, None] if self.cos.shape[0] > 1 else 0
+        rows = torch.arange(len(places), device=x.device)[:, None, None] if self.cos.shape[0] > 1 else 0
         cos, sin = (table.transpose(1, 2)[rows, places].to(x.dtype) for table in (self.cos, self.sin))  # (B, H, n, P)
         one, other = x[..., self.pairs.first], x[..., self.pairs.second]
         turned = x.clone()

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import UseError
 from ..floats import wide
-from ..types import LONG
 from ..turns import Pairs, Turns, find_pairs
+from ..types import LONG
 
 __all__ = ["Form", "Rope", "RotaryCall", "Tables"]
 

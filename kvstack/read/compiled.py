@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,8 +50,8 @@ def kernel(name: str) -> Kernel:
     run = _runner(getattr(importlib.import_module(f"{__package__}.kernels.{file}"), function).address)
 
     def call(*given: Tensor | int) -> None:
-        numbers = (ctypes.c_int64 * len(given))(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))
-        run(numbers)
+        numbers = array("q", [x if x.__class__ is int else x.data_ptr() for x in given])  # type: ignore[union-attr]
+        run(numbers.buffer_info()[0])
 
     return call
 

@@ -20,7 +20,6 @@ here the other tokens keep their rough scores instead of none.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CodesReader", "LatentReader", "opened", "reads_with"]
 
-COUNTS, EVEN = 3e-4, 1
+COUNTS, EVEN = 3e-4, 2
 """A token's key is rebuilt where its share of the attention is so large, or as large as that of so many tokens if all
 had the same."""
 SHARES = 100
@@ -157,22 +156,52 @@ def reader_of(
     exact: int,
     rough: int,
     work: Workspace,
-) -> LatentReader:
+) -> LatentReader | CodesReader:
     """The reader of one layer, for latents as they were opened."""
-    if all(isinstance(each, Codes) for each in latents):
-        return CodesReader(keys, values, latents, turns, exact, rough, work)
-    return LatentReader(keys, values, latents, turns, exact, rough)
+    for_keys, for_values = latents
+    if isinstance(for_keys, Codes) and isinstance(for_values, Codes):
+        return CodesReader(keys, values, (for_keys, for_values), turns, exact, rough, work)
+    assert isinstance(for_keys, Decoded)  # both are packed by encoders of one kind
+    assert isinstance(for_values, Decoded)
+    return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough)
 
 
-class LatentReader:
-    """Answers one query from the latents of one layer, in plain torch.
+class _Reader:
+    """What readers of one layer know.
 
     Args:
         keys, values: how the layer's keys and values come from latents; `keys` before rotation.
-        latents: those of the keys and of the values, open; the same where they have one.
+        tokens: that are sealed.
         turns: how keys of the sealed tokens are rotated.
         exact: keys that are rebuilt for each kv head, at most.
         rough: channels that score the others.
+    """
+
+    def __init__(
+        self,
+        keys: Linear,
+        values: Linear,
+        tokens: int,
+        turns: Turns,
+        exact: int,
+        rough: int,
+    ) -> None:
+        self.keys, self.values, self.turns, self.tokens = keys, values, turns, tokens
+        self.exact = min(exact, tokens)
+        # where nothing is rotated, scores of all channels are exact
+        self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
+
+    @property
+    def least(self) -> Tensor:
+        """The share of the attention from which on a token's key is rebuilt."""
+        return torch.tensor(min(COUNTS, EVEN / self.tokens))
+
+
+class LatentReader(_Reader):
+    """Answers one query from the latents of one layer, in plain torch.
+
+    Args:
+        latents: those of the keys and of the values, decoded; the same where they have one.
     """
 
     def __init__(
@@ -184,12 +213,8 @@ class LatentReader:
         exact: int,
         rough: int,
     ) -> None:
-        self.keys, self.values, self.turns = keys, values, turns
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
         self.for_keys, self.for_values = latents
-        self.tokens = self.for_keys.tokens
-        self.exact = min(exact, self.tokens)
-        # where nothing is rotated, scores of all channels are exact
-        self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
         """A scaled `query` (B, H, G, D) times the sealed keys, and then times `raw` ones: (B, H, G, T)."""
@@ -214,11 +239,6 @@ class LatentReader:
         if self.values.mean is not None:
             out = out + weights.sum(-1, keepdim=True) * self.values.mean.to(mixed.dtype).unsqueeze(1)
         return out + loose @ raw.to(loose.dtype)
-
-    @property
-    def least(self) -> Tensor:
-        """The share of the attention from which on a token's key is rebuilt."""
-        return torch.tensor(min(COUNTS, EVEN / self.tokens))
 
     # ---- rough scores
 
@@ -254,10 +274,11 @@ class LatentReader:
         return query @ self.turns.rotate_at(keys, places).to(query.dtype).mT
 
 
-class CodesReader(LatentReader):
+class CodesReader(_Reader):
     """The same, from codes of channels, with compiled kernels.
 
     Args:
+        latents: those of the keys and of the values, as codes.
         work: for scratch memory.
     """
 
@@ -271,51 +292,49 @@ class CodesReader(LatentReader):
         rough: int,
         work: Workspace,
     ) -> None:
-        super().__init__(keys, values, latents, turns, exact, rough)
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
+        self.for_keys, self.for_values = latents
         self.work = work
+        self.room = padded(self.rough)
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        query = query.contiguous()
+        query, (raw, *loose) = query.contiguous(), compiled.side_by_side(raw)
         b, h, g, d = query.shape
         scores = torch.empty(b, h, g, self.tokens + raw.shape[2])
-        self._score(query, scores)
+        scratch = self._scratch(h * g, d)
+        self._score(query, scores, scratch)
         if not self.turns.rotates:
-            scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
+            scores[..., self.tokens :] = query @ raw.mT
             return scores
         places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
         compiled.kernel("channels.choose")(
-            b * h, scores, scores.shape[3], g, self.tokens, self.exact, self.least, query, d, *compiled.side_by_side(raw), places,
-            counts, *self._scratch(4 * (self.tokens + SLACK)),
+            b * h, scores, scores.shape[3], g, self.tokens, self.exact, self.least, query, d, raw, *loose, places,
+            counts, *scratch,
         )  # fmt: skip
-        self._rescore(query, scores, places, counts)
+        self._rescore(query, scores, places, counts, scratch)
         return scores
 
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
-        b, h, g, held = weights.shape
-        weights = weights.contiguous()
+        weights, (raw, *loose) = weights.contiguous(), compiled.side_by_side(raw)
+        (b, h, g, held), d = weights.shape, raw.shape[3]
         codes, layout, mean = self.for_values, self.for_values.layout, self.values.mean
-        pieces, d = parts(b, codes.units), raw.shape[3]
+        pieces, rank, scratch = parts(b, codes.units), len(layout.places), self._scratch(h * g, d)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
         # where all keys are exact, so are the values
         least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
         compiled.kernel("channels.mix")(
-            b * pieces, pieces, weights, held, torch.tensor(least), sums, *codes.numbers,
-            *self._scratch(4 * CHUNK * 8 * (TILE + h * g) + 8 * CHUNK + 32 + codes.codes.shape[3] + SLACK), h * g,
-            layout.width,
-        )  # fmt: skip
-        rank = len(layout.places)
+            b * pieces, pieces, weights, held, torch.tensor(least), sums, *codes.numbers, *scratch, h * g, layout.width
+        )
         compiled.kernel("channels.finish")(
             b * h, h, g, sums, pieces, layout.width, layout.places, rank, layout.steps, *_axes(self.values), d,
-            0 if mean is None else mean.float().contiguous(), weights, held, self.tokens, *compiled.side_by_side(raw), out,
-            *self._scratch(4 * g * rank),
+            0 if mean is None else mean.float().contiguous(), weights, held, self.tokens, raw, *loose, out, *scratch,
         )  # fmt: skip
         return out
 
-    def _score(self, query: Tensor, scores: Tensor) -> None:
+    def _score(self, query: Tensor, scores: Tensor, scratch: tuple[Tensor, int]) -> None:
         """Write rough scores."""
         b, h, g, d = query.shape
-        codes, mean, room = self.for_keys, self.keys.mean, padded(self.rough)
-        turns = self.turns
+        codes, mean, turns, room = self.for_keys, self.keys.mean, self.turns, self.room
         kinds, pairs, angles = (turns.fast, turns.slow), turns.pairs, turns.padded
         vectors = [torch.empty(b, h, kind.count, g, room) if len(kind.channels) else 0 for kind in kinds]
         turning, constant = torch.empty(b, h * g, angles.shape[1]), torch.zeros(b, h * g)
@@ -325,36 +344,48 @@ class CodesReader(LatentReader):
                 made, kind.count if len(kind.channels) else 0, kind.channels, len(kind.first), len(kind.still),
                 kind.cos, kind.sin, kind.cos.shape[0],
             ]  # fmt: skip
+        pieces = parts(b * h, max(kind.count for kind in kinds))
         compiled.kernel("channels.face")(
-            b * h * 2, query, g, d, h, *_axes(self.keys), self.rough, room, codes.layout.steps,
-            *self._scratch(4 * d * (room + 5)), 0 if mean is None else mean.float().contiguous(), pairs.every,
-            len(pairs.first), len(pairs.still), turning, constant, *given,
+            b * h * pieces, pieces, query, g, d, h, *_axes(self.keys), self.rough, room, codes.layout.steps, *scratch,
+            0 if mean is None else mean.float().contiguous(), pairs.every, len(pairs.first), len(pairs.still), turning,
+            constant, *given,
         )  # fmt: skip
         fast, slow = ((made, kind.count, kind.size // 8) for made, kind in zip(vectors, kinds, strict=True))
         pieces = parts(b, codes.units)
         compiled.kernel("channels.dot")(
-            b * pieces, pieces, scores, scores.shape[3], *codes.numbers,
-            *self._scratch(4 * (PAIR * (TILE + 8 + h * g + 1) + h * g * room) + codes.codes.shape[3] + SLACK), h, g, self.rough, room, *fast, *slow,
+            b * pieces, pieces, scores, scores.shape[3], *codes.numbers, *scratch, h, g, self.rough, room, *fast, *slow,
             turning, constant, angles, 0 if mean is None else angles.shape[1], angles.shape[-1], angles.shape[0],
         )  # fmt: skip
 
-    def _rescore(self, query: Tensor, scores: Tensor, places: Tensor, counts: Tensor) -> None:
+    def _rescore(
+        self, query: Tensor, scores: Tensor, places: Tensor, counts: Tensor, scratch: tuple[Tensor, int]
+    ) -> None:
         """Put exact scores of the tokens at `places` over the rough ones."""
         b, h, g, d = query.shape
         codes, rank, mean = self.for_keys, self.keys.axes.shape[1], self.keys.mean
         rows, groups = self.turns.by_token, -(-self.exact // 5)
         compiled.kernel("channels.rescore")(
-            b * h * groups, groups, scores, scores.shape[3], *codes.numbers,
-            *self._scratch(4 * 5 * (rank + SLACK + padded(d)) + codes.codes.shape[3] + SLACK), h, g, query, d,
-            places, counts, self.exact, rank, codes.layout.steps, *_axes(self.keys),
-            0 if mean is None else mean.float().contiguous(), self.turns.pairs.every, len(self.turns.pairs.first), rows,
-            rows.shape[0],
+            b * h * groups, groups, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
+            self.exact, rank, codes.layout.steps, *_axes(self.keys), 0 if mean is None else mean.float().contiguous(),
+            self.turns.pairs.every, len(self.turns.pairs.first), rows, rows.shape[0],
         )  # fmt: skip
 
-    def _scratch(self, size: int) -> tuple[Tensor, int]:
-        """Memory of at least `size` bytes for each thread, and how many it is."""
-        size = padded(size, 64)
-        return self.work.get("rows", (torch.get_num_threads(), size), torch.uint8, self.for_keys.codes.device), size
+    def _scratch(self, heads: int, width: int) -> tuple[Tensor, int]:
+        """Memory for each thread that is enough for every kernel, and its bytes."""
+        rank, unit = (
+            self.keys.axes.shape[1],
+            4 * SLACK + max(x.codes.shape[3] for x in (self.for_keys, self.for_values)),
+        )
+        numbers = (
+            padded(width, 8) * self.room + 5 * width,  # face: axes on their sides, turned queries
+            PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
+            self.tokens,  # choose: how much each token exceeds the least share
+            5 * (rank + SLACK + padded(width)),  # rescore: latents and keys
+            CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
+            heads * len(self.for_values.layout.places),  # finish: latents
+        )
+        size = padded(4 * max(numbers) + unit, 64)
+        return self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.for_keys.codes.device), size
 
 
 def _axes(linear: Linear) -> tuple[Tensor, int, int]:

@@ -18,16 +18,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..abilities import FitsText, Picked, ReadsDirectly, ReadsLinearly, RefitsText
+from ..abilities import FitsText, Linear, ReadsDirectly, ReadsLinearly, RefitsText
 from ..checks import Get, check_numbers, entries, items, misfit
 from ..encode.exact import EXACT, Exact
 from ..errors import UseError
 from ..floats import fitting, saturated, wide
-from ..turns import Turns
 from ..packed import Packed
 from ..read.codes import CompiledCodes, with_raw
-from ..read.latents import Codes, Decoded, LatentReader, opened, reader_of
+from ..read.latents import Codes, CodesReader, Decoded, LatentReader, opened, reader_of
 from ..stage import Codec, Encoder
+from ..turns import Turns
 from ..types import KV, Latent, Layout, Rotation
 from ..workspace import Workspace
 from .plan import Plan
@@ -78,28 +78,22 @@ class Sealed(Track):
     def decode(self, layer: int, keys: Tensor, values: Tensor, where: Where) -> None:
         """Write the keys and values of one layer into (B, H, T, D) tensors."""
 
-    def pick(self, layer: int, query: Tensor, where: Where) -> Picked | None:
-        """What a scaled query (B, H, G, D) is answered from, where that is not all of the sealed tokens."""
-        return None
+    @abstractmethod
+    def dot(self, layer: int, query: Tensor, where: Where, work: Workspace) -> Tensor:
+        """`query` (B, H, G, D) times the keys: (B, H, G, T)."""
 
     @abstractmethod
-    def dot(self, layer: int, query: Tensor, picked: Picked | None, where: Where, work: Workspace) -> Tensor:
-        """`query` (B, H, G, D) times the keys: (B, H, G, T), or the picked ones."""
+    def mix(self, layer: int, weights: Tensor, work: Workspace) -> Tensor:
+        """`weights` (B, H, G, T) times the values: (B, H, G, D)."""
 
-    @abstractmethod
-    def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
-        """`weights` (B, H, G, T), or those of the picked ones, times the values: (B, H, G, D)."""
-
-    def logits(
-        self, layer: int, query: Tensor, raw: Tensor, picked: Picked | None, where: Where, work: Workspace
-    ) -> Tensor:
+    def logits(self, layer: int, query: Tensor, raw: Tensor, where: Where, work: Workspace) -> Tensor:
         """`dot`, followed by the products with `raw` keys (B, H, n, D)."""
-        return with_raw(self.dot(layer, query, picked, where, work), query, raw)
+        return with_raw(self.dot(layer, query, where, work), query, raw)
 
-    def output(self, layer: int, weights: Tensor, raw: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+    def output(self, layer: int, weights: Tensor, raw: Tensor, work: Workspace) -> Tensor:
         """`mix`, for weights of sealed tokens and then of `raw` ones (B, H, n, D)."""
         sealed, loose = weights.tensor_split([weights.shape[-1] - raw.shape[2]], dim=-1)
-        return wide(self.mix(layer, sealed, picked, work)) + torch.matmul(loose, wide(raw).to(loose.dtype))
+        return wide(self.mix(layer, sealed, work)) + torch.matmul(loose, wide(raw).to(loose.dtype))
 
     def close(self) -> None:
         """Drop what was decoded for its layers."""
@@ -293,25 +287,23 @@ class LayerCodes(Sealed):
         encode.decode(self.packed["keys"], "keys", keys)
         encode.decode(self.packed["values"], "values", values)
 
-    def dot(self, layer: int, query: Tensor, picked: Picked | None, where: Where, work: Workspace) -> Tensor:
+    def dot(self, layer: int, query: Tensor, where: Where, work: Workspace) -> Tensor:
         return self.plan.reader(query.device).dot(query, self.packed["keys"], "keys", work)
 
-    def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, work: Workspace) -> Tensor:
         return self.plan.reader(weights.device).mix(weights, self.packed["values"], "values", work)
 
-    def logits(
-        self, layer: int, query: Tensor, raw: Tensor, picked: Picked | None, where: Where, work: Workspace
-    ) -> Tensor:
+    def logits(self, layer: int, query: Tensor, raw: Tensor, where: Where, work: Workspace) -> Tensor:
         reader = self.plan.reader(query.device)
         if isinstance(reader, CompiledCodes):
             return reader.dot(query, self.packed["keys"], "keys", work, raw)
-        return super().logits(layer, query, raw, picked, where, work)
+        return super().logits(layer, query, raw, where, work)
 
-    def output(self, layer: int, weights: Tensor, raw: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+    def output(self, layer: int, weights: Tensor, raw: Tensor, work: Workspace) -> Tensor:
         reader = self.plan.reader(weights.device)
         if isinstance(reader, CompiledCodes):
             return reader.mix(weights, self.packed["values"], "values", work, raw)
-        return super().output(layer, weights, raw, picked, work)
+        return super().output(layer, weights, raw, work)
 
     def payer(self, packed: Packed) -> object:
         return self.plan.encode
@@ -350,13 +342,14 @@ class GroupLatents(Sealed):
     def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rotation | None]) -> None:
         super().__init__(plan, layers)
         self.codec, self.ropes = codec, ropes
+        self._linear: dict[int, tuple[Codec, Linear | None, Linear | None]] = {}  # views of what the codec holds
         self._forget()
 
     def _forget(self) -> None:
         """What was decoded or opened for one forward."""
         self._decoded: dict[str, Tensor] = {}
         self._opened: dict[str, Decoded | Codes] = {}
-        self._readers: dict[int, LatentReader] = {}
+        self._readers: dict[int, LatentReader | CodesReader] = {}
 
     # ---- writing
 
@@ -401,22 +394,14 @@ class GroupLatents(Sealed):
         keys.copy_(saturated(self._rotated(layer, kv.keys, where), keys.dtype))
         values.copy_(saturated(kv.values, values.dtype))
 
-    def pick(self, layer: int, query: Tensor, where: Where) -> Picked | None:
-        if not isinstance(self.codec, ReadsDirectly) or type(self.codec).pick is ReadsDirectly.pick:
-            return None  # without decoding anything for it
-        latents = self._latents()
-        query = query.to(_device_of(latents))
-        return self.codec.pick(query, latents, layer, lambda keys, at: self._rotated(layer, keys, where, at))
-
-    def dot(self, layer: int, query: Tensor, picked: Picked | None, where: Where, work: Workspace) -> Tensor:
-        latents, places = picked or (self._latents(), None)
-        codec = self.codec
+    def dot(self, layer: int, query: Tensor, where: Where, work: Workspace) -> Tensor:
+        latents, codec = self._latents(), self.codec
         keys = codec.keys(latents, layer) if isinstance(codec, ReadsDirectly) else codec.inverse(latents, layer).keys
-        keys = self._rotated(layer, keys, where, places)
+        keys = self._rotated(layer, keys, where)
         return torch.matmul(query.float(), keys.transpose(-1, -2).to(query.device, torch.float32))
 
-    def mix(self, layer: int, weights: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
-        latents = picked[0] if picked else self._latents()
+    def mix(self, layer: int, weights: Tensor, work: Workspace) -> Tensor:
+        latents = self._latents()
         there = weights.to(_device_of(latents))  # layers of a group may live on several devices
         if isinstance(self.codec, ReadsDirectly):
             mixed = self.codec.weigh(there, latents, layer)
@@ -424,24 +409,25 @@ class GroupLatents(Sealed):
             mixed = torch.matmul(there, self.codec.inverse(latents, layer).values.to(there.dtype))
         return mixed.to(weights.device)
 
-    def logits(
-        self, layer: int, query: Tensor, raw: Tensor, picked: Picked | None, where: Where, work: Workspace
-    ) -> Tensor:
+    def logits(self, layer: int, query: Tensor, raw: Tensor, where: Where, work: Workspace) -> Tensor:
         reader = self._reader(layer, query, where, work)
         if reader is None:
-            return super().logits(layer, query, raw, picked, where, work)
+            return super().logits(layer, query, raw, where, work)
         return reader.dot(query, raw)
 
-    def output(self, layer: int, weights: Tensor, raw: Tensor, picked: Picked | None, work: Workspace) -> Tensor:
+    def output(self, layer: int, weights: Tensor, raw: Tensor, work: Workspace) -> Tensor:
         reader = self._readers.get(layer)
-        return super().output(layer, weights, raw, picked, work) if reader is None else reader.mix(weights, raw)
+        return super().output(layer, weights, raw, work) if reader is None else reader.mix(weights, raw)
 
-    def _reader(self, layer: int, query: Tensor, where: Where, work: Workspace) -> LatentReader | None:
+    def _reader(self, layer: int, query: Tensor, where: Where, work: Workspace) -> LatentReader | CodesReader | None:
         """Reads a layer from rough scores, where its codec lets it."""
         codec, exact = self.codec, getattr(self.codec, "exact", None)
         if not isinstance(codec, ReadsLinearly) or exact is None or query.dtype != torch.float32:
             return None
-        keys, values = codec.linear("keys", layer), codec.linear("values", layer)
+        known = self._linear.get(layer)
+        if known is None or known[0] is not codec:
+            known = self._linear[layer] = codec, codec.linear("keys", layer), codec.linear("values", layer)
+        _, keys, values = known
         if keys is None or values is None or keys.axes.device != query.device:
             return None
         rope = self.ropes[layer] if self._unrotated else None
@@ -471,17 +457,13 @@ class GroupLatents(Sealed):
             }
         return self._decoded
 
-    def _rotated(self, layer: int, keys: Tensor, where: Where, places: Tensor | None = None) -> Tensor:
-        """Rebuilt keys as attention wants them: of all sealed tokens, or of those at `places`."""
+    def _rotated(self, layer: int, keys: Tensor, where: Where) -> Tensor:
+        """Rebuilt keys as attention wants them."""
         rope = self.ropes[layer]
         if not self._unrotated or rope is None:
             return keys
         positions = where().to(keys.device)
         keys = keys.float() if keys.dtype == torch.float16 else keys  # turned, they may be too large for a half
-        if places is not None:
-            places = places.to(keys.device)
-            places = places if positions.dim() == 3 else places.unsqueeze(1)  # the same for all axes
-            return rope.rotate(keys, positions.take_along_dim(places, dim=-1))
         rope.remember(positions)
         return rope.rotate(keys, positions)
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..abilities import Picked
 from ..checks import Get, items, misfit
 from ..errors import UseError
 from ..floats import saturated, wide
@@ -365,31 +364,22 @@ class Store:
         b, h, _, d = raw.keys.shape
         grouped = wide(query).reshape(b, h, -1, d) * scaling  # (B, H, G, D); products of halves may not be halves
         # logits of sealed tokens, then of raw ones
-        picked = part.pick(layer, grouped, where)
-        logits = part.logits(layer, grouped, raw.keys, picked, where, work)
+        logits = part.logits(layer, grouped, raw.keys, where, work)
         if mask is not None:
-            logits = self._masked(logits, mask, picked)
+            logits = self._masked(logits, mask)
         # one softmax over all of them, and the values of both
         weights = logits.softmax(dim=-1, dtype=torch.float32)
-        mixed = part.output(layer, weights, raw.values, picked, work)
-        # tokens that were not picked have no weight
-        if picked is not None:
-            sealed, loose = weights.tensor_split([weights.shape[-1] - raw.tokens], dim=-1)
-            places = picked[1].to(sealed.device).unsqueeze(2).expand_as(sealed)
-            sealed = sealed.new_zeros(*sealed.shape[:3], self.sealed_tokens).scatter_(3, places, sealed)
-            weights = torch.cat([sealed, loose], dim=-1)
+        mixed = part.output(layer, weights, raw.values, work)
         mixed = saturated(mixed, raw.values.dtype)
         return mixed.reshape(b, 1, query.shape[1], -1), weights.reshape(b, query.shape[1], 1, -1)
 
-    def _masked(self, logits: Tensor, mask: Tensor, picked: Picked | None) -> Tensor:
-        """Logits (B, H, G, tokens) of sealed tokens, or of the picked ones, and then of raw ones, behind a mask."""
+    def _masked(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, H, G, tokens) of sealed tokens and then of raw ones, behind a mask."""
         sinks, sealed = self.sinks, self.sealed_tokens
         mask = mask.to(logits.device)
         heads = logits.shape[1] if mask.shape[1] > 1 else 1
         mask = mask.reshape(mask.shape[0], heads, -1, mask.shape[-1])  # (B or 1, H or 1, G or 1, held)
         first, middle, last = mask.tensor_split([sinks, sinks + sealed], dim=-1)
-        if picked is not None:
-            middle = middle.take_along_dim(picked[1].to(mask.device).unsqueeze(2), dim=-1)
         mask = torch.cat([x.expand(*logits.shape[:3], -1) for x in (middle, first, last)], dim=-1)
         if mask.dtype.is_floating_point:
             return logits + mask.to(logits.dtype)

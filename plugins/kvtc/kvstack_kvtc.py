@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from kvstack.authoring import (
     BoundTransform,
     ChannelCodes,
     LayerGroups,
-    ReadsDirectly,
+    Linear,
+    ReadsLinearly,
     as_path,
     calibration_for,
     check,
@@ -57,6 +58,10 @@ class KVTC(Transform):
             calibrate, and less arithmetic to rebuild.
         calibration: a `Calibration` made with `metric="variance"`, or the path of a saved one. Default: made at first
             use and kept in the user's cache folder.
+        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
+            384): those whose rough scores give them a share of the attention that counts. The others keep their rough
+            scores, and all values count. None: all keys are rebuilt.
+        rough: how many leading components make the rough scores (default 512).
 
     Source: KVTC, arXiv 2511.01815. Differs from the paper: codes are those of a Gaussian of the channel's variance,
     with one of four gains a token for each run of channels of equal bits, not integer and floating types with a scale;
@@ -72,6 +77,8 @@ class KVTC(Transform):
     ratio: float = 16
     layers: int | None = None
     calibration: str | os.PathLike[str] | Calibration | None = None
+    exact: int | None = 384
+    rough: int = 512
 
     name = "kvtc"
     source = "arXiv 2511.01815"
@@ -83,8 +90,12 @@ class KVTC(Transform):
         number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool) and self.ratio > 1
         check(number, self, "ratio is how many times smaller the codes are, more than 1.", "Use ratio=16.")
         layers = self.layers
-        counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
-        check(counts, self, "layers counts layers.", "Use 1 or more, or leave it out for all.")
+        check(
+            layers is None or _counts(layers), self, "layers counts layers.", "Use 1 or more, or leave it out for all."
+        )
+        exact = self.exact is None or _counts(self.exact)
+        check(exact, self, "exact counts tokens.", "Use exact=384, or None for all.")
+        check(_counts(self.rough), self, "rough counts channels.", "Use rough=512.")
         object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
@@ -106,6 +117,10 @@ class KVTC(Transform):
         return BoundKVTC(self, groups, calibration, codes, model.dtype)
 
 
+def _counts(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
 # ---- for a model
 
 
@@ -113,6 +128,7 @@ class BoundKVTC(BoundTransform):
     """KVTC for one model.
 
     Args:
+        stage: the settings.
         groups: the layers that share axes.
         calibration: their axes.
         codes: of the keys of the first group, of its values, of the keys of the second group, ...
@@ -128,6 +144,7 @@ class BoundKVTC(BoundTransform):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
+        self.stage: KVTC
         self.groups, self.calibration, self.codes, self.dtype = groups, calibration, codes, dtype
 
     def for_group(self, layers: Sequence[int]) -> Components:
@@ -138,10 +155,12 @@ class BoundKVTC(BoundTransform):
         own = [x for each in codes for x in each.tensors] + [x for basis in bases for x in basis.tensors]
         tensors = [*own, *self.calibration.tensors(layers)]
         fingerprint = f"{self.calibration.fingerprint} {tuple(layers)} bits {[each.runs for each in codes]}"
-        return Components(bases, codes, self.dtype, tensors, fingerprint)
+        made = Components(bases, codes, self.dtype, tensors, fingerprint)
+        made.exact, made.rough = self.stage.exact, self.stage.rough
+        return made
 
 
-class Components(ReadsDirectly):
+class Components(ReadsLinearly):
     """The codec of one group of layers: principal components of its keys, and of its values.
 
     Args:
@@ -178,6 +197,9 @@ class Components(ReadsDirectly):
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         return self.bases[1].weigh(weights, latents["values"].squeeze(1), layer)
+
+    def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear:
+        return Linear(kind, *self.bases[KINDS.index(kind)].cut(layer, kind == "keys"))
 
 
 # ---- bits

@@ -13,9 +13,9 @@ from kvstack.abilities import Linear
 from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.model.attention import attention_modules
 from kvstack.model.rope import find_ropes
-from kvstack.turns import Blocks, Pairs, Turns, find_pairs
 from kvstack.read import latents
 from kvstack.read.latents import Codes, CodesReader, Decoded, reader_of
+from kvstack.turns import Blocks, Pairs, Turns, find_pairs
 from kvstack.workspace import Workspace
 from tests import tiny
 
@@ -115,7 +115,8 @@ for widths in ([1], [2, 1], [3] * 5, [8, 5, 2, 1, 1], [2] * 40):
     codes = ChannelCodes(torch.ones(len(widths)), torch.tensor(widths, dtype=torch.uint8))
     packed = codes.encode(torch.randn(1, 1, 48, len(widths)), "latent")._map(at_the_end)
     linear = Linear("latent", torch.ones(1, len(widths), 1, 8))
-    turns = Turns(Pairs(torch.arange(4), torch.arange(4, 8), torch.arange(0)), torch.ones(1, 4, 48), torch.zeros(1, 4, 48))
+    pairs = Pairs(torch.arange(4), torch.arange(4, 8), torch.arange(0))
+    turns = Turns(pairs, torch.ones(1, 4, 48), torch.zeros(1, 4, 48))
     query = torch.ones(1, 1, 2, 8)
     results = []
     for latent in (Codes(codes, packed), Decoded(codes.decode(packed, "latent"))):
@@ -176,7 +177,9 @@ def test_a_rotation_is_pairs_that_turn(name):
     mean = torch.randn(4, head, generator=draw(2))
     turning, still = turns.facing(query, mean)
     expected = query @ rope.rotate(mean[None, :, None].expand(1, -1, 7, -1), positions).mT
-    torch.testing.assert_close(turning @ turns.angles.unsqueeze(1) + still.unsqueeze(-1), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        turning @ turns.angles.unsqueeze(1) + still.unsqueeze(-1), expected, atol=1e-4, rtol=1e-4
+    )
     again = rope.turns(positions.clone(), head)
     assert again is turns, "the same positions, in a tensor of another group"
     rope.forget()
@@ -193,7 +196,9 @@ def test_fast_and_slow_pairs():
     """Every pair is in the blocks that it needs; one that turns around within a small block is in none."""
     speeds = torch.tensor([1.0, 0.1, 0.03, 0.001, 0.0])
     angles = torch.arange(400) * speeds[:, None]
-    turns = Turns(Pairs(torch.arange(5), torch.arange(5, 10), torch.tensor([10])), angles.cos()[None], angles.sin()[None])
+    turns = Turns(
+        Pairs(torch.arange(5), torch.arange(5, 10), torch.tensor([10])), angles.cos()[None], angles.sin()[None]
+    )
     assert (turns.fast.first.tolist(), turns.slow.first.tolist()) == ([1, 2], [3, 4])
     assert (turns.fast.channels.tolist(), turns.slow.channels.tolist()) == ([1, 2, 6, 7], [3, 4, 8, 9, 10])
     scaled = Turns(turns.pairs, 3 * turns.cos, 3 * turns.sin)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from kvstack import Evict, KVStack, Latent, Quant, StageError, registry
-from kvstack.authoring import NeedsHidden, ReadsDirectly
+from kvstack.authoring import NeedsHidden
 from kvstack.testing import check_stage, tiny_model
-from kvstack.workspace import Workspace
 from tests.stages import Centred, CentredCodec
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 8}
@@ -239,31 +238,3 @@ def test_hidden_states_of_compressed_tokens_are_gone():
         StageError, match=r"Asks\(\): it wants hidden states and may be fitted anew, .* Leave out hidden"
     ):
         KVStack([Asks()], model=tiny_model())
-
-
-class NewestCodec(ReadsDirectly, CentredCodec):
-    """Answers a query from the newest sealed tokens: three for one head, three others for the other."""
-
-    def pick(self, query, latents, layer, turn):
-        n = latents["0"].shape[2]
-        places = torch.tensor([[n - 3, n - 2, n - 1], [n - 6, n - 5, n - 4]]).expand(len(query), -1, -1)
-        return {name: torch.stack([x[:, 0, -3:], x[:, 1, -6:-3]], dim=1) for name, x in latents.items()}, places
-
-
-class Newest(Centred):
-    def codec(self):
-        return NewestCodec(self)
-
-
-def test_a_query_is_answered_from_what_is_picked():
-    stack = filled([Newest()], tiny_model(), rows=1)
-    store, query, kv = stack.batch.cohorts[0].stores[0], torch.randn(1, 4, 1, 16), stack.read(1)
-    out, weights = store.attend(1, query, stack.seen, 0.25, Workspace())
-    for head, picked in enumerate((range(79, 82), range(76, 79))):  # 2 sinks, 80 sealed, 8 in the window
-        index = [0, 1, *picked, *range(82, 90)]
-        queries = slice(2 * head, 2 * head + 2)
-        p = (query[0, queries, 0] * 0.25 @ kv.keys[0, head, index].T).softmax(-1)
-        torch.testing.assert_close(out[0, 0, queries], p @ kv.values[0, head, index], atol=1e-4, rtol=1e-3)
-        held = torch.zeros(2, 90)
-        held[:, index] = p
-        torch.testing.assert_close(store.in_order(weights)[0, queries, 0], held, atol=1e-4, rtol=1e-3)

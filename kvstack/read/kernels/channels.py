@@ -1,14 +1,14 @@
 """Codes of channels (encode/channel_codes.py), read in place.
 
-    a unit, 8 tokens    for every run of channels of equal bits, for every plane (encode/bits.py) its rows of bytes
-    gains of a unit     2 rows of bytes, one for each run, the gains of 4 tokens in each
+a unit, 8 tokens    for every run of channels of equal bits, for every plane (encode/bits.py) its rows of bytes
+gains of a unit     2 rows of bytes, one for each run, the gains of 4 tokens in each
 
-    face     vectors of each block, from queries turned back to its middle
-    dot      rough scores: vectors of each block times the leading channels, tokens in lanes
-    choose   raw scores, and the tokens that matter
-    rescore  keys of these tokens, rebuilt, rotated and scored, channels in lanes
-    mix      weighted sums of all tokens, channels in lanes
-    finish   values of these sums
+face     vectors of each block, from queries turned back to its middle
+dot      rough scores: vectors of each block times the leading channels, tokens in lanes
+choose   raw scores, and the tokens that matter
+rescore  keys of these tokens, rebuilt, rotated and scored, channels in lanes
+mix      weighted sums of all tokens, channels in lanes
+finish   values of these sums
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ from .lanes import (
     multiply,
     multiply_add,
     product,
+    product_of,
     shift_left,
     shift_right,
     store,
     to_floats,
+    turn_tile,
     unpack_columns,
     unpack_rows,
 )
 from .memory import SIGNATURE, bytes_, floats, longs, thread_count, thread_number
 
 __all__ = ["choose", "dot", "face", "finish", "mix", "rescore"]
+
 
 @njit
 def readable(address, unit, units, size, copy):
@@ -62,7 +65,35 @@ def readable(address, unit, units, size, copy):
 @njit
 def numbers_of(numbers, at):
     """Those from number `at` on."""
-    return numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3], numbers[at + 4], numbers[at + 5], numbers[at + 6], numbers[at + 7]
+    return (
+        numbers[at],
+        numbers[at + 1],
+        numbers[at + 2],
+        numbers[at + 3],
+        numbers[at + 4],
+        numbers[at + 5],
+        numbers[at + 6],
+        numbers[at + 7],
+    )
+
+
+@njit
+def on_its_side(axes, stride, steps, leading, width, out, room):
+    """axes (leading, width), rows `stride` numbers apart, times steps -> out (width, room), zero behind `leading`."""
+    whole, wide = leading // LANES * LANES, width // LANES * LANES
+    for r in range(0, whole, LANES):
+        scale = load(steps, r)
+        for c in range(0, wide, LANES):
+            turn_tile(axes, r * stride + c, stride, scale, out, c * room + r, room)
+        for c in range(wide, width):
+            for i in range(r, r + LANES):
+                out[c * room + i] = axes[i * stride + c] * steps[i]
+    for r in range(whole, leading):
+        for c in range(width):
+            out[c * room + r] = axes[r * stride + c] * steps[r]
+    for c in range(width):
+        for r in range(leading, room):
+            out[c * room + r] = types.float32(0)
 
 
 @njit
@@ -76,54 +107,55 @@ def turn_back(queries, query, width, channels, pairs, still, cos, sin, at, out, 
         out[to + c] = queries[query * width + channels[c]]
 
 
+@njit
+def make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, given):
+    """The vectors of one kind of blocks, a part of them: `given` are its 8 numbers."""
+    out, blocks, channels = floats(given[0]), given[1], longs(given[2])
+    pairs, still, cos, sin = given[3], given[4], floats(given[5]), floats(given[6])
+    count, first = 2 * pairs + still, head * blocks * asked
+    i, last = blocks * part // parts * asked, blocks * (part + 1) // parts * asked
+    while i < last:  # as many queries of blocks at once as a product takes
+        some = min(5, last - i)
+        for j in range(some):
+            at = ((row * blocks if given[7] > 1 else 0) + (i + j) // asked) * pairs
+            query = head * asked + (i + j) % asked
+            turn_back(queries, query, width, channels, pairs, still, cos, sin, at, rows, j * count)
+            for r in range(room):
+                out[(first + i + j) * room + r] = types.float32(0)
+        for begin in range(0, room, PAIR):
+            product_of(
+                out, (first + i) * room + begin, room, rows, 0, count, turned, begin, room, channels, count, some
+            )
+        i += some
+
+
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)
 def face(numbers):
     """The vectors that score the leading channels, times their steps, for two kinds of blocks: (rows, kv heads, blocks,
     queries, room) each. And what queries make of the mean: (rows, heads, 2 * pairs) with the angles of a token, (rows,
-    heads) with channels that do not turn. A task is a kind of blocks of a kv head.
+    heads) with channels that do not turn. A task is a part of the blocks of a kv head.
 
-    tasks, queries (rows, kv heads, queries, D), queries of each, D, kv heads, axes, numbers from one channel and from
-    one row to the next, leading channels, room, steps, scratch, bytes of it, mean (kv heads, D) or 0, pairs and still
-    channels (2 * pairs + still,), count of pairs, of still, what they make, what the still make; then for each kind:
-    vectors, blocks, channels, pairs, still, cos (rows, blocks, pairs), sin, rows of them
+    tasks, parts, queries (rows, kv heads, queries, D), queries of each, D, kv heads, axes, numbers from one channel and
+    from one row to the next, leading channels, room, steps, scratch, bytes of it, mean (kv heads, D) or 0, pairs and
+    still channels (2 * pairs + still,), count of pairs, of still, what they make, what the still make; then for each
+    kind: vectors, blocks, channels, pairs, still, cos (rows, blocks, pairs), sin, rows of them
     """
-    queries, asked, width, kv_heads = floats(numbers[1]), numbers[2], numbers[3], numbers[4]
-    axes_at, channel_stride, row_stride, leading, room = numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]
-    steps, mean, known, pairs, still = floats(numbers[10]), floats(numbers[13]), longs(numbers[14]), numbers[15], numbers[16]
-    turning, constant = floats(numbers[17]), floats(numbers[18])
+    parts, queries, asked, width, kv_heads = numbers[1], floats(numbers[2]), numbers[3], numbers[4], numbers[5]
+    axes_at, channel_stride, row_stride, leading, room = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10]
+    steps, mean, known = floats(numbers[11]), floats(numbers[14]), longs(numbers[15])
+    pairs, still, turning, constant = numbers[16], numbers[17], floats(numbers[18]), floats(numbers[19])
     mine, every = thread_number(), thread_count()
-    memory = numbers[11] + numbers[12] * mine
-    turned, rows = floats(memory), floats(memory + 4 * width * room)
+    memory = numbers[12] + numbers[13] * mine
+    turned, rows = floats(memory), floats(memory + 4 * ((width + LANES - 1) // LANES * LANES) * room)
     for task in range(mine, numbers[0], every):
-        head, given = task // 2, numbers_of(numbers, 19 + task % 2 * 8)
+        head, part = task // parts, task % parts
         row, kv_head = head // kv_heads, head % kv_heads
-        out, blocks, channels = floats(given[0]), given[1], longs(given[2])
-        count = 2 * given[3] + given[4]
-        # axes of these channels, on their sides
+        # the axes of this head, times steps and on their sides
         axes = floats(axes_at + 4 * (row * row_stride + kv_head * width))
-        for c in range(count):
-            for r in range(leading):
-                turned[c * room + r] = axes[r * channel_stride + channels[c]] * steps[r]
-            for r in range(leading, room):
-                turned[c * room + r] = types.float32(0)
-        # vectors, for as many queries of blocks at once as a product takes
-        cos, sin = floats(given[5]), floats(given[6])
-        first = head * blocks * asked
-        i = 0
-        while i < blocks * asked:
-            some = min(5, blocks * asked - i)
-            for j in range(some):
-                block = (row * blocks if given[7] > 1 else 0) + (i + j) // asked
-                turn_back(
-                    queries, head * asked + (i + j) % asked, width, channels, given[3], given[4], cos, sin,
-                    block * given[3], rows, j * count,
-                )  # fmt: skip
-                for r in range(room):
-                    out[(first + i + j) * room + r] = types.float32(0)
-            for begin in range(0, room, PAIR):
-                product(out, (first + i) * room + begin, room, rows, 0, count, turned, begin, room, count, some)
-            i += some
-        if task % 2 or not numbers[13]:
+        on_its_side(axes, channel_stride, steps, leading, width, turned, room)
+        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 20))
+        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 28))
+        if part or not numbers[14]:
             continue
         for query in range(asked):
             at, to = (head * asked + query) * width, (head * asked + query) * 2 * pairs
@@ -355,7 +387,13 @@ def rescore(numbers):
     tasks, groups, scores, stride = numbers[0], numbers[1], floats(numbers[2]), numbers[3]
     runs, count, units, size, gain_size = longs(numbers[6]), numbers[7], numbers[8], numbers[9], numbers[10]
     kv_heads, asked, queries, width = numbers[13], numbers[14], floats(numbers[15]), numbers[16]
-    places, counts, exact, rank, steps = longs(numbers[17]), longs(numbers[18]), numbers[19], numbers[20], floats(numbers[21])
+    places, counts, exact, rank, steps = (
+        longs(numbers[17]),
+        longs(numbers[18]),
+        numbers[19],
+        numbers[20],
+        floats(numbers[21]),
+    )
     channel_stride, row_stride, mean = numbers[23], numbers[24], floats(numbers[25])
     first, second, turning = longs(numbers[26]), longs(numbers[26] + 8 * numbers[27]), numbers[27]
     all_units, tokens = tasks // groups // kv_heads * units, units * LANES
@@ -433,8 +471,9 @@ def mix(numbers):
     mine, every = thread_number(), thread_count()
     memory = numbers[13] + numbers[14] * mine
     tile, near = floats(memory), floats(memory + 4 * CHUNK * LANES * TILE)
-    chosen, gain = longs(memory + 4 * CHUNK * LANES * (TILE + heads)), floats(
-        memory + 4 * CHUNK * LANES * (TILE + heads) + 8 * CHUNK
+    chosen, gain = (
+        longs(memory + 4 * CHUNK * LANES * (TILE + heads)),
+        floats(memory + 4 * CHUNK * LANES * (TILE + heads) + 8 * CHUNK),
     )
     copy = bytes_(memory + 4 * CHUNK * LANES * (TILE + heads) + 8 * CHUNK + 4 * LANES)
     for task in range(tasks * mine // every, tasks * (mine + 1) // every):

@@ -1,7 +1,7 @@
 """KIVI's codes (encode/kivi.py): a scale for each channel of a unit, or for each token and group of channels.
 
-    codes of one unit: for every plane (encode/bits.py) its rows, of D bytes each
-        2 bits, 32 tokens    row r (of 8)  ->  tokens r, r + 8, r + 16, r + 24
+codes of one unit: for every plane (encode/bits.py) its rows, of D bytes each
+    2 bits, 32 tokens    row r (of 8)  ->  tokens r, r + 8, r + 16, r + 24
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from numba import cfunc, njit, types
 from ..sizes import TILE
 from .memory import SIGNATURE, bytes_, floats, half, halves, thread_count, thread_number
 
-__all__ = ["FAST", "dot_row", "dot", "mix"]
+__all__ = ["FAST", "dot", "dot_row", "mix"]
 
 # sums may be reordered, so that they run in vectors; NaN and infinity keep their meaning
 FAST = {"reassoc", "contract", "nsz", "arcp"}

@@ -30,10 +30,12 @@ __all__ = [
     "multiply",
     "multiply_add",
     "product",
+    "product_of",
     "shift_left",
     "shift_right",
     "store",
     "to_floats",
+    "turn_tile",
     "unpack_columns",
     "unpack_rows",
 ]
@@ -154,11 +156,15 @@ def exponential(x):
     """Of numbers from -80 to 0: 2 ** whole times a polynomial of the rest, to the seventh digit."""
     twos = multiply(x, fill(types.float32(1.4426950408889634)))
     whole = to_words(add(twos, fill(types.float32(-0.5))))
-    rest = multiply(add(twos, multiply(to_floats(whole), fill(types.float32(-1)))), fill(types.float32(0.6931471805599453)))
+    rest = multiply(
+        add(twos, multiply(to_floats(whole), fill(types.float32(-1)))), fill(types.float32(0.6931471805599453))
+    )
     made = fill(types.float32(1 / 720))
     for term in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         made = multiply_add(made, rest, fill(types.float32(term)))
-    return multiply(made, as_floats(shift_left(sum_words(whole, fill_words(types.uint32(127))), fill_words(types.uint32(23)))))
+    return multiply(
+        made, as_floats(shift_left(sum_words(whole, fill_words(types.uint32(127))), fill_words(types.uint32(23))))
+    )
 
 
 # ---- codes of 8 tokens
@@ -181,7 +187,7 @@ def _turned(builder, rows):
 
 
 def _unpack(bits, sideways):
-    """Codes of one run of channels of a unit of 8 tokens -> gain * (code - middle), 8 channels of all tokens at once."""
+    """Codes of one run of channels of a unit of 8 tokens -> gain * (code - middle), 8 channels at once."""
 
     def generate(context, builder, signature, arguments):
         codes, at, channels, count, gains, out, to, stride = arguments
@@ -280,14 +286,33 @@ unpack_columns = _by_bits(sideways=True)
 """The same, rows of channels: out[to + stride * channel + token]."""
 
 
+@intrinsic
+def turn_tile(typing_context, rows, at, stride, scale, out, to, out_stride):
+    """8 rows of 8 numbers -> 8 rows of the 8 columns, times `scale` (8 lanes)."""
+
+    def generate(context, builder, signature, arguments):
+        rows, at, stride, scale, out, to, out_stride = arguments
+        loaded = [
+            builder.load(_at(builder, rows, builder.add(at, builder.mul(stride, _LONG(i))), _FLOATS), align=4)
+            for i in range(LANES)
+        ]
+        for i, x in enumerate(_turned(builder, loaded)):
+            place = builder.add(to, builder.mul(out_stride, _LONG(i)))
+            builder.store(builder.fmul(x, scale, flags=_FUSED), _at(builder, out, place, _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    long = types.int64
+    return types.none(_floats, long, long, numbers, _floats, long, long), generate
+
+
 # ---- products
 
 
-def _product(rows):
-    """C (rows, 16) += A (rows, K) @ B (K, 16), with all sums in registers."""
+def _product(rows, chosen=False):
+    """C (rows, 16) += A (rows, K) @ B (K, 16), the sums in registers. `chosen`: some rows of B, by their numbers."""
 
     def generate(context, builder, signature, arguments):
-        into, c, c_stride, left, a, a_stride, right, b, b_stride, count = arguments
+        into, c, c_stride, left, a, a_stride, right, b, b_stride, *which, count = arguments
         sums = {}
         for row in range(rows):
             for part in range(2):
@@ -296,7 +321,8 @@ def _product(rows):
                 builder.store(builder.load(_at(builder, into, place, _FLOATS), align=4), kept)
                 sums[row, part] = kept, place
         with cgutils.for_range(builder, count) as loop:
-            at = builder.add(b, builder.mul(loop.index, b_stride))
+            number = builder.load(builder.gep(which[0], [loop.index])) if chosen else loop.index
+            at = builder.add(b, builder.mul(number, b_stride))
             pair = [
                 builder.load(_at(builder, right, builder.add(at, _LONG(part * LANES)), _FLOATS), align=4)
                 for part in range(2)
@@ -312,15 +338,25 @@ def _product(rows):
             builder.store(builder.load(kept), _at(builder, into, place, _FLOATS), align=4)
         return context.get_dummy_value()
 
+    long, longs = types.int64, types.CPointer(types.int64)
+    taken = (_floats, long, long, _floats, long, long, _floats, long, long)
+    if chosen:
+
+        @intrinsic
+        def run_chosen(typing_context, into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count):
+            return types.none(*taken, longs, long), generate
+
+        return run_chosen
+
     @intrinsic
     def run(typing_context, into, c, c_stride, left, a, a_stride, right, b, b_stride, count):
-        long = types.int64
-        return types.none(_floats, long, long, _floats, long, long, _floats, long, long, long), generate
+        return types.none(*taken, long), generate
 
     return run
 
 
 _one, _two, _three, _four, _five = (_product(rows) for rows in range(1, 6))
+_one_of, _two_of, _three_of, _four_of, _five_of = (_product(rows, chosen=True) for rows in range(1, 6))
 
 
 @njit
@@ -341,3 +377,18 @@ def product(into, c, c_stride, left, a, a_stride, right, b, b_stride, count, row
         else:
             _one(into, to, c_stride, left, start, a_stride, right, b, b_stride, count)
         done += some
+
+
+@njit
+def product_of(into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count, rows):
+    """The same of at most 5 rows, with `count` rows of `right` by their numbers."""
+    if rows == 5:
+        _five_of(into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count)
+    elif rows == 4:
+        _four_of(into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count)
+    elif rows == 3:
+        _three_of(into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count)
+    elif rows == 2:
+        _two_of(into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count)
+    else:
+        _one_of(into, c, c_stride, left, a, a_stride, right, b, b_stride, which, count)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kvstack import BindError, Transform
+from kvstack import Transform
 from kvstack.authoring import BoundTransform, LayerGroups, check, expands
 
-from .factors import CHUNK, Factors
+from .factors import Factors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,16 +47,19 @@ class XKV(Transform):
             fitted to makes the stack fit them anew, to the decoded old tokens and the new ones: a share of the variance
             of those tokens, of keys or of values (default 0.1). None: never.
         svd: `randomized` (default) or `full`. They differ by less than 1 % of the error.
-        select: how many tokens are rebuilt to answer a single query, beside those that are raw: the chunks of 8 whose
-            mean keys it looks at most, for each kv head (default None: all). The mean keys are extra: an eighth of the
-            keys, in the model's type.
+        exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
+            384): those whose rough scores give them a share of the attention that counts. The others keep their rough
+            scores, and all values count. None: all keys are rebuilt.
+        rough: how many leading factors make the rough scores (default 512).
 
     Models that cache latents (DeepSeek V2 and V3) have those compressed, with the rank of keys; the rotary key that all
     heads share is stored as it is.
 
     Source: xKV, arXiv 2503.18893. Differs from the paper: later tokens are compressed too (`decode="dense"`
     leaves them raw); the strength of a channel goes with the bases, not with the tokens; sinks, and the window at the
-    prompt's end, stay raw; mean keys are those of un-rotated keys, turned to the middle of their chunk.
+    prompt's end, stay raw; tokens whose keys are
+    not rebuilt for a query have rough scores, where the paper picks chunks of 8 by their mean keys and leaves the other
+    tokens out.
 
     Example:
         >>> from kvstack import KVStack, Quant
@@ -70,7 +73,8 @@ class XKV(Transform):
     decode: Literal["fold", "dense"] = "fold"
     refit: float | None = 0.1
     svd: Literal["randomized", "full"] = "randomized"
-    select: int | None = None
+    exact: int | None = 384
+    rough: int = 512
 
     name = "xkv"
     source = "arXiv 2503.18893"
@@ -80,7 +84,7 @@ class XKV(Transform):
     def __post_init__(self) -> None:
         if isinstance(self.rank, list):  # settings travel as JSON
             object.__setattr__(self, "rank", tuple(self.rank))
-        rank, keep, refit, select = self.rank, self.keep, self.refit, self.select
+        rank, keep, refit = self.rank, self.keep, self.refit
         pair = isinstance(rank, tuple) and len(rank) == 2 and all(_counts(r) for r in rank)
         check(rank is None or pair, self, "rank is a pair, of keys and of values.", "Use rank=(512, 768).")
         share = isinstance(keep, int | float) and not isinstance(keep, bool) and 0 < keep <= 1
@@ -91,17 +95,14 @@ class XKV(Transform):
         above = isinstance(refit, int | float) and not isinstance(refit, bool) and refit > 0
         check(refit is None or above, self, "refit is a share of energy above 0.", "Use refit=0.1, or None for never.")
         check(self.svd in ("randomized", "full"), self, f"{self.svd!r} decomposes nothing.", 'Use "randomized".')
-        check(select is None or _counts(select, CHUNK), self, "select counts tokens.", f"Use {CHUNK} or more.")
+        exact = self.exact is None or _counts(self.exact)
+        check(exact, self, "exact counts tokens.", "Use exact=384, or None for all.")
+        check(_counts(self.rough), self, "rough counts channels.", "Use rough=512.")
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         groups = LayerGroups(model, self.layers, layers, near=LAYERS)
         # multi-head latent attention caches (latent, rotary key) and expands them after reading
         latents = all(expands(groups.modules[i]) for i in groups.full)
-        if latents and self.select:
-            raise BindError(
-                f"{self!r}: {type(model).__name__} expands what it caches itself, so it always reads all of it. "
-                "Leave select out."
-            )
         codec = Factors(self, caches_latents=latents)
         return BoundTransform(self, groups.size, unrotated=groups.rotates and not latents, codec=codec)
 
@@ -117,5 +118,5 @@ class XKV(Transform):
         return [min(numbers[0], total - values), values]
 
 
-def _counts(number: object, least: int = 1) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+def _counts(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

@@ -12,31 +12,29 @@ for all would have to be as wide as the strongest channel needs it. Encoders wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
 
 from kvstack import KV, Latent, UseError
-from kvstack.authoring import Picked, ReadsDirectly, RefitsText, Turn, fitting, saturated, take_tokens, wide
+from kvstack.authoring import Linear, ReadsLinearly, RefitsText, fitting, saturated
 
 from .svd import leading
 
 if TYPE_CHECKING:
     from . import XKV
 
-__all__ = ["CHUNK", "Factors"]
+__all__ = ["Factors"]
 
 KEYS, VALUES = "key", "value"
 WEAKEST = 1e-3
 """Of the strongest channel: a later token's factors are divided by the strength, and must fit into half precision."""
 MOST = "left out at most"
 """The energy that bases may leave out of a token, on the mean over a block; (B, 2), of keys and of values."""
-CHUNK = 8
-"""Tokens that are picked together; the paper's."""
 
 
-class Factors(RefitsText, ReadsDirectly):
+class Factors(RefitsText, ReadsLinearly):
     """The codec of a group of layers, for any model.
 
     Args:
@@ -49,7 +47,7 @@ class Factors(RefitsText, ReadsDirectly):
 
     def __init__(self, stage: XKV, caches_latents: bool = False, fitted: Mapping[str, Tensor] | None = None) -> None:
         self.stage, self.caches_latents, self.fitted = stage, caches_latents, fitted or {}
-        self.granule = self.latent_multiple = CHUNK if stage.select else 1
+        self.exact, self.rough = stage.exact, stage.rough
         self.first_block_only = stage.decode == "dense"
 
     # ---- fitted to a text
@@ -152,10 +150,6 @@ class Factors(RefitsText, ReadsDirectly):
         if self.caches_latents:
             # clone: a slice of one head is a view that would keep all raw tokens alive
             latents |= {f"rotary key {i}": Latent(kv.values.clone(), exact=True) for i, kv in enumerate(group)}
-        if self.stage.select:
-            # (B, H, T / 8, D)
-            means = [wide(kv.keys).unflatten(2, (-1, CHUNK)).mean(dim=3).to(kv.keys.dtype) for kv in group]
-            latents |= {f"mean key {i}": Latent(mean, exact=True) for i, mean in enumerate(means)}
         return latents
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
@@ -179,21 +173,11 @@ class Factors(RefitsText, ReadsDirectly):
         mixed = torch.einsum("bhgt,bhtr->bhgr", weights, latents[f"{VALUES} factors"].to(weights.dtype))
         return torch.einsum("bhgr,brhd->bhgd", mixed, self.fitted[f"{VALUES} {layer}"].to(weights.dtype))
 
-    def pick(self, query: Tensor, latents: Mapping[str, Tensor], layer: int, turn: Turn) -> Picked | None:
-        held, select = latents[f"{KEYS} factors"].shape[2], self.stage.select
-        if select is None or select >= held:
+    def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:
+        if self.caches_latents:
             return None
-        middles = torch.arange(CHUNK // 2, held, CHUNK, device=query.device)[None, None]
-        means = turn(latents[f"mean key {layer}"], middles).to(query)
-        looked_at = (query @ means.mT).softmax(dim=-1).amax(dim=2)  # (B, H, chunks): by any query of the kv head
-        chunks = looked_at.topk(select // CHUNK, dim=-1).indices.sort(dim=-1).values
-        places = (chunks.unsqueeze(-1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(-2)
-        heads = means.shape[1]  # each of which has tokens of its own
-        picked = {
-            name: take_tokens(latents[name].expand(-1, heads, -1, -1), places)
-            for name in (f"{KEYS} factors", f"{VALUES} factors")
-        }
-        return picked, places
+        role = KEYS if kind == "keys" else VALUES
+        return Linear(f"{role} factors", self.fitted[f"{role} {layer}"])
 
 
 def _widths(roles: Mapping[str, list[Tensor]]) -> list[int]:
