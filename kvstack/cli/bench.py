@@ -213,12 +213,15 @@ def decode(
     rounds: Annotated[int, typer.Option(min=1, help="Prefills with each cache.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 64,
     burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 8,
+    peak: Annotated[
+        bool, typer.Option(help="The peak of decoding too, each cache in a process of its own (on Linux).")
+    ] = True,
 ) -> None:
-    """Time to the first token and per decoded token, the caches taking turns."""
+    """Time to the first token and per decoded token, the caches taking turns, and the memory that decoding takes."""
     from ..bench.measure import decode as bench
     from ..bench.show import tables
 
-    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds, steps, burst):
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds, steps, burst, peak):
         tables.decode(figures)
 
 
@@ -271,7 +274,7 @@ def all_(run: Run) -> None:
         needles(told, list(TASKS[:2]), samples=3)
         # bytes are those of the dtype that models are served in
         memory(replace(told, dtype="bfloat16").usually(MEMORY[:2]), decode=16, peak=not run.tiny)
-        decode(told.usually(DECODE[:2]), rounds=1 if run.tiny else 2, steps=32)
+        decode(told.usually(DECODE[:2]), rounds=1 if run.tiny else 2, steps=32, peak=not run.tiny)
         matrix(told)
         if run.out is not None:
             say(f"report: {write(run.out)}")

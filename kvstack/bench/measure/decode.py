@@ -4,6 +4,9 @@ The caches take turns, prefill by prefill and then a few tokens each, so that wh
 alike; each is compared with the dense one of its round. A cache does some of its work only now and then (a stack seals
 a block of tokens, a QuantizedCache quantizes its residual anew), so two figures are given for decoding: the typical
 burst, and the mean of all steps, with that work in it.
+
+One figure is measured, the ratio to the dense cache of the same round, and its median is the speed. Milliseconds follow
+from it: the dense cache's median, divided by the speed. Peaks are those of memory.py, a process for each cache.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from transformers import Cache
 from ... import KVStack
 from .. import terminal
 from ..results import Figures, Results
-from . import sizes, subject, variants
+from . import memory, sizes, subject, variants
 from .run import Run, environment
 from .variants import DENSE, Variant
 
@@ -72,20 +75,23 @@ class Lane:
         return (time.perf_counter() - start) / steps
 
 
-def run(run: Run, rounds: int, steps: int, burst: int) -> Iterator[Figures]:
-    """Speeds at each context, of all caches. `rounds` prefills with each, then `steps` tokens, `burst` at a time."""
+def run(run: Run, rounds: int, steps: int, burst: int, peak: bool = False) -> Iterator[Figures]:
+    """Speeds at each context, of all caches. `rounds` prefills with each, then `steps` tokens, `burst` at a time. With
+    `peak`, each cache decodes once more in a process of its own, which is asked how much memory that took."""
     with subject.opened(run) as opened:
         opened.check(max(run.contexts) + steps + burst)
         caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
         # caches are measured in turns, so they count for a later run only together
         settings = {"rounds": rounds, "steps": steps, "burst": burst, "beside": [cache.label for cache in caches]}
+        settings |= {"peak": True} if peak else {}
         results = Results("decode", run.out, environment(run, opened.name, opened.identity))
         for context in run.contexts:
             keys = [{"context": context, **cache.key, **settings} for cache in caches]
             if any(results.get(**key) is None for key in keys):
                 timed = measure(opened.model, opened.tokens(context), caches, rounds, steps, burst)
-                for key, figures in zip(keys, timed, strict=True):
-                    results.add(figures, **key)
+                for key, cache, figures in zip(keys, caches, timed, strict=True):
+                    taken = memory.in_own_process(run, cache.label, context, burst, peak=True) if peak else {}
+                    results.add(figures | {"peak_decode": taken.get("peak_decode")}, **key)
             yield results.figures(keys)
 
 
@@ -129,7 +135,7 @@ def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dic
         "ttft_cost": statistics.median(costs),
         "ttft_cost_low": min(costs),
         "ttft_cost_high": max(costs),
-        "ms_typical": statistics.median(lane.bursts) * 1e3,
+        "ms_typical": statistics.median(dense.bursts) / middle * 1e3,
         "ms_mean": statistics.mean(lane.bursts) * 1e3,
         "speed_typical": middle,
         "speed_low": low,

@@ -28,7 +28,7 @@ from .run import Run, environment
 from .subject import Subject, opened, prefill, step
 from .variants import Variant
 
-__all__ = ["CONTEXTS", "STACKS", "measure", "run"]
+__all__ = ["CONTEXTS", "STACKS", "in_own_process", "measure", "run"]
 
 CONTEXTS = (1024, 4096, 7680)
 STACKS = (
@@ -56,7 +56,7 @@ def run(run: Run, decode: int, peak: bool) -> Iterator[Figures]:
             for cache, key in zip(caches, keys, strict=True):
                 if results.get(**key) is None:
                     try:
-                        figures = _in_own_process(run, cache.label, context, decode, peak)
+                        figures = in_own_process(run, cache.label, context, decode, peak)
                     except KVStackError as error:
                         if cache is caches[0]:  # it is not the cache's fault
                             raise
@@ -123,7 +123,8 @@ def _reset_peak() -> int | None:
     return _resident("VmRSS")
 
 
-def _in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
+def in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
+    """What `measure` gives for the cache of this `label`; a process of its own is only needed for peaks."""
     job = {
         "run": asdict(run) | {"out": None, "texts": None, "contexts": ()},
         "label": label,

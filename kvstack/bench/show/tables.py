@@ -129,6 +129,7 @@ def decode(figures: Figures) -> None:
             f"{row['speed_mean']:.2f}x",
             mib(row["nbytes"]),
             f"{row['nbytes'] / dense['nbytes']:.1%}",
+            "" if row.get("peak_decode") is None else mib(row["peak_decode"]),
             row.get("reader", ""),
         ]
         for row in rows
@@ -137,9 +138,10 @@ def decode(figures: Figures) -> None:
     columns = ("cache", "first, ms", "cost", "range", "ms, typical", "ms, mean", "speed", "quartiles", "speed, mean")
     caption = (
         f"first: time to the first token, median of {len(dense['prefills_ms'])}; {dense['tokens']} tokens decoded "
-        "with each cache; the mean includes the occasional slow steps that seal or quantize a block"
+        "with each cache; the mean includes the occasional slow steps that seal or quantize a block; ms: those of the "
+        "dense cache, divided by the speed; peak: what the process grew by, less the model"
     )
-    _print(title, (*columns, "MiB", "of dense", "reader"), lines, caption)
+    _print(title, (*columns, "MiB", "of dense", "peak, MiB", "reader"), lines, caption)
 
 
 def matrix(qualities: Figures, speeds: Figures) -> None:
