@@ -384,7 +384,7 @@ class GroupLatents(Sealed):
             old = [codec.inverse(latents, i) for i in range(len(block))]
             block = [_joined(was, new) for was, new in zip(old, block, strict=True)]
             self.codec = codec = codec.fit(block, self.tokens)
-            self.packed = {}
+            self.packed, self._linear = {}, {}
         return codec.forward(block)
 
     # ---- reading
@@ -503,6 +503,7 @@ class GroupLatents(Sealed):
 
     def _emptied(self) -> None:
         super()._emptied()
+        self._linear = {}
         if isinstance(self.codec, FitsText):
             self.codec = self.codec.with_fitted({})
 
