@@ -20,8 +20,8 @@ here the other tokens keep their rough scores instead of none.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,11 +36,13 @@ from ..types import take_tokens
 from ..workspace import Workspace
 from . import compiled
 from .sizes import CHUNK, PAIR, SLACK, TILE, padded, parts
+from .triton.launch import LARGEST, MOST
 
 if TYPE_CHECKING:
     from ..turns import Blocks, Turns
+    from .triton import channels
 
-__all__ = ["CodesReader", "LatentReader", "opened", "reads_with"]
+__all__ = ["CodesReader", "LatentReader", "Opened", "TritonReader", "opened", "reader_of", "reads_with"]
 
 COUNTS, EVEN = 3e-4, 1
 """A token's key is rebuilt where its share of the attention is so large, or as large as that of so many tokens if all
@@ -77,6 +79,29 @@ class Codes:
         return self.codes, self.gains, runs, len(runs), self.units, self.codes.shape[3], self.gains.shape[3]
 
 
+class DeviceCodes:
+    """A latent in codes of channels on a GPU: Triton's kernels read them, and where these do not serve, it is decoded
+    once."""
+
+    def __init__(self, encoder: ChannelCodes, packed: Packed) -> None:
+        self.encoder, self.packed, self.tokens = encoder, packed, packed.tokens
+
+    @cached_property
+    def z(self) -> Tensor:
+        return Decoded(self.encoder.decode(self.packed, "latent")).z
+
+    @cached_property
+    def latent(self) -> channels.Latent:
+        """As kernels are given it."""
+        from .triton import channels
+
+        codes, gains = (self.packed.parts[name].contiguous() for name in ("codes", "gains"))
+        return channels.Latent(codes, gains, channels.tables(self.encoder))
+
+
+Opened = Decoded | Codes | DeviceCodes
+
+
 class _Layout(NamedTuple):
     """How kernels see the channels of an encoder.
 
@@ -105,45 +130,101 @@ def _layout(encoder: ChannelCodes) -> _Layout:
 
 def reads_with(encoder: Encoder, device: torch.device) -> str:
     """What reads the latents that an encoder has packed on `device`."""
-    compiles = isinstance(encoder, ChannelCodes) and device.type == "cpu" and _agrees()
-    return "numba" if compiles else "torch"
+    if isinstance(encoder, ChannelCodes):
+        if device.type == "cpu" and _agrees():
+            return "numba"
+        if device.type == "cuda" and _agrees_on(device, 3, 20, 8, mean=True):
+            return "triton"
+    return "torch"
 
 
-def opened(encoder: Encoder, packed: Packed, decoded: Callable[[], Tensor]) -> Decoded | Codes:
+def opened(encoder: Encoder, packed: Packed, decoded: Callable[[], Tensor]) -> Opened:
     """A latent (B, 1, T, R), to be read in place where there are kernels for its codes, or else decoded once."""
     device = next(iter(packed.parts.values())).device
-    if isinstance(encoder, ChannelCodes) and reads_with(encoder, device) == "numba":
+    kernels = reads_with(encoder, device)
+    if isinstance(encoder, ChannelCodes) and kernels == "numba":
         return Codes(encoder, packed)
+    if isinstance(encoder, ChannelCodes) and kernels == "triton":
+        return DeviceCodes(encoder, packed)
     return Decoded(decoded())
+
+
+# ---- whether kernels are right
+
+
+class _Example(NamedTuple):
+    """Random numbers to try kernels with; rotations are one by pairs and none."""
+
+    encoder: ChannelCodes
+    packed: Packed
+    linear: Linear
+    turns: tuple[Turns, Turns]
+    query: Tensor
+    raw: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, queries: int, width: int, turning: int, *, mean: bool) -> _Example:
+        """With heads of `width` channels, of which `turning` pairs are rotated."""
+        from ..turns import Pairs, Turns
+
+        bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
+        draw = torch.Generator().manual_seed(0)
+        rows, heads, tokens, rank = 2, 2, 200, len(bits)
+        encoder = ChannelCodes(torch.rand(rank, generator=draw).sort(descending=True).values, bits)
+        z = torch.randn(rows, 1, tokens, rank, generator=draw) * encoder.deviation
+        axes = torch.randn(1, rank, heads, width, generator=draw) / 8
+        middle = torch.randn(heads, width, generator=draw) if mean else None
+        angles = torch.arange(tokens) * torch.logspace(0, -3, turning)[:, None]
+        order = torch.arange(width)
+        pairs = Pairs(order[: 2 * turning : 2], order[1 : 2 * turning : 2], order[2 * turning :])
+        turns = Turns(pairs, angles.cos()[None], angles.sin()[None])
+        query, raw = (torch.randn(rows, heads, n, width, generator=draw) for n in (queries, 7))
+        weights = torch.rand(rows, heads, queries, tokens + 7, generator=draw)
+        packed, linear = encoder.encode(z, "latent"), Linear("latent", axes, middle)
+        return cls(encoder, packed, linear, (turns, Turns.none(tokens, width, angles.device)), query, raw, weights)
+
+    @property
+    def decoded(self) -> Decoded:
+        return Decoded(self.encoder.decode(self.packed, "latent"))
 
 
 @functools.cache
 def _agrees() -> bool:
     """Whether kernels compute what plain torch does."""
-    from ..turns import Pairs, Turns
 
-    bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
-    draw = torch.Generator().manual_seed(0)
-    rows, heads, asked, width, tokens = 2, 2, 3, 20, 200
-    encoder = ChannelCodes(torch.rand(len(bits), generator=draw).sort(descending=True).values, bits)
-    z = torch.randn(rows, 1, tokens, len(bits), generator=draw) * encoder.deviation
-    packed = encoder.encode(z, "latent")
-    axes, mean = torch.randn(1, len(bits), heads, width, generator=draw) / 8, torch.randn(heads, width, generator=draw)
-    linear = Linear("latent", axes, mean)
-    angles = torch.arange(tokens) * torch.tensor([[1.0], [0.1], [0.01], [0.001]])
-    pairs = Pairs(torch.arange(0, 8, 2), torch.arange(1, 8, 2), torch.arange(8, width))
-    query, raw = (torch.randn(rows, heads, n, width, generator=draw) for n in (asked, 7))
-    weights = torch.rand(rows, heads, asked, tokens + raw.shape[2], generator=draw)
+    def pairs() -> Iterator[tuple[Tensor, ...]]:
+        example = _Example.of(3, 20, 4, mean=True)
+        linear, opened = example.linear, (example.decoded, Codes(example.encoder, example.packed))
+        for turns in example.turns:
+            readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in opened]
+            yield tuple(each.dot(example.query, example.raw) for each in readers)
+            yield tuple(each.mix(example.weights, example.raw) for each in readers)
 
-    def pairs_of() -> Iterator[tuple[Tensor, ...]]:
-        nothing = Turns.none(tokens, width, torch.device("cpu"))
-        for turns in (Turns(pairs, angles.cos()[None], angles.sin()[None]), nothing):
-            latents: tuple[Decoded | Codes, ...] = Decoded(encoder.decode(packed, "latent")), Codes(encoder, packed)
-            readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in latents]
-            yield tuple(each.dot(query, raw) for each in readers)
-            yield tuple(each.mix(weights, raw) for each in readers)
+    return compiled.agree(pairs)
 
-    return compiled.agree(pairs_of)
+
+@functools.cache
+def _agrees_on(device: torch.device, queries: int, width: int, turning: int, *, mean: bool) -> bool:
+    """Whether Triton's kernels compute on a device what plain torch does on the processor. For each size of heads: it
+    has kernels of its own, which may be too large for this device."""
+
+    def pairs() -> Iterator[tuple[Tensor, ...]]:
+        example = _Example.of(queries, width, turning, mean=mean)
+        encoder, packed, linear, _, query, raw, weights = example
+        places = torch.arange(packed.tokens).expand(*query.shape[:2], -1)
+        packed = packed._map(lambda part: part.to(device))
+        there = Linear("latent", linear.axes.to(device), None if linear.mean is None else linear.mean.to(device))
+        z, codes = example.decoded, DeviceCodes(encoder.to(device), packed)
+        for turns in example.turns:
+            plain = LatentReader(linear, linear, (z, z), turns, 0, 1)
+            reader = TritonReader(there, there, (codes, codes), turns.to(device), 0, 1)
+            expected = torch.cat([plain._exact(query, places), query @ raw.mT], dim=-1)
+            yield expected, reader._dot(query.to(device), raw.to(device)).cpu()
+            sealed = weights[..., : packed.tokens]
+            yield plain._weigh(sealed), reader._weigh_codes(sealed.to(device)).cpu()
+
+    return compiled.agree(pairs, "triton")
 
 
 # ---- one layer
@@ -152,7 +233,7 @@ def _agrees() -> bool:
 def reader_of(
     keys: Linear,
     values: Linear,
-    latents: tuple[Decoded | Codes, Decoded | Codes],
+    latents: tuple[Opened, Opened],
     turns: Turns,
     exact: int,
     rough: int,
@@ -161,6 +242,8 @@ def reader_of(
     """The reader of one layer, for latents as they were opened."""
     if all(isinstance(each, Codes) for each in latents):
         return CodesReader(keys, values, latents, turns, exact, rough, work)
+    if all(isinstance(each, DeviceCodes) for each in latents):
+        return TritonReader(keys, values, latents, turns, exact, rough)
     return LatentReader(keys, values, latents, turns, exact, rough)
 
 
@@ -209,11 +292,16 @@ class LatentReader:
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
         """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
         weights, loose = weights.tensor_split([self.tokens], dim=-1)
-        mixed = weights.flatten(1, 2).to(self.for_values.z) @ self.for_values.z  # (B, H * G, R)
-        out = mixed.unflatten(1, weights.shape[1:3]) @ self.values.axes.to(mixed.dtype).transpose(1, 2)
+        mixed = self._weigh(weights)
+        out = mixed @ self.values.axes.to(mixed.dtype).transpose(1, 2)
         if self.values.mean is not None:
             out = out + weights.sum(-1, keepdim=True) * self.values.mean.to(mixed.dtype).unsqueeze(1)
         return out + loose @ raw.to(loose.dtype)
+
+    def _weigh(self, weights: Tensor) -> Tensor:
+        """`weights` (B, H, G, T) times the latents of the values: (B, H, G, R)."""
+        z = self.for_values.z
+        return (weights.flatten(1, 2).to(z) @ z).unflatten(1, weights.shape[1:3])
 
     @property
     def least(self) -> Tensor:
@@ -355,6 +443,47 @@ class CodesReader(LatentReader):
         """Memory of at least `size` bytes for each thread, and how many it is."""
         size = padded(size, 64)
         return self.work.get("rows", (torch.get_num_threads(), size), torch.uint8, self.for_keys.codes.device), size
+
+
+class TritonReader(LatentReader):
+    """The same, from codes on a GPU. It rebuilds the keys of all tokens, in registers: scores are all exact."""
+
+    for_keys: DeviceCodes
+    for_values: DeviceCodes
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        return self._dot(query, raw) if self._serves(query) else super().dot(query, raw)
+
+    def _weigh(self, weights: Tensor) -> Tensor:
+        return self._weigh_codes(weights) if self._serves(weights) else super()._weigh(weights)
+
+    def _serves(self, x: Tensor) -> bool:
+        """Whether there are kernels for `x` (B, H, G, any) that were seen to be right."""
+        width, queries = self.keys.axes.shape[3], x.shape[2]
+        if x.dtype != torch.float32 or x.device != self.for_keys.latent.codes.device:
+            return False
+        if width > LARGEST or queries > MOST:
+            return False
+        return _agrees_on(x.device, queries, width, len(self.turns.pairs.first), mean=self.keys.mean is not None)
+
+    def _dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        from .triton import channels
+
+        keys, latent, turns = self.keys, self.for_keys.latent, self.turns
+        scores = torch.empty(*query.shape[:3], self.tokens + raw.shape[2], device=query.device)
+        scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
+        if turns.rotates:
+            channels.scores(query, latent, keys.axes, keys.mean, turns.pairs.every, turns.angles, scores)
+            return scores
+        channels.project(query @ keys.axes.to(query.dtype).permute(0, 2, 3, 1), latent, scores)
+        if keys.mean is not None:
+            scores[..., : self.tokens] += query @ keys.mean.to(query.dtype).unsqueeze(-1)
+        return scores
+
+    def _weigh_codes(self, weights: Tensor) -> Tensor:
+        from .triton import channels
+
+        return channels.mix(weights, self.for_values.latent, self.values.axes.shape[1])
 
 
 def _axes(linear: Linear) -> tuple[Tensor, int, int]:
