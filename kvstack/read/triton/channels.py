@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MOST, block, on, pieces
+from .launch import FUSED, MOST, block, on, pieces
 
 if TYPE_CHECKING:
     from ...encode.channel_codes import ChannelCodes
@@ -95,6 +95,14 @@ class Latent(NamedTuple):
 
 
 @triton.jit
+def _plane(codes, first, count, bits, i, there, W: tl.constexpr):
+    """What a plane of width W adds to codes, in the channels that have one."""
+    begin = bits - bits % (2 * W)
+    byte = tl.load(codes + first + (begin + i % W) * count, mask=there & ((bits & W) != 0), other=0).to(tl.int32)
+    return ((byte >> (i // W * W)) & (2**W - 1)) << begin
+
+
+@triton.jit
 def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, row, t, r0, R: tl.constexpr):
     """Latents (len(t), R) of the tokens `t` of one row, in R channels from `r0` on. What is behind the tokens comes
     back as some finite number."""
@@ -108,12 +116,8 @@ def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, 
     widths = tl.load(planes + r0 // R)
     code = tl.full((t.shape[0], R), 0, tl.int32)
     for turn in tl.static_range(4):
-        W: tl.constexpr = 8 >> turn
-        if widths & W:  # the same for all threads
-            begin = bits - bits % (2 * W)
-            place = at * unit + start + (begin + i % W) * count
-            byte = tl.load(codes + place, mask=there & ((bits & W) != 0), other=0).to(tl.int32)
-            code += ((byte >> (i // W * W)) & (2**W - 1)) << begin
+        if widths & (8 >> turn):  # the same for all threads
+            code += _plane(codes, at * unit + start, count, bits, i, there, 8 >> turn)
     gain = tl.load(gains + (at * 2 + i % 2) * runs + run, mask=there, other=0).to(tl.int32)
     gain = tl.exp2((((gain >> (i // 2 * 2)) & 3) - 1).to(tl.float32) * 0.5)  # GAINS of the encoder
     middle = ((1 << bits) - 1).to(tl.float32) * 0.5
@@ -205,7 +209,7 @@ def scores(
             axes.shape[1], h, g, d, pairs, axes.stride(0) if axes.shape[0] > 1 else 0, axes.stride(1), axes.stride(2),
             angles.shape[1] * angles.shape[2] if angles.shape[0] > 1 else 0, out.shape[3],
             MEAN=mean is not None, T=TOKENS, R=CHANNELS, G=block(g), P=block(pairs), S=block(stills) if stills else 0,
-            num_warps=4 if d <= 128 else 8,
+            num_warps=4 if d <= 128 else 8, **FUSED,
         )  # fmt: skip
 
 
@@ -271,7 +275,7 @@ def project(vectors: Tensor, latent: Latent, out: Tensor) -> None:
     size = min(block(h * g), MOST)
     with on(vectors):
         _project[(-(-latent.tokens // TOKENS), -(-h * g // size), b)](
-            vectors.contiguous(), out, *latent.numbers, rank, h * g, out.shape[3], T=TOKENS, R=CHANNELS, G=size
+            vectors.contiguous(), out, *latent.numbers, rank, h * g, out.shape[3], T=TOKENS, R=CHANNELS, G=size, **FUSED
         )
 
 
@@ -285,6 +289,6 @@ def mix(weights: Tensor, latent: Latent, rank: int) -> Tensor:
     out = torch.empty(b, parts, h, g, latent.padded, device=weights.device)
     with on(weights):
         _mix[(parts, columns, b * groups)](
-            weights.contiguous(), out, *latent.numbers, each, h * g, held, T=TOKENS, R=CHANNELS, G=size
+            weights.contiguous(), out, *latent.numbers, each, h * g, held, T=TOKENS, R=CHANNELS, G=size, **FUSED
         )
     return out.sum(1)[..., :rank]

@@ -14,12 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, on, pieces
+from .launch import FUSED, block, on, pieces
 
 __all__ = ["dot", "mix"]
 
-NUMBERS = 8192
-"""Of a tile: 64 for each thread of four warps."""
+ROWS, CHANNELS = 64, 32
+"""Of a tile."""
+
+
+@triton.jit
+def _decoded(codes, scale, low, at, scales, inside, BITS: tl.constexpr, place: tl.constexpr):
+    """Numbers of the codes at one place of the bytes, whose scales are at `scales`."""
+    packed = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    step = tl.load(scale + scales, mask=inside, other=0.0).to(tl.float32)
+    least = tl.load(low + scales, mask=inside, other=0.0).to(tl.float32)
+    return ((packed >> (place * BITS)) & (2**BITS - 1)).to(tl.float32) * step + least
 
 
 @triton.jit
@@ -28,24 +37,24 @@ def _dot(
     BITS: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Scores of the tokens in J rows of bytes of one head."""
-    ROWS: tl.constexpr = GROUP * BITS // 8
+    EACH: tl.constexpr = GROUP * BITS // 8
     head = tl.program_id(1).to(tl.int64)
-    j, g, d = tl.program_id(0) * J + tl.arange(0, J), tl.arange(0, G), tl.arange(0, D)
-    asked = tl.load(
-        query + (head * queries + g[None, :]) * width + d[:, None],
-        mask=(g[None, :] < queries) & (d[:, None] < width),
-        other=0.0,
-    )  # (D, G)
-    there = (j[:, None] < rows) & (d[None, :] < width)
-    packed = tl.load(codes + (head * rows + j[:, None]) * width + d[None, :], mask=there, other=0).to(tl.int32)
-    at = (head * (rows // ROWS) + j[:, None] // ROWS) * width + d[None, :]
-    step = tl.load(scale + at, mask=there, other=0.0).to(tl.float32)
-    least = tl.load(low + at, mask=there, other=0.0).to(tl.float32)
-    base = tl.dot(least, asked, input_precision="tf32x3")  # (J, G)
+    j, g = tl.program_id(0) * J + tl.arange(0, J), tl.arange(0, G)
+    unit = head * (rows // EACH) + j[:, None] // EACH
     for place in tl.static_range(8 // BITS):
-        numbers = ((packed >> (place * BITS)) & (2**BITS - 1)).to(tl.float32) * step
-        found = base + tl.dot(numbers, asked, input_precision="tf32x3")
-        token = j // ROWS * GROUP + place * ROWS + j % ROWS
+        found = tl.full((J, G), 0.0, tl.float32)
+        for first in range(0, width, D):
+            d = first + tl.arange(0, D)
+            asked = tl.load(
+                query + (head * queries + g[None, :]) * width + d[:, None],
+                mask=(g[None, :] < queries) & (d[:, None] < width),
+                other=0.0,
+            )  # (D, G)
+            at, scales = (head * rows + j[:, None]) * width + d[None, :], unit * width + d[None, :]
+            inside = (j[:, None] < rows) & (d[None, :] < width)
+            keys = _decoded(codes, scale, low, at, scales, inside, BITS, place)
+            found = tl.dot(keys, asked, found, input_precision="tf32x3")
+        token = j // EACH * GROUP + place * EACH + j % EACH
         tl.store(
             out + (head * queries + g[None, :]) * held + token[:, None],
             found,
@@ -58,22 +67,20 @@ def _mix(
     weights, codes, scale, low, out, rows, tiles, queries, width, scales, held,
     BITS: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The weighted sum of the values in `tiles` times J rows of bytes of one head."""
-    ROWS: tl.constexpr = GROUP * BITS // 8
+    """The weighted sums of D channels of the values in `tiles` times J rows of bytes of one head."""
+    EACH: tl.constexpr = GROUP * BITS // 8
     head, piece = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    g, d = tl.arange(0, G), tl.arange(0, D)
-    tokens, share = rows // ROWS * GROUP, width // scales
+    g, d = tl.arange(0, G), tl.program_id(2) * D + tl.arange(0, D)
+    tokens, share = rows // EACH * GROUP, width // scales
     total = tl.full((G, D), 0.0, tl.float32)
     for tile in range(piece * tiles, (piece + 1) * tiles):
         j = tile * J + tl.arange(0, J)
-        there = (j[:, None] < rows) & (d[None, :] < width)
-        packed = tl.load(codes + (head * rows + j[:, None]) * width + d[None, :], mask=there, other=0).to(tl.int32)
+        inside = (j[:, None] < rows) & (d[None, :] < width)
         for place in tl.static_range(8 // BITS):
-            token = j // ROWS * GROUP + place * ROWS + j % ROWS
-            at = (head * tokens + token[:, None]) * scales + d[None, :] // share
-            step = tl.load(scale + at, mask=there, other=0.0).to(tl.float32)
-            least = tl.load(low + at, mask=there, other=0.0).to(tl.float32)
-            values = ((packed >> (place * BITS)) & (2**BITS - 1)).to(tl.float32) * step + least
+            token = j // EACH * GROUP + place * EACH + j % EACH
+            known = (head * tokens + token[:, None]) * scales + d[None, :] // share
+            at = (head * rows + j[:, None]) * width + d[None, :]
+            values = _decoded(codes, scale, low, at, known, inside, BITS, place)
             weight = tl.load(
                 weights + (head * queries + g[:, None]) * held + token[None, :],
                 mask=(g[:, None] < queries) & (j[None, :] < rows),
@@ -89,11 +96,10 @@ def dot(query: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, gro
     b, h, g, d = query.shape
     rows = codes.shape[2] * codes.shape[3]
     out = torch.empty(b, h, g, codes.shape[2] * group + loose, device=query.device)
-    tile, queries, width = _tile(d), block(g), block(d)
     with on(query):
-        _dot[(-(-rows // tile), b * h)](
+        _dot[(-(-rows // ROWS), b * h)](
             query.contiguous(), codes, scale, low, out, rows, g, d, out.shape[3],
-            BITS=bits, GROUP=group, J=tile, G=queries, D=width,
+            BITS=bits, GROUP=group, J=ROWS, G=block(g), D=min(block(d), CHANNELS), **FUSED,
         )  # fmt: skip
     return out
 
@@ -101,19 +107,14 @@ def dot(query: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, gro
 def mix(weights: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int) -> Tensor:
     """`weights` (B, H, G, T or more) times T values: (B, H, G, D)."""
     (b, h, g, held), d = weights.shape, codes.shape[4]
-    rows, tile = codes.shape[2] * codes.shape[3], _tile(d)
-    tiles = -(-rows // tile)
-    each = -(-tiles // pieces(tiles, b * h, weights.device))
+    rows, channels = codes.shape[2] * codes.shape[3], min(block(d), CHANNELS)
+    tiles, columns = -(-rows // ROWS), -(-d // channels)
+    each = -(-tiles // pieces(tiles, b * h * columns, weights.device))
     parts = -(-tiles // each)
     out = torch.empty(b, h, parts, g, d, device=weights.device)
     with on(weights):
-        _mix[(parts, b * h)](
+        _mix[(parts, b * h, columns)](
             weights.contiguous(), codes, scale, low, out, rows, each, g, d, scale.shape[3], held,
-            BITS=bits, GROUP=group, J=tile, G=block(g), D=block(d),
+            BITS=bits, GROUP=group, J=ROWS, G=block(g), D=channels, **FUSED,
         )  # fmt: skip
     return out.sum(2)
-
-
-def _tile(width: int) -> int:
-    """Rows of bytes in a tile."""
-    return min(64, NUMBERS // block(width))

@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST", "MOST", "block", "on", "pieces"]
+__all__ = ["FUSED", "LARGEST", "MOST", "block", "on", "pieces"]
 
 LEAST = 16
 """The smallest side of a tile that tensor cores multiply."""
 LARGEST, MOST = 256, 64
 """Channels of a head, and queries of a kv head, beyond which a tile no longer fits into registers."""
+FUSED = {"enable_fp_fusion": True}
+"""An option of every kernel, the default of old versions of triton. Newer ones warn where it is not given."""
 ON_PROCESSOR = 4
 """Programs that an interpreted kernel is cut into, so that tests see several."""
 
