@@ -209,7 +209,7 @@ def scores(
             axes.shape[1], h, g, d, pairs, axes.stride(0) if axes.shape[0] > 1 else 0, axes.stride(1), axes.stride(2),
             angles.shape[1] * angles.shape[2] if angles.shape[0] > 1 else 0, out.shape[3],
             MEAN=mean is not None, T=TOKENS, R=CHANNELS, G=block(g), P=block(pairs), S=block(stills) if stills else 0,
-            num_warps=4 if d <= 128 else 8, **FUSED,
+            num_warps=8, **FUSED,
         )  # fmt: skip
 
 
