@@ -242,8 +242,9 @@ def reader_of(
     """The reader of one layer, for latents as they were opened."""
     if all(isinstance(each, Codes) for each in latents):
         return CodesReader(keys, values, latents, turns, exact, rough, work)
-    if all(isinstance(each, DeviceCodes) for each in latents):
-        return TritonReader(keys, values, latents, turns, exact, rough)
+    one, other = latents
+    if isinstance(one, DeviceCodes) and isinstance(other, DeviceCodes):
+        return TritonReader(keys, values, (one, other), turns, exact, rough)
     return LatentReader(keys, values, latents, turns, exact, rough)
 
 
@@ -262,7 +263,7 @@ class LatentReader:
         self,
         keys: Linear,
         values: Linear,
-        latents: tuple[Decoded, Decoded],
+        latents: tuple[Decoded | DeviceCodes, Decoded | DeviceCodes],
         turns: Turns,
         exact: int,
         rough: int,
@@ -448,8 +449,17 @@ class CodesReader(LatentReader):
 class TritonReader(LatentReader):
     """The same, from codes on a GPU. It rebuilds the keys of all tokens, in registers: scores are all exact."""
 
-    for_keys: DeviceCodes
-    for_values: DeviceCodes
+    def __init__(
+        self,
+        keys: Linear,
+        values: Linear,
+        latents: tuple[DeviceCodes, DeviceCodes],
+        turns: Turns,
+        exact: int,
+        rough: int,
+    ) -> None:
+        super().__init__(keys, values, latents, turns, exact, rough)
+        self.key_codes, self.value_codes = latents
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
         return self._dot(query, raw) if self._serves(query) else super().dot(query, raw)
@@ -460,7 +470,7 @@ class TritonReader(LatentReader):
     def _serves(self, x: Tensor) -> bool:
         """Whether there are kernels for `x` (B, H, G, any) that were seen to be right."""
         width, queries = self.keys.axes.shape[3], x.shape[2]
-        if x.dtype != torch.float32 or x.device != self.for_keys.latent.codes.device:
+        if x.dtype != torch.float32 or x.device != self.key_codes.latent.codes.device:
             return False
         if width > LARGEST or queries > MOST:
             return False
@@ -469,7 +479,7 @@ class TritonReader(LatentReader):
     def _dot(self, query: Tensor, raw: Tensor) -> Tensor:
         from .triton import channels
 
-        keys, latent, turns = self.keys, self.for_keys.latent, self.turns
+        keys, latent, turns = self.keys, self.key_codes.latent, self.turns
         scores = torch.empty(*query.shape[:3], self.tokens + raw.shape[2], device=query.device)
         scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
         if turns.rotates:
@@ -483,7 +493,7 @@ class TritonReader(LatentReader):
     def _weigh_codes(self, weights: Tensor) -> Tensor:
         from .triton import channels
 
-        return channels.mix(weights, self.for_values.latent, self.values.axes.shape[1])
+        return channels.mix(weights, self.value_codes.latent, self.values.axes.shape[1])
 
 
 def _axes(linear: Linear) -> tuple[Tensor, int, int]:
