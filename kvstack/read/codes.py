@@ -156,8 +156,8 @@ class TritonCodes(KernelCodes):
     def _dot(self, query: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
         from .triton import kivi
 
-        parts = (packed.parts[name] for name in ("codes", "scale", "low"))
-        out = kivi.dot(query, *parts, self.codec.bits, self.codec.group, 0 if raw is None else raw.shape[2])
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        out = kivi.dot(query, codes, scale, low, self.codec.bits, self.codec.group, 0 if raw is None else raw.shape[2])
         if raw is not None:
             out[..., packed.tokens :] = query @ raw.to(query.dtype).mT
         return out
@@ -165,8 +165,8 @@ class TritonCodes(KernelCodes):
     def _mix(self, weights: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
         from .triton import kivi
 
-        parts = (packed.parts[name] for name in ("codes", "scale", "low"))
-        out = kivi.mix(weights, *parts, self.codec.bits, self.codec.group)
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        out = kivi.mix(weights, codes, scale, low, self.codec.bits, self.codec.group)
         return out if raw is None else out + weights[..., packed.tokens :] @ raw.to(weights.dtype)
 
     def _reads(self, x: Tensor, packed: Packed) -> bool:

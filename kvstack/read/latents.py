@@ -211,18 +211,23 @@ def _agrees_on(device: torch.device, queries: int, width: int, turning: int, *, 
 
     def pairs() -> Iterator[tuple[Tensor, ...]]:
         example = _Example.of(queries, width, turning, mean=mean)
-        encoder, packed, linear, _, query, raw, weights = example
+        encoder, packed, linear, _, query, _, weights = example
+        weights = weights[..., : packed.tokens]
         places = torch.arange(packed.tokens).expand(*query.shape[:2], -1)
         packed = packed._map(lambda part: part.to(device))
         there = Linear("latent", linear.axes.to(device), None if linear.mean is None else linear.mean.to(device))
         z, codes = example.decoded, DeviceCodes(encoder.to(device), packed)
         for turns in example.turns:
-            plain = LatentReader(linear, linear, (z, z), turns, 0, 1)
-            reader = TritonReader(there, there, (codes, codes), turns.to(device), 0, 1)
-            expected = torch.cat([plain._exact(query, places), query @ raw.mT], dim=-1)
-            yield expected, reader._dot(query.to(device), raw.to(device)).cpu()
-            sealed = weights[..., : packed.tokens]
-            yield plain._weigh(sealed), reader._weigh_codes(sealed.to(device)).cpu()
+            plain = LatentReader(linear, linear, (z, z), turns, 20, 50)
+            reader = TritonReader(there, there, (codes, codes), turns.to(device), 20, 50, checked=True)
+            yield plain._rough(query), reader._rough(query.to(device)).cpu()
+            yield plain._weigh(weights), reader._weigh(weights.to(device)).cpu()
+            if turns.rotates:
+                scores = torch.empty(*query.shape[:3], packed.tokens, device=device)
+                reader._score(query.to(device), None, scores)
+                yield plain._exact(query, places), scores.cpu()
+                some = places[..., 3:50:5]
+                yield plain._exact(query, some), reader._exact(query.to(device), some.to(device)).cpu()
 
     return compiled.agree(pairs, "triton")
 
@@ -313,17 +318,21 @@ class LatentReader:
 
     def _rough(self, query: Tensor) -> Tensor:
         """(B, H, G, T)."""
-        z, fast, slow = self.for_keys.z[..., : self.rough], self.turns.fast, self.turns.slow
+        fast, slow = self.turns.fast, self.turns.slow
         # one vector for each small block
         far = self._vectors(slow, query).repeat_interleave(slow.size // fast.size, dim=2)
-        vectors = self._vectors(fast, query) + far[:, :, : fast.count]
-        z = torch.nn.functional.pad(z, (0, 0, 0, -self.tokens % fast.size)).unflatten(1, (-1, fast.size))
-        scores = vectors @ z.unsqueeze(1).mT  # (B, H, blocks, G, size)
-        scores = scores.transpose(2, 3).flatten(3)[..., : self.tokens]
+        scores = self._products(self._vectors(fast, query) + far[:, :, : fast.count], fast.size)
         if self.keys.mean is None:
             return scores
         turning, still = self.turns.facing(query, self.keys.mean)
         return scores + still.unsqueeze(-1) + turning @ self.turns.angles.unsqueeze(1).to(scores.dtype)
+
+    def _products(self, vectors: Tensor, size: int) -> Tensor:
+        """Leading channels of all tokens times `vectors` (B, H, blocks, G, r) of their blocks: (B, H, G, T)."""
+        z = self.for_keys.z[..., : self.rough]
+        z = torch.nn.functional.pad(z, (0, 0, 0, -self.tokens % size)).unflatten(1, (-1, size))
+        scores = vectors @ z.unsqueeze(1).mT  # (B, H, blocks, G, size)
+        return scores.transpose(2, 3).flatten(3)[..., : self.tokens]
 
     def _vectors(self, blocks: Blocks, query: Tensor) -> Tensor:
         """What a query, turned back for each block, makes of the leading channels: (B, H, blocks, G, r)."""
@@ -447,7 +456,11 @@ class CodesReader(LatentReader):
 
 
 class TritonReader(LatentReader):
-    """The same, from codes on a GPU. It rebuilds the keys of all tokens, in registers: scores are all exact."""
+    """The same, from codes on a GPU. If all keys may be rebuilt, they are, and there are no rough scores.
+
+    Args:
+        checked: whether its kernels need not be tried before they are used.
+    """
 
     def __init__(
         self,
@@ -457,43 +470,65 @@ class TritonReader(LatentReader):
         turns: Turns,
         exact: int,
         rough: int,
+        checked: bool = False,
     ) -> None:
         super().__init__(keys, values, latents, turns, exact, rough)
         self.key_codes, self.value_codes = latents
+        self.checked = checked
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        return self._dot(query, raw) if self._serves(query) else super().dot(query, raw)
+        if not (self.turns.rotates and self.exact == self.tokens and self._serves(query, query.shape[2])):
+            return super().dot(query, raw)
+        scores = torch.empty(*query.shape[:3], self.tokens + raw.shape[2], device=query.device)
+        scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
+        self._score(query, None, scores)
+        return scores
+
+    def _rough(self, query: Tensor) -> Tensor:
+        if self.turns.rotates or not self._serves(query, query.shape[2]):
+            return super()._rough(query)
+        # without a rotation, all tokens are one block
+        vectors = (query @ self.keys.axes.to(query.dtype).permute(0, 2, 3, 1)).unsqueeze(2)
+        scores = self._products(vectors, padded(self.tokens, 64))
+        return scores if self.keys.mean is None else scores + query @ self.keys.mean.to(query.dtype).unsqueeze(-1)
+
+    def _products(self, vectors: Tensor, size: int) -> Tensor:
+        if not self._serves(vectors, vectors.shape[3]):
+            return super()._products(vectors, size)
+        from .triton import channels
+
+        return channels.project(vectors, self.key_codes.latent, size)
+
+    def _exact(self, query: Tensor, places: Tensor) -> Tensor:
+        if not (self.turns.rotates and self._serves(query, query.shape[2])):
+            return super()._exact(query, places)
+        scores = torch.empty(*query.shape[:3], places.shape[2], device=query.device)
+        self._score(query, places, scores)
+        return scores
 
     def _weigh(self, weights: Tensor) -> Tensor:
-        return self._weigh_codes(weights) if self._serves(weights) else super()._weigh(weights)
+        if not self._serves(weights, weights.shape[2]):
+            return super()._weigh(weights)
+        from .triton import channels
 
-    def _serves(self, x: Tensor) -> bool:
-        """Whether there are kernels for `x` (B, H, G, any) that were seen to be right."""
-        width, queries = self.keys.axes.shape[3], x.shape[2]
+        return channels.mix(weights, self.value_codes.latent, self.values.axes.shape[1])
+
+    def _score(self, query: Tensor, places: Tensor | None, scores: Tensor) -> None:
+        """Write exact scores of the tokens at `places` (B, H, n), or of all."""
+        from .triton import channels
+
+        keys, turns = self.keys, self.turns
+        every, angles = turns.pairs.every, turns.angles
+        channels.scores(query, self.key_codes.latent, keys.axes, keys.mean, every, angles, places, scores)
+
+    def _serves(self, x: Tensor, queries: int) -> bool:
+        """Whether there are kernels for `x`, of so many queries of each kv head, that were seen to be right."""
+        width, mean = self.keys.axes.shape[3], self.keys.mean is not None
         if x.dtype != torch.float32 or x.device != self.key_codes.latent.codes.device:
             return False
         if width > LARGEST or queries > MOST:
             return False
-        return _agrees_on(x.device, queries, width, len(self.turns.pairs.first), mean=self.keys.mean is not None)
-
-    def _dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        from .triton import channels
-
-        keys, latent, turns = self.keys, self.key_codes.latent, self.turns
-        scores = torch.empty(*query.shape[:3], self.tokens + raw.shape[2], device=query.device)
-        scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
-        if turns.rotates:
-            channels.scores(query, latent, keys.axes, keys.mean, turns.pairs.every, turns.angles, scores)
-            return scores
-        channels.project(query @ keys.axes.to(query.dtype).permute(0, 2, 3, 1), latent, scores)
-        if keys.mean is not None:
-            scores[..., : self.tokens] += query @ keys.mean.to(query.dtype).unsqueeze(-1)
-        return scores
-
-    def _weigh_codes(self, weights: Tensor) -> Tensor:
-        from .triton import channels
-
-        return channels.mix(weights, self.value_codes.latent, self.values.axes.shape[1])
+        return self.checked or _agrees_on(x.device, queries, width, len(self.turns.pairs.first), mean=mean)
 
 
 def _axes(linear: Linear) -> tuple[Tensor, int, int]:

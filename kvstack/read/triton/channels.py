@@ -129,16 +129,20 @@ def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, 
 
 @triton.jit
 def _scores(
-    query, axes, mean, every, angles, out,
+    query, axes, mean, every, angles, places, out,
     codes, gains, channels, steps, planes, runs, unit, tokens, padded,
-    rank, heads, queries, width, pairs, axes_row, axes_channel, axes_head, angles_row, held,
-    MEAN: tl.constexpr, T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+    count, rank, heads, queries, width, pairs, axes_row, axes_channel, axes_head, angles_row, held,
+    PLACES: tl.constexpr, MEAN: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Scores of T tokens for the queries of one kv head: keys are rebuilt and rotated in registers. P is for the
-    channels that turn in pairs, S for those that do not turn; 0: there are none."""
+    """Scores of T of `count` tokens for the queries of one kv head: keys are rebuilt and rotated in registers. P is for
+    the channels that turn in pairs, S for those that do not turn; 0: there are none."""
     at = tl.program_id(1).to(tl.int64)
     row, head = at // heads, at % heads
-    t, g, p = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, G), tl.arange(0, P)
+    n, g, p = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, G), tl.arange(0, P)
+    t = n
+    if PLACES:
+        t = tl.load(places + at * count + n, mask=n < count, other=tokens).to(tl.int32)
     first = tl.load(every + p, mask=p < pairs, other=0)
     second = tl.load(every + pairs + p, mask=p < pairs, other=0)
     one, other = tl.full((T, P), 0.0, tl.float32), tl.full((T, P), 0.0, tl.float32)
@@ -181,16 +185,23 @@ def _scores(
         here = (g < queries)[None, :] & (s < stills)[:, None]
         found = tl.dot(kept, tl.load(asked + still[:, None], mask=here, other=0.0), found, input_precision="tf32x3")
     tl.store(
-        out + (at * queries + g[None, :]) * held + t[:, None],
+        out + (at * queries + g[None, :]) * held + n[:, None],
         found,
-        mask=(t < tokens)[:, None] & (g < queries)[None, :],
+        mask=(n < count)[:, None] & (g < queries)[None, :],
     )
 
 
 def scores(
-    query: Tensor, latent: Latent, axes: Tensor, mean: Tensor | None, every: Tensor, angles: Tensor, out: Tensor
+    query: Tensor,
+    latent: Latent,
+    axes: Tensor,
+    mean: Tensor | None,
+    every: Tensor,
+    angles: Tensor,
+    places: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """Write the scores of all tokens into the first ones of `out` (B, H, G, T or more).
+    """Write scores of the tokens at `places` (B, H, n), or of all, into the first ones of `out` (B, H, G, n or more).
 
     Args:
         query: (B, H, G, D).
@@ -202,13 +213,15 @@ def scores(
     (b, h, g, d), pairs = query.shape, angles.shape[1] // 2
     axes = axes if axes.stride(3) == 1 else axes.contiguous()
     mean = mean if mean is None else mean.contiguous()
-    stills = d - 2 * pairs
+    stills, count = d - 2 * pairs, latent.tokens if places is None else places.shape[2]
     with on(query):
-        _scores[(-(-latent.tokens // TOKENS), b * h)](
-            query.contiguous(), axes, axes if mean is None else mean, every, angles.contiguous(), out, *latent.numbers,
-            axes.shape[1], h, g, d, pairs, axes.stride(0) if axes.shape[0] > 1 else 0, axes.stride(1), axes.stride(2),
+        _scores[(-(-count // TOKENS), b * h)](
+            query.contiguous(), axes, axes if mean is None else mean, every, angles.contiguous(),
+            every if places is None else places.contiguous(), out, *latent.numbers, count, axes.shape[1], h,
+            g, d, pairs, axes.stride(0) if axes.shape[0] > 1 else 0, axes.stride(1), axes.stride(2),
             angles.shape[1] * angles.shape[2] if angles.shape[0] > 1 else 0, out.shape[3],
-            MEAN=mean is not None, T=TOKENS, R=CHANNELS, G=block(g), P=block(pairs), S=block(stills) if stills else 0,
+            PLACES=places is not None, MEAN=mean is not None,
+            T=TOKENS, R=CHANNELS, G=block(g), P=block(pairs), S=block(stills) if stills else 0,
             num_warps=8, **FUSED,
         )  # fmt: skip
 
@@ -220,24 +233,24 @@ def scores(
 def _project(
     vectors, out,
     codes, gains, channels, steps, planes, runs, unit, tokens, padded,
-    rank, queries, held,
+    rank, heads, queries, blocks, size, held,
     T: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """The products of T tokens with G vectors."""
-    row = tl.program_id(2).to(tl.int64)
+    """The products of T tokens of one block with G vectors of it, of all heads."""
+    row, mine = tl.program_id(2).to(tl.int64), tl.program_id(0) * T // size
     t, g = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1) * G + tl.arange(0, G)
+    vector_at = (((row * heads + g // queries) * blocks + mine) * queries + g % queries) * rank
     found = tl.full((T, G), 0.0, tl.float32)
-    for r0 in range(0, padded, R):
+    for r0 in range(0, rank, R):
         z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, row, t, r0, R)
         r = (r0 + tl.arange(0, R))[:, None]
-        vector = tl.load(
-            vectors + (row * queries + g[None, :]) * rank + r, mask=(r < rank) & (g < queries)[None, :], other=0.0
-        )
+        inside = (r < rank) & (g < heads * queries)[None, :]
+        vector = tl.load(vectors + vector_at[None, :] + r, mask=inside, other=0.0)
         found = tl.dot(z, vector, found, input_precision="tf32x3")
     tl.store(
-        out + (row * queries + g[None, :]) * held + t[:, None],
+        out + (row * heads * queries + g[None, :]) * held + t[:, None],
         found,
-        mask=(t < tokens)[:, None] & (g < queries)[None, :],
+        mask=(t < tokens)[:, None] & (g < heads * queries)[None, :],
     )
 
 
@@ -269,14 +282,18 @@ def _mix(
     )
 
 
-def project(vectors: Tensor, latent: Latent, out: Tensor) -> None:
-    """Write products of all tokens with `vectors` (B, H, G, R) into the first ones of `out` (B, H, G, T or more)."""
-    b, h, g, rank = vectors.shape
-    size = min(block(h * g), MOST)
+def project(vectors: Tensor, latent: Latent, size: int) -> Tensor:
+    """The leading r channels of all tokens times `vectors` (B, H, blocks, G, r) of their blocks: (B, H, G, T). A block
+    has `size` tokens, a multiple of 16."""
+    b, h, blocks, g, rank = vectors.shape
+    out = torch.empty(b, h, g, latent.tokens, device=vectors.device)
+    tile, columns = min(TOKENS, size & -size), min(block(h * g), MOST)
     with on(vectors):
-        _project[(-(-latent.tokens // TOKENS), -(-h * g // size), b)](
-            vectors.contiguous(), out, *latent.numbers, rank, h * g, out.shape[3], T=TOKENS, R=CHANNELS, G=size, **FUSED
-        )
+        _project[(-(-latent.tokens // tile), -(-h * g // columns), b)](
+            vectors.contiguous(), out, *latent.numbers, rank, h, g, blocks, size, latent.tokens,
+            T=tile, R=CHANNELS, G=columns, **FUSED,
+        )  # fmt: skip
+    return out
 
 
 def mix(weights: Tensor, latent: Latent, rank: int) -> Tensor:
