@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Latent", "mix", "project", "scores"]
 
-TOKENS = 64
-CHANNELS = 32
+TOKENS, CHANNELS = 64, 32
+"""Of a tile."""
+KEYS = 32
+"""Tokens of a tile whose keys are rebuilt: more do not fit into registers."""
 
 
 # ---- what kernels know about a latent
@@ -215,13 +217,13 @@ def scores(
     mean = mean if mean is None else mean.contiguous()
     stills, count = d - 2 * pairs, latent.tokens if places is None else places.shape[2]
     with on(query):
-        _scores[(-(-count // TOKENS), b * h)](
+        _scores[(-(-count // KEYS), b * h)](
             query.contiguous(), axes, axes if mean is None else mean, every, angles.contiguous(),
             every if places is None else places.contiguous(), out, *latent.numbers, count, axes.shape[1], h,
             g, d, pairs, axes.stride(0) if axes.shape[0] > 1 else 0, axes.stride(1), axes.stride(2),
             angles.shape[1] * angles.shape[2] if angles.shape[0] > 1 else 0, out.shape[3],
             PLACES=places is not None, MEAN=mean is not None,
-            T=TOKENS, R=CHANNELS, G=block(g), P=block(pairs), S=block(stills) if stills else 0,
+            T=KEYS, R=CHANNELS, G=block(g), P=block(pairs), S=block(stills) if stills else 0,
             num_warps=8, **FUSED,
         )  # fmt: skip
 
