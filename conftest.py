@@ -1,6 +1,7 @@
 """What holds for all tests of this repository, those of plugins included."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import HealthCheck, settings
 # a first example may build models; the machine decides how long that takes
 settings.register_profile("kvstack", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("kvstack")
+
+# without a GPU triton interprets kernels, and has to know so before anything imports it
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # tiny models are faster on one thread, and test processes do not fight for the cores
 torch.set_num_threads(1)

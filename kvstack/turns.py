@@ -89,6 +89,11 @@ class Turns:
         angles = torch.empty(1, 0, tokens, device=device)
         return cls(Pairs(nothing, nothing, torch.arange(width, device=device)), angles, angles)
 
+    def to(self, device: torch.device) -> Turns:
+        pairs = self.pairs
+        moved = Pairs(pairs.first.to(device), pairs.second.to(device), pairs.still.to(device))
+        return Turns(moved, self.cos.to(device), self.sin.to(device))
+
     @property
     def rotates(self) -> bool:
         return len(self.pairs.first) > 0

@@ -7,6 +7,7 @@ What packed the numbers can always do this, in plain torch: it is the reference.
 where the machine lets them. Which one answers is settled when a stack is bound, and `report()` names it.
 
 compiled.py     kernels for a processor, compiled by numba: loops in kernels.py, threads in openmp.py
+triton/         kernels for a GPU, compiled by triton
 codes.py        readers of Quant's codes
 latents.py      reading latents: rough scores of all tokens, exact keys of those that matter
 """

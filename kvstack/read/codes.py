@@ -13,18 +13,24 @@ from ..packed import Packed
 from ..workspace import Workspace
 from . import compiled
 from .sizes import parts
+from .triton.launch import LARGEST, MOST
 
 if TYPE_CHECKING:
     from ..encode.kivi import Kivi
     from ..stage import Reader
 
-__all__ = ["CompiledCodes", "fastest"]
+__all__ = ["CompiledCodes", "KernelCodes", "TritonCodes", "fastest"]
+
+IN_ONE_PLANE = (2, 4, 8)
+"""Bits that Triton's kernels know."""
 
 
 def fastest(codec: Kivi, device: torch.device) -> Reader:
     """The fastest reader that was seen to be right on a device."""
     if device.type == "cpu" and _agrees(codec.bits, codec.group):
         return CompiledCodes(codec)
+    if device.type == "cuda" and _agrees_on(device, codec.bits, codec.group, 3 * codec.group, 3):
+        return TritonCodes(codec)
     return codec
 
 
@@ -46,19 +52,73 @@ def _agrees(bits: int, group: int) -> bool:
     return compiled.agree(pairs)
 
 
-class CompiledCodes:
-    """Reads codes with compiled kernels. What these do not know (float32 scales, float64 queries), the codec reads."""
+@functools.cache
+def _agrees_on(device: torch.device, bits: int, group: int, width: int, queries: int) -> bool:
+    """Whether Triton's kernels compute on a device what plain torch does on the processor. For each size of heads: it
+    has kernels of its own, which may be too large for this device."""
+    from ..encode.kivi import Kivi
 
-    reads_with = "numba"
+    if bits not in IN_ONE_PLANE:
+        return False
+    codec, draw, work = Kivi(bits, group), torch.Generator().manual_seed(0), Workspace()
+    tokens = 5 * group
+    x, query = (torch.randn(2, 2, n, width, generator=draw) for n in (tokens, queries))
+    weights = torch.rand(2, 2, queries, tokens, generator=draw)
+
+    def pairs() -> Iterator[tuple[Tensor, ...]]:
+        reader = TritonCodes(codec)
+        keys, values = (codec.encode(x, role) for role in ("keys", "values"))
+        on_device = [packed._map(lambda part: part.to(device)) for packed in (keys, values)]
+        yield codec.dot(query, keys, "keys", work), reader._dot(query.to(device), on_device[0], work, None).cpu()
+        yield (
+            codec.mix(weights, values, "values", work),
+            reader._mix(weights.to(device), on_device[1], work, None).cpu(),
+        )
+
+    return compiled.agree(pairs, "triton")
+
+
+class KernelCodes:
+    """Reads codes with kernels. What these do not know (float32 scales, float64 queries), the codec reads."""
+
+    reads_with: str
 
     def __init__(self, codec: Kivi) -> None:
         self.codec = codec
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace, raw: Tensor | None = None) -> Tensor:
         """`query` (B, H, G, D) times the transposed packed keys, and then times `raw` ones: (B, H, G, T)."""
-        if not self._reads(query, packed, raw):
-            found = self.codec.dot(query, packed, role, work)
-            return found if raw is None else with_raw(found, query, raw)
+        if self._reads(query, packed):
+            return self._dot(query, packed, work, raw)
+        found = self.codec.dot(query, packed, role, work)
+        return found if raw is None else with_raw(found, query, raw)
+
+    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace, raw: Tensor | None = None) -> Tensor:
+        """`weights` (B, H, G, T) times the packed values and then `raw` ones: (B, H, G, D)."""
+        if role == "values" and self._reads(weights, packed):
+            return self._mix(weights, packed, work, raw)
+        sealed, loose = weights.tensor_split([packed.tokens], dim=-1)
+        found = self.codec.mix(sealed, packed, role, work)
+        return found if raw is None else found + torch.matmul(loose, raw.to(loose.dtype))
+
+    def _reads(self, x: Tensor, packed: Packed) -> bool:
+        if x.dtype != torch.float32 or packed.parts["scale"].dtype != torch.float16:
+            return False
+        return all(part.device == x.device and part.is_contiguous() for part in packed.parts.values())
+
+    def _dot(self, query: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _mix(self, weights: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class CompiledCodes(KernelCodes):
+    """Reads codes with kernels for a processor."""
+
+    reads_with = "numba"
+
+    def _dot(self, query: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         b, h, g, d = query.shape
         units, tokens = codes.shape[2], self.codec.group
@@ -71,12 +131,7 @@ class CompiledCodes:
         )  # fmt: skip
         return out
 
-    def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace, raw: Tensor | None = None) -> Tensor:
-        """`weights` (B, H, G, T) times the packed values and then `raw` ones: (B, H, G, D)."""
-        if not self._reads(weights, packed, raw) or role != "values":
-            sealed, loose = weights.tensor_split([packed.tokens], dim=-1)
-            found = self.codec.mix(sealed, packed, role, work)
-            return found if raw is None else found + torch.matmul(loose, raw.to(loose.dtype))
+    def _mix(self, weights: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
         (b, h, g, _), d = weights.shape, packed.width
         units, tokens = codes.shape[2], self.codec.group
@@ -89,10 +144,36 @@ class CompiledCodes:
         )  # fmt: skip
         return out[:, :, 0] if pieces == 1 else out.sum(2)
 
-    def _reads(self, x: Tensor, packed: Packed, raw: Tensor | None) -> bool:
-        if x.dtype != torch.float32 or packed.parts["scale"].dtype != torch.float16:
+    def _reads(self, x: Tensor, packed: Packed) -> bool:
+        return x.device.type == "cpu" and super()._reads(x, packed)
+
+
+class TritonCodes(KernelCodes):
+    """Reads codes with kernels for a GPU."""
+
+    reads_with = "triton"
+
+    def _dot(self, query: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
+        from .triton import kivi
+
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        out = kivi.dot(query, codes, scale, low, self.codec.bits, self.codec.group, 0 if raw is None else raw.shape[2])
+        if raw is not None:
+            out[..., packed.tokens :] = query @ raw.to(query.dtype).mT
+        return out
+
+    def _mix(self, weights: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
+        from .triton import kivi
+
+        codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
+        out = kivi.mix(weights, codes, scale, low, self.codec.bits, self.codec.group)
+        return out if raw is None else out + weights[..., packed.tokens :] @ raw.to(weights.dtype)
+
+    def _reads(self, x: Tensor, packed: Packed) -> bool:
+        fits = packed.width <= LARGEST and x.shape[2] <= MOST
+        if not (fits and super()._reads(x, packed)):
             return False
-        return all(part.device.type == "cpu" and part.is_contiguous() for part in packed.parts.values())
+        return _agrees_on(x.device, self.codec.bits, self.codec.group, packed.width, x.shape[2])
 
 
 def with_raw(scores: Tensor, query: Tensor, raw: Tensor) -> Tensor:

@@ -31,14 +31,14 @@ Kernel = Callable[..., None]
 """Called with whole numbers; a contiguous tensor stands for its address."""
 
 
-def agree(pairs: Callable[[], Iterable[tuple[Tensor, ...]]]) -> bool:
+def agree(pairs: Callable[[], Iterable[tuple[Tensor, ...]]], compiler: str = "numba") -> bool:
     """Whether kernels work here: numbers of the reference and of the kernels, `pairs`, are equal up to rounding. Where
-    they do not, plain torch does their work, without a word."""
-    if importlib.util.find_spec("numba") is None or sys.byteorder != "little":
+    they do not, or the package `compiler` is missing, plain torch does their work, without a word."""
+    if importlib.util.find_spec(compiler) is None or sys.byteorder != "little":
         return False
     try:
         return all(float((x - y).abs().max()) <= CLOSE * float(x.abs().max()) for x, y in pairs())
-    except Exception as error:  # a numba that does not fit this Python or this processor
+    except Exception as error:  # a compiler that does not fit this Python or this device
         log.debug("kernels cannot be used: %s", error)
         return False
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -35,11 +36,13 @@ from ..types import take_tokens
 from ..workspace import Workspace
 from . import compiled
 from .sizes import CHUNK, PAIR, SLACK, TILE, padded, parts
+from .triton.launch import LARGEST, MOST
 
 if TYPE_CHECKING:
     from ..turns import Blocks, Turns
+    from .triton import channels
 
-__all__ = ["CodesReader", "LatentReader", "opened", "reads_with"]
+__all__ = ["CodesReader", "LatentReader", "Opened", "TritonReader", "opened", "reader_of", "reads_with"]
 
 COUNTS, EVEN = 3e-4, 2
 """A token's key is rebuilt where its share of the attention is so large, or as large as that of so many tokens if all
@@ -76,6 +79,29 @@ class Codes:
         return self.codes, self.gains, runs, len(runs), self.units, self.codes.shape[3], self.gains.shape[3]
 
 
+class DeviceCodes:
+    """A latent in codes of channels on a GPU: Triton's kernels read them, and where these do not serve, it is decoded
+    once."""
+
+    def __init__(self, encoder: ChannelCodes, packed: Packed) -> None:
+        self.encoder, self.packed, self.tokens = encoder, packed, packed.tokens
+
+    @cached_property
+    def z(self) -> Tensor:
+        return Decoded(self.encoder.decode(self.packed, "latent")).z
+
+    @cached_property
+    def latent(self) -> channels.Latent:
+        """As kernels are given it."""
+        from .triton import channels
+
+        codes, gains = (self.packed.parts[name].contiguous() for name in ("codes", "gains"))
+        return channels.Latent(codes, gains, channels.tables(self.encoder))
+
+
+Opened = Decoded | Codes | DeviceCodes
+
+
 class _Layout(NamedTuple):
     """How kernels see the channels of an encoder.
 
@@ -104,45 +130,106 @@ def _layout(encoder: ChannelCodes) -> _Layout:
 
 def reads_with(encoder: Encoder, device: torch.device) -> str:
     """What reads the latents that an encoder has packed on `device`."""
-    compiles = isinstance(encoder, ChannelCodes) and device.type == "cpu" and _agrees()
-    return "numba" if compiles else "torch"
+    if isinstance(encoder, ChannelCodes):
+        if device.type == "cpu" and _agrees():
+            return "numba"
+        if device.type == "cuda" and _agrees_on(device, 3, 20, 8, mean=True):
+            return "triton"
+    return "torch"
 
 
-def opened(encoder: Encoder, packed: Packed, decoded: Callable[[], Tensor]) -> Decoded | Codes:
+def opened(encoder: Encoder, packed: Packed, decoded: Callable[[], Tensor]) -> Opened:
     """A latent (B, 1, T, R), to be read in place where there are kernels for its codes, or else decoded once."""
     device = next(iter(packed.parts.values())).device
-    if isinstance(encoder, ChannelCodes) and reads_with(encoder, device) == "numba":
+    kernels = reads_with(encoder, device)
+    if isinstance(encoder, ChannelCodes) and kernels == "numba":
         return Codes(encoder, packed)
+    if isinstance(encoder, ChannelCodes) and kernels == "triton":
+        return DeviceCodes(encoder, packed)
     return Decoded(decoded())
+
+
+# ---- whether kernels are right
+
+
+class _Example(NamedTuple):
+    """Random numbers to try kernels with; rotations are one by pairs and none."""
+
+    encoder: ChannelCodes
+    packed: Packed
+    linear: Linear
+    turns: tuple[Turns, Turns]
+    query: Tensor
+    raw: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, queries: int, width: int, turning: int, *, mean: bool) -> _Example:
+        """With heads of `width` channels, of which `turning` pairs are rotated."""
+        from ..turns import Pairs, Turns
+
+        bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
+        draw = torch.Generator().manual_seed(0)
+        rows, heads, tokens, rank = 2, 2, 200, len(bits)
+        encoder = ChannelCodes(torch.rand(rank, generator=draw).sort(descending=True).values, bits)
+        z = torch.randn(rows, 1, tokens, rank, generator=draw) * encoder.deviation
+        axes = torch.randn(1, rank, heads, width, generator=draw) / 8
+        middle = torch.randn(heads, width, generator=draw) if mean else None
+        angles = torch.arange(tokens) * torch.logspace(0, -3, turning)[:, None]
+        order = torch.arange(width)
+        pairs = Pairs(order[: 2 * turning : 2], order[1 : 2 * turning : 2], order[2 * turning :])
+        turns = Turns(pairs, angles.cos()[None], angles.sin()[None])
+        query, raw = (torch.randn(rows, heads, n, width, generator=draw) for n in (queries, 7))
+        weights = torch.rand(rows, heads, queries, tokens + 7, generator=draw)
+        packed, linear = encoder.encode(z, "latent"), Linear("latent", axes, middle)
+        return cls(encoder, packed, linear, (turns, Turns.none(tokens, width, angles.device)), query, raw, weights)
+
+    @property
+    def decoded(self) -> Decoded:
+        return Decoded(self.encoder.decode(self.packed, "latent"))
 
 
 @functools.cache
 def _agrees() -> bool:
     """Whether kernels compute what plain torch does."""
-    from ..turns import Pairs, Turns
 
-    bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
-    draw = torch.Generator().manual_seed(0)
-    rows, heads, asked, width, tokens = 2, 2, 3, 20, 200
-    encoder = ChannelCodes(torch.rand(len(bits), generator=draw).sort(descending=True).values, bits)
-    z = torch.randn(rows, 1, tokens, len(bits), generator=draw) * encoder.deviation
-    packed = encoder.encode(z, "latent")
-    axes, mean = torch.randn(1, len(bits), heads, width, generator=draw) / 8, torch.randn(heads, width, generator=draw)
-    linear = Linear("latent", axes, mean)
-    angles = torch.arange(tokens) * torch.tensor([[1.0], [0.1], [0.01], [0.001]])
-    pairs = Pairs(torch.arange(0, 8, 2), torch.arange(1, 8, 2), torch.arange(8, width))
-    query, raw = (torch.randn(rows, heads, n, width, generator=draw) for n in (asked, 7))
-    weights = torch.rand(rows, heads, asked, tokens + raw.shape[2], generator=draw)
+    def pairs() -> Iterator[tuple[Tensor, ...]]:
+        example = _Example.of(3, 20, 4, mean=True)
+        linear, opened = example.linear, (example.decoded, Codes(example.encoder, example.packed))
+        for turns in example.turns:
+            readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in opened]
+            yield tuple(each.dot(example.query, example.raw) for each in readers)
+            yield tuple(each.mix(example.weights, example.raw) for each in readers)
 
-    def pairs_of() -> Iterator[tuple[Tensor, ...]]:
-        nothing = Turns.none(tokens, width, torch.device("cpu"))
-        for turns in (Turns(pairs, angles.cos()[None], angles.sin()[None]), nothing):
-            latents: tuple[Decoded | Codes, ...] = Decoded(encoder.decode(packed, "latent")), Codes(encoder, packed)
-            readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in latents]
-            yield tuple(each.dot(query, raw) for each in readers)
-            yield tuple(each.mix(weights, raw) for each in readers)
+    return compiled.agree(pairs)
 
-    return compiled.agree(pairs_of)
+
+@functools.cache
+def _agrees_on(device: torch.device, queries: int, width: int, turning: int, *, mean: bool) -> bool:
+    """Whether Triton's kernels compute on a device what plain torch does on the processor. For each size of heads: it
+    has kernels of its own, which may be too large for this device."""
+
+    def pairs() -> Iterator[tuple[Tensor, ...]]:
+        example = _Example.of(queries, width, turning, mean=mean)
+        encoder, packed, linear, _, query, _, weights = example
+        weights = weights[..., : packed.tokens]
+        places = torch.arange(packed.tokens).expand(*query.shape[:2], -1)
+        packed = packed._map(lambda part: part.to(device))
+        there = Linear("latent", linear.axes.to(device), None if linear.mean is None else linear.mean.to(device))
+        z, codes = example.decoded, DeviceCodes(encoder.to(device), packed)
+        for turns in example.turns:
+            plain = LatentReader(linear, linear, (z, z), turns, 20, 50)
+            reader = TritonReader(there, there, (codes, codes), turns.to(device), 20, 50, checked=True)
+            yield plain._rough(query), reader._rough(query.to(device)).cpu()
+            yield plain._weigh(weights), reader._weigh(weights.to(device)).cpu()
+            if turns.rotates:
+                scores = torch.empty(*query.shape[:3], packed.tokens, device=device)
+                reader._score(query.to(device), None, scores)
+                yield plain._exact(query, places), scores.cpu()
+                some = places[..., 3:50:5]
+                yield plain._exact(query, some), reader._exact(query.to(device), some.to(device)).cpu()
+
+    return compiled.agree(pairs, "triton")
 
 
 # ---- one layer
@@ -151,7 +238,7 @@ def _agrees() -> bool:
 def reader_of(
     keys: Linear,
     values: Linear,
-    latents: tuple[Decoded | Codes, Decoded | Codes],
+    latents: tuple[Opened, Opened],
     turns: Turns,
     exact: int,
     rough: int,
@@ -161,6 +248,8 @@ def reader_of(
     for_keys, for_values = latents
     if isinstance(for_keys, Codes) and isinstance(for_values, Codes):
         return CodesReader(keys, values, (for_keys, for_values), turns, exact, rough, work)
+    if isinstance(for_keys, DeviceCodes) and isinstance(for_values, DeviceCodes):
+        return TritonReader(keys, values, (for_keys, for_values), turns, exact, rough)
     assert isinstance(for_keys, Decoded)  # both are packed by encoders of one kind
     assert isinstance(for_values, Decoded)
     return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough)
@@ -208,7 +297,7 @@ class LatentReader(_Reader):
         self,
         keys: Linear,
         values: Linear,
-        latents: tuple[Decoded, Decoded],
+        latents: tuple[Decoded | DeviceCodes, Decoded | DeviceCodes],
         turns: Turns,
         exact: int,
         rough: int,
@@ -234,27 +323,36 @@ class LatentReader(_Reader):
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
         """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
         weights, loose = weights.tensor_split([self.tokens], dim=-1)
-        mixed = weights.flatten(1, 2).to(self.for_values.z) @ self.for_values.z  # (B, H * G, R)
-        out = mixed.unflatten(1, weights.shape[1:3]) @ self.values.axes.to(mixed.dtype).transpose(1, 2)
+        mixed = self._weigh(weights)
+        out = mixed @ self.values.axes.to(mixed.dtype).transpose(1, 2)
         if self.values.mean is not None:
             out = out + weights.sum(-1, keepdim=True) * self.values.mean.to(mixed.dtype).unsqueeze(1)
         return out + loose @ raw.to(loose.dtype)
+
+    def _weigh(self, weights: Tensor) -> Tensor:
+        """`weights` (B, H, G, T) times the latents of the values: (B, H, G, R)."""
+        z = self.for_values.z
+        return (weights.flatten(1, 2).to(z) @ z).unflatten(1, weights.shape[1:3])
 
     # ---- rough scores
 
     def _rough(self, query: Tensor) -> Tensor:
         """(B, H, G, T)."""
-        z, fast, slow = self.for_keys.z[..., : self.rough], self.turns.fast, self.turns.slow
+        fast, slow = self.turns.fast, self.turns.slow
         # one vector for each small block
         far = self._vectors(slow, query).repeat_interleave(slow.size // fast.size, dim=2)
-        vectors = self._vectors(fast, query) + far[:, :, : fast.count]
-        z = torch.nn.functional.pad(z, (0, 0, 0, -self.tokens % fast.size)).unflatten(1, (-1, fast.size))
-        scores = vectors @ z.unsqueeze(1).mT  # (B, H, blocks, G, size)
-        scores = scores.transpose(2, 3).flatten(3)[..., : self.tokens]
+        scores = self._products(self._vectors(fast, query) + far[:, :, : fast.count], fast.size)
         if self.keys.mean is None:
             return scores
         turning, still = self.turns.facing(query, self.keys.mean)
         return scores + still.unsqueeze(-1) + turning @ self.turns.angles.unsqueeze(1).to(scores.dtype)
+
+    def _products(self, vectors: Tensor, size: int) -> Tensor:
+        """Leading channels of all tokens times `vectors` (B, H, blocks, G, r) of their blocks: (B, H, G, T)."""
+        z = self.for_keys.z[..., : self.rough]
+        z = torch.nn.functional.pad(z, (0, 0, 0, -self.tokens % size)).unflatten(1, (-1, size))
+        scores = vectors @ z.unsqueeze(1).mT  # (B, H, blocks, G, size)
+        return scores.transpose(2, 3).flatten(3)[..., : self.tokens]
 
     def _vectors(self, blocks: Blocks, query: Tensor) -> Tensor:
         """What a query, turned back for each block, makes of the leading channels: (B, H, blocks, G, r)."""
@@ -386,6 +484,82 @@ class CodesReader(_Reader):
         )
         size = padded(4 * max(numbers) + unit, 64)
         return self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.for_keys.codes.device), size
+
+
+class TritonReader(LatentReader):
+    """The same, from codes on a GPU. If all keys may be rebuilt, they are, and there are no rough scores.
+
+    Args:
+        checked: whether its kernels need not be tried before they are used.
+    """
+
+    def __init__(
+        self,
+        keys: Linear,
+        values: Linear,
+        latents: tuple[DeviceCodes, DeviceCodes],
+        turns: Turns,
+        exact: int,
+        rough: int,
+        checked: bool = False,
+    ) -> None:
+        super().__init__(keys, values, latents, turns, exact, rough)
+        self.key_codes, self.value_codes = latents
+        self.checked = checked
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        if not (self.turns.rotates and self.exact == self.tokens and self._serves(query, query.shape[2])):
+            return super().dot(query, raw)
+        scores = torch.empty(*query.shape[:3], self.tokens + raw.shape[2], device=query.device)
+        scores[..., self.tokens :] = query @ raw.to(query.dtype).mT
+        self._score(query, None, scores)
+        return scores
+
+    def _rough(self, query: Tensor) -> Tensor:
+        if self.turns.rotates or not self._serves(query, query.shape[2]):
+            return super()._rough(query)
+        # without a rotation, all tokens are one block
+        vectors = (query @ self.keys.axes.to(query.dtype).permute(0, 2, 3, 1)).unsqueeze(2)
+        scores = self._products(vectors, padded(self.tokens, 64))
+        return scores if self.keys.mean is None else scores + query @ self.keys.mean.to(query.dtype).unsqueeze(-1)
+
+    def _products(self, vectors: Tensor, size: int) -> Tensor:
+        if not self._serves(vectors, vectors.shape[3]):
+            return super()._products(vectors, size)
+        from .triton import channels
+
+        return channels.project(vectors, self.key_codes.latent, size)
+
+    def _exact(self, query: Tensor, places: Tensor) -> Tensor:
+        if not (self.turns.rotates and self._serves(query, query.shape[2])):
+            return super()._exact(query, places)
+        scores = torch.empty(*query.shape[:3], places.shape[2], device=query.device)
+        self._score(query, places, scores)
+        return scores
+
+    def _weigh(self, weights: Tensor) -> Tensor:
+        if not self._serves(weights, weights.shape[2]):
+            return super()._weigh(weights)
+        from .triton import channels
+
+        return channels.mix(weights, self.value_codes.latent, self.values.axes.shape[1])
+
+    def _score(self, query: Tensor, places: Tensor | None, scores: Tensor) -> None:
+        """Write exact scores of the tokens at `places` (B, H, n), or of all."""
+        from .triton import channels
+
+        keys, turns = self.keys, self.turns
+        every, angles = turns.pairs.every, turns.angles
+        channels.scores(query, self.key_codes.latent, keys.axes, keys.mean, every, angles, places, scores)
+
+    def _serves(self, x: Tensor, queries: int) -> bool:
+        """Whether there are kernels for `x`, of so many queries of each kv head, that were seen to be right."""
+        width, mean = self.keys.axes.shape[3], self.keys.mean is not None
+        if x.dtype != torch.float32 or x.device != self.key_codes.latent.codes.device:
+            return False
+        if width > LARGEST or queries > MOST:
+            return False
+        return self.checked or _agrees_on(x.device, queries, width, len(self.turns.pairs.first), mean=mean)
 
 
 def _axes(linear: Linear) -> tuple[Tensor, int, int]:

@@ -24,8 +24,8 @@ from ..encode.exact import EXACT, Exact
 from ..errors import UseError
 from ..floats import fitting, saturated, wide
 from ..packed import Packed
-from ..read.codes import CompiledCodes, with_raw
-from ..read.latents import Codes, CodesReader, Decoded, LatentReader, opened, reader_of
+from ..read.codes import KernelCodes, with_raw
+from ..read.latents import CodesReader, LatentReader, Opened, opened, reader_of
 from ..stage import Codec, Encoder
 from ..turns import Turns
 from ..types import KV, Latent, Layout, Rotation
@@ -295,13 +295,13 @@ class LayerCodes(Sealed):
 
     def logits(self, layer: int, query: Tensor, raw: Tensor, where: Where, work: Workspace) -> Tensor:
         reader = self.plan.reader(query.device)
-        if isinstance(reader, CompiledCodes):
+        if isinstance(reader, KernelCodes):
             return reader.dot(query, self.packed["keys"], "keys", work, raw)
         return super().logits(layer, query, raw, where, work)
 
     def output(self, layer: int, weights: Tensor, raw: Tensor, work: Workspace) -> Tensor:
         reader = self.plan.reader(weights.device)
-        if isinstance(reader, CompiledCodes):
+        if isinstance(reader, KernelCodes):
             return reader.mix(weights, self.packed["values"], "values", work, raw)
         return super().output(layer, weights, raw, work)
 
@@ -348,7 +348,7 @@ class GroupLatents(Sealed):
     def _forget(self) -> None:
         """What was decoded or opened for one forward."""
         self._decoded: dict[str, Tensor] = {}
-        self._opened: dict[str, Decoded | Codes] = {}
+        self._opened: dict[str, Opened] = {}
         self._readers: dict[int, LatentReader | CodesReader] = {}
 
     # ---- writing
@@ -442,7 +442,7 @@ class GroupLatents(Sealed):
         reader = self._readers[layer] = reader_of(keys, values, latents, turns, exact, codec.rough, work)
         return reader
 
-    def _open(self, name: str) -> Decoded | Codes:
+    def _open(self, name: str) -> Opened:
         """A latent, once per forward for all layers."""
         if name not in self._opened:
             self._opened[name] = opened(self._encoder(name), self.packed[name], lambda: self._latents()[name])
