@@ -67,7 +67,7 @@ class Linear:
 
 class ReadsLinearly(ReadsDirectly):
     """Makes keys and values of latents by a product each. So a single query needs no more than some keys rebuilt: see
-    read/latents.py."""
+    read/linear.py."""
 
     exact: int | None = None
     """Keys that are rebuilt for each kv head at most, None (the default): all."""

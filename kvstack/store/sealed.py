@@ -25,7 +25,9 @@ from ..errors import UseError
 from ..floats import fitting, saturated, wide
 from ..packed import Packed
 from ..read.codes import KernelCodes, with_raw
-from ..read.latents import CodesReader, LatentReader, Opened, opened, reader_of
+from ..read.latents import Opened, opened, reader_of
+from ..read.linear import LatentReader
+from ..read.linear_numba import CodesReader
 from ..stage import Codec, Encoder
 from ..turns import Turns
 from ..types import KV, Latent, Layout, Rotation

@@ -13,8 +13,10 @@ from kvstack.abilities import Linear
 from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.model.attention import attention_modules
 from kvstack.model.rope import find_ropes
-from kvstack.read import latents
-from kvstack.read.latents import Codes, CodesReader, Decoded, reader_of
+from kvstack.read import linear as reading
+from kvstack.read.latents import reader_of
+from kvstack.read.linear import Decoded
+from kvstack.read.linear_numba import Codes, CodesReader
 from kvstack.turns import Blocks, Pairs, Turns, find_pairs
 from kvstack.workspace import Workspace
 from tests import tiny
@@ -98,7 +100,9 @@ import ctypes, mmap, sys, torch
 from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.abilities import Linear
 from kvstack.turns import Pairs, Turns
-from kvstack.read.latents import Codes, Decoded, reader_of
+from kvstack.read.latents import reader_of
+from kvstack.read.linear import Decoded
+from kvstack.read.linear_numba import Codes
 from kvstack.workspace import Workspace
 
 libc, page = ctypes.CDLL(None), mmap.PAGESIZE
@@ -273,7 +277,7 @@ def test_which_tokens_are_exact():
                     scores[..., token] += query[..., y] * (sin * one + cos * other).unsqueeze(-1)
         shares = torch.cat([scores, query @ RAW.mT], -1).softmax(-1)[..., :tokens].amax(2)
         least = shares.topk(min(exact, tokens), dim=-1).values[..., -1:]
-        chosen = (shares >= least) & (shares >= min(latents.COUNTS, latents.EVEN / tokens))
+        chosen = (shares >= least) & (shares >= min(reading.COUNTS, reading.EVEN / tokens))
         assert 0 < int(chosen.sum()) < B * H * tokens
         expected = torch.where(chosen.unsqueeze(2), query @ keys.mT, scores)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
@@ -303,7 +307,7 @@ STACKS = {
 @pytest.mark.parametrize(("rows", "padded"), [(1, 0), (3, 0), (2, 150)])
 def test_as_many_exact_tokens_as_there_are(stages, rows, padded, monkeypatch):
     """Then nothing is left to be rough."""
-    monkeypatch.setattr(latents, "COUNTS", 1e-30)
+    monkeypatch.setattr(reading, "COUNTS", 1e-30)
     found = logits(KVStack(stages, window=8), rows=rows, padded=padded)
     slow = [CommonKV(0.9, exact=None), *stages[1:]]
     expected = logits(KVStack(slow, window=8), rows=rows, padded=padded)

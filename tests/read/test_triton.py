@@ -15,7 +15,9 @@ from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.encode.kivi import Kivi
 from kvstack.read import codes, latents
 from kvstack.read.codes import TritonCodes, fastest
-from kvstack.read.latents import Decoded, DeviceCodes, LatentReader, TritonReader, opened, reader_of
+from kvstack.read.latents import opened, reader_of
+from kvstack.read.linear import Decoded, LatentReader
+from kvstack.read.linear_triton import DeviceCodes, TritonReader
 from kvstack.turns import Pairs, Turns
 from kvstack.workspace import Workspace
 
@@ -163,7 +165,8 @@ def assert_reads(encoder, packed, keys, values, turns, query, raw):
         settings = turns, min(exact, tokens - 1), rough
         plain = LatentReader(keys, values, (Decoded(z.unsqueeze(1)),) * 2, *settings)
         found, expected = (
-            each.dot(query, raw) for each in (TritonReader(keys, values, (latent, latent), *settings), plain)
+            each.dot(query, raw)
+            for each in (TritonReader(keys, values, (latent, latent), *settings, latents._agrees_on), plain)
         )
         # a token whose share is the least that counts, up to rounding, may be exact for one and rough for the other
         same = torch.isclose(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
@@ -213,7 +216,8 @@ def test_what_kernels_do_not_know_plain_torch_reads(kind):
     keys, values = linears(2, 1, width, True)
     query = numbers(1, 1, queries, width).to(torch.float64 if kind == "float64 queries" else torch.float32)
     turns, latent = turns_of(0, width, 16, 1), DeviceCodes(encoder, packed)
-    plain, found = (each(keys, values, (latent, latent), turns, 4, 5) for each in (LatentReader, TritonReader))
+    known = keys, values, (latent, latent), turns, 4, 5
+    plain, found = LatentReader(*known), TritonReader(*known, latents._agrees_on)
     assert not found._serves(query, query.shape[2])
     if query.dtype == torch.float32:
         raw = numbers(1, 1, 2, width)
@@ -246,7 +250,8 @@ def test_without_kernels_torch_reads(broken, monkeypatch, forgets):
     encoder, sealed = a_latent([4, 2, 1], 1, 40)
     keys, values = linears(3, 2, 16, True)
     latent, turns = DeviceCodes(encoder, sealed), turns_of(8, 16, 40, 1)
-    readers = [kind(keys, values, (latent, latent), turns, 4, 5) for kind in (TritonReader, LatentReader)]
+    known = keys, values, (latent, latent), turns, 4, 5
+    readers = TritonReader(*known, latents._agrees_on), LatentReader(*known)
     query, raw = numbers(1, 2, 3, 16), numbers(1, 2, 3, 16)
     assert not readers[0]._serves(query, query.shape[2])
     scores = [each.dot(query, raw) for each in readers]

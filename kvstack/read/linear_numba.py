@@ -1,0 +1,190 @@
+"""Reading latents in codes of channels with compiled kernels (kernels/channels.py)."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..abilities import Linear
+from ..encode.channel_codes import ChannelCodes
+from ..packed import Packed
+from ..workspace import Workspace
+from . import compiled
+from .linear import Reading
+from .sizes import CHUNK, PAIR, SLACK, TILE, padded, parts
+
+if TYPE_CHECKING:
+    from ..turns import Turns
+
+__all__ = ["Codes", "CodesReader"]
+
+SHARES = 100
+"""Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the
+attention. In texts of thousands of tokens they are nearly half of all."""
+
+
+class Codes:
+    """A latent in codes of channels."""
+
+    def __init__(self, encoder: ChannelCodes, packed: Packed) -> None:
+        self.encoder, self.tokens = encoder, packed.tokens
+        self.codes, self.gains = (packed.parts[name].contiguous() for name in ("codes", "gains"))
+        self.rows, _, self.units = self.codes.shape[:3]
+        self.layout = _layout(encoder)
+
+    @property
+    def numbers(self) -> tuple[Tensor | int, ...]:
+        """As kernels are given them."""
+        runs = self.layout.runs
+        return self.codes, self.gains, runs, len(runs), self.units, self.codes.shape[3], self.gains.shape[3]
+
+
+class _Layout(NamedTuple):
+    """How kernels see the channels of an encoder.
+
+    Attributes:
+        runs: (runs, 2) bits and channels of each.
+        steps: (R + slack,) of the channels.
+        width: of a row whose runs are padded.
+        places: (R,) of the channels in it.
+    """
+
+    runs: Tensor
+    steps: Tensor
+    width: int
+    places: Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(encoder: ChannelCodes) -> _Layout:
+    places, width = [], 0
+    for _, channels in encoder.runs:
+        places.append(torch.arange(width, width + channels))
+        width += padded(channels)
+    steps = torch.cat([encoder.steps.float(), torch.zeros(SLACK)])
+    return _Layout(torch.tensor(encoder.runs), steps, width, torch.cat(places))
+
+
+class CodesReader(Reading):
+    """Answers one query from codes of channels.
+
+    Args:
+        latents: those of the keys and of the values, as codes.
+        work: for scratch memory.
+    """
+
+    def __init__(
+        self,
+        keys: Linear,
+        values: Linear,
+        latents: tuple[Codes, Codes],
+        turns: Turns,
+        exact: int,
+        rough: int,
+        work: Workspace,
+    ) -> None:
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
+        self.for_keys, self.for_values = latents
+        self.work = work
+        self.room = padded(self.rough)
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        query, (raw, *loose) = query.contiguous(), compiled.side_by_side(raw)
+        b, h, g, d = query.shape
+        scores = torch.empty(b, h, g, self.tokens + raw.shape[2])
+        scratch = self._scratch(h * g, d)
+        self._score(query, scores, scratch)
+        if not self.turns.rotates:
+            scores[..., self.tokens :] = query @ raw.mT
+            return scores
+        places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
+        compiled.kernel("channels.choose")(
+            b * h, scores, scores.shape[3], g, self.tokens, self.exact, self.least, query, d, raw, *loose, places,
+            counts, *scratch,
+        )  # fmt: skip
+        self._rescore(query, scores, places, counts, scratch)
+        return scores
+
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        weights, (raw, *loose) = weights.contiguous(), compiled.side_by_side(raw)
+        (b, h, g, held), d = weights.shape, raw.shape[3]
+        codes, layout, mean = self.for_values, self.for_values.layout, self.values.mean
+        pieces, rank, scratch = parts(b, codes.units), len(layout.places), self._scratch(h * g, d)
+        sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
+        # where all keys are exact, so are the values
+        least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
+        compiled.kernel("channels.mix")(
+            b * pieces, pieces, weights, held, torch.tensor(least), sums, *codes.numbers, *scratch, h * g, layout.width
+        )
+        compiled.kernel("channels.finish")(
+            b * h, h, g, sums, pieces, layout.width, layout.places, rank, layout.steps, *_axes(self.values), d,
+            0 if mean is None else mean.float().contiguous(), weights, held, self.tokens, raw, *loose, out, *scratch,
+        )  # fmt: skip
+        return out
+
+    def _score(self, query: Tensor, scores: Tensor, scratch: tuple[Tensor, int]) -> None:
+        """Write rough scores."""
+        b, h, g, d = query.shape
+        codes, mean, turns, room = self.for_keys, self.keys.mean, self.turns, self.room
+        kinds, pairs, angles = (turns.fast, turns.slow), turns.pairs, turns.padded
+        vectors = [torch.empty(b, h, kind.count, g, room) if len(kind.channels) else 0 for kind in kinds]
+        turning, constant = torch.empty(b, h * g, angles.shape[1]), torch.zeros(b, h * g)
+        given: list[Tensor | int] = []
+        for kind, made in zip(kinds, vectors, strict=True):
+            given += [
+                made, kind.count if len(kind.channels) else 0, kind.channels, len(kind.first), len(kind.still),
+                kind.cos, kind.sin, kind.cos.shape[0],
+            ]  # fmt: skip
+        pieces = parts(b * h, max(kind.count for kind in kinds))
+        compiled.kernel("channels.face")(
+            b * h * pieces, pieces, query, g, d, h, *_axes(self.keys), self.rough, room, codes.layout.steps, *scratch,
+            0 if mean is None else mean.float().contiguous(), pairs.every, len(pairs.first), len(pairs.still), turning,
+            constant, *given,
+        )  # fmt: skip
+        fast, slow = ((made, kind.count, kind.size // 8) for made, kind in zip(vectors, kinds, strict=True))
+        pieces = parts(b, codes.units)
+        compiled.kernel("channels.dot")(
+            b * pieces, pieces, scores, scores.shape[3], *codes.numbers, *scratch, h, g, self.rough, room, *fast, *slow,
+            turning, constant, angles, 0 if mean is None else angles.shape[1], angles.shape[-1], angles.shape[0],
+        )  # fmt: skip
+
+    def _rescore(
+        self, query: Tensor, scores: Tensor, places: Tensor, counts: Tensor, scratch: tuple[Tensor, int]
+    ) -> None:
+        """Put exact scores of the tokens at `places` over the rough ones."""
+        b, h, g, d = query.shape
+        codes, rank, mean = self.for_keys, self.keys.axes.shape[1], self.keys.mean
+        rows, groups = self.turns.by_token, -(-self.exact // 5)
+        compiled.kernel("channels.rescore")(
+            b * h * groups, groups, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
+            self.exact, rank, codes.layout.steps, *_axes(self.keys), 0 if mean is None else mean.float().contiguous(),
+            self.turns.pairs.every, len(self.turns.pairs.first), rows, rows.shape[0],
+        )  # fmt: skip
+
+    def _scratch(self, heads: int, width: int) -> tuple[Tensor, int]:
+        """Memory for each thread that is enough for every kernel, and its bytes."""
+        rank, unit = (
+            self.keys.axes.shape[1],
+            4 * SLACK + max(x.codes.shape[3] for x in (self.for_keys, self.for_values)),
+        )
+        numbers = (
+            padded(width, 8) * self.room + 5 * width,  # face: axes on their sides, turned queries
+            PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
+            self.tokens,  # choose: how much each token exceeds the least share
+            5 * (rank + SLACK + padded(width)),  # rescore: latents and keys
+            CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
+            heads * len(self.for_values.layout.places),  # finish: latents
+        )
+        size = padded(4 * max(numbers) + unit, 64)
+        return self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.for_keys.codes.device), size
+
+
+def _axes(linear: Linear) -> tuple[Tensor, int, int]:
+    """Axes (B or 1, R, H, D) for kernels, and the numbers from one channel and from one row to the next."""
+    axes = linear.axes.float()
+    if axes.stride(3) != 1 or axes.stride(2) != axes.shape[3]:
+        axes = axes.contiguous()
+    return axes, axes.stride(1), axes.stride(0) if axes.shape[0] > 1 else 0
