@@ -246,6 +246,19 @@ def matrix(
 
 
 @_command
+def step(
+    run: Run,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each stack.")] = 32,
+) -> None:
+    """Where the time of a decoded token goes: the model, hooks, storing, scores, values, softmax, settling."""
+    from ..bench.measure import step as bench
+    from ..bench.show import tables
+
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), steps):
+        tables.step(figures)
+
+
+@_command
 def layers(
     run: Run,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,

@@ -13,7 +13,7 @@ from ..terminal import console
 from . import summary
 from .units import mib, nats, share
 
-__all__ = ["budgets", "decode", "layers", "matrix", "memory", "needles", "quality"]
+__all__ = ["budgets", "decode", "layers", "matrix", "memory", "needles", "quality", "step"]
 
 Row = Mapping[str, Any]
 
@@ -171,6 +171,16 @@ def layers(figures: Figures) -> None:
     lines = [[row["variant"], f"{row['ends']:.3f}", f"{row['pairs']:.3f}"] for row in figures.rows]
     title = f"groups of {figures.rows[0]['layers']} layers: {_where(figures)}"
     _print(title, ("cosine of", "first and last", "all pairs"), lines)
+
+
+def step(figures: Figures) -> None:
+    """Where the time of a step goes, at one context."""
+    rows = figures.rows
+    parts = list(rows[0]["parts"])
+    lines = [[row["cache"], f"{row['ms']:.1f}", *(f"{row['parts'][part]:.1f}" for part in parts)] for row in rows]
+    title = f"{rows[0]['context']:,} tokens: {_where(figures)}, {figures.environment['threads']} threads"
+    caption = f"milliseconds of a step, the mean of {rows[0]['steps']}; being timed takes a little of them"
+    _print(title, ("stack", "ms", *parts), lines, caption)
 
 
 def _where(figures: Figures) -> str:
