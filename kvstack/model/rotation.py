@@ -204,10 +204,30 @@ class Rope:
         pairs = self._pairs_of(width, positions)
         if pairs is None:
             return None
+        read = self._angles_of(self._tables_of(positions), pairs, width)
+        few = positions[..., :: max(1, positions.shape[-1] - 1)]  # the first and the last
+        turned = self._angles_by_rotating(few, pairs, width)
+        ends = () if read is None else [x[..., :: max(1, x.shape[-1] - 1)] for x in read]
+        same = [x.shape == y.shape and torch.allclose(x, y, atol=1e-6) for x, y in zip(ends, turned, strict=False)]
+        if read is None or not all(same):
+            read = self._angles_by_rotating(positions, pairs, width)
+        return Turns(pairs, *read)
+
+    def _angles_of(self, tables: Tables, pairs: Pairs, width: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines (B or 1, P, T) as most models keep them: a number for each channel that turns, in order."""
+        assert self.form is not None
+        if len(tables) != 2 or not len(pairs.first):
+            return None
+        at = pairs.first - (width - tables[0].shape[-1] if self.form.part == "last" else 0)
+        if tables[0].shape != tables[1].shape or int(at.max()) >= tables[0].shape[-1]:
+            return None
+        return tables[0][..., at].mT.contiguous(), tables[1][..., at].mT.contiguous()
+
+    def _angles_by_rotating(self, positions: Tensor, pairs: Pairs, width: int) -> tuple[Tensor, Tensor]:
         probe = torch.zeros(1, 1, positions.shape[-1], width, device=positions.device)
         probe[..., pairs.first] = 1.0  # becomes the cosine there, and the sine at the second of a pair
         turned = self.rotate(probe.expand(positions.shape[0], -1, -1, -1), positions)[:, 0].mT  # (B or 1, D, T)
-        return Turns(pairs, turned[:, pairs.first].contiguous(), turned[:, pairs.second].contiguous())
+        return turned[:, pairs.first].contiguous(), turned[:, pairs.second].contiguous()
 
     def _pairs_of(self, width: int, like: Tensor) -> Pairs | None:
         key = width, like.device
