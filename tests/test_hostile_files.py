@@ -49,7 +49,7 @@ STACKS = {
 }
 if plugin("xkv"):
     STACKS["xkv"] = ("llama", "xkv:8/8,layers=2+quant:4,group=8", {"tokens": 120})
-    STACKS["xkv-select"] = ("llama", "xkv:8/8,layers=2,select=16", {"tokens": 120})
+    STACKS["xkv-rough"] = ("llama", "xkv:8/8,layers=2,exact=4", {"tokens": 120})
 if plugin("kvtc"):
     STACKS["kvtc"] = ("llama", "kvtc:4+evict:0.5", {})
 if plugin("minicache"):

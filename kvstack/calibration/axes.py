@@ -86,9 +86,17 @@ class Basis:
 
     def cut(self, layer: int, keys: bool) -> tuple[Tensor, Tensor]:
         """Axes (1, R, H, D) and mean (H, D) of the keys or the values of one layer."""
-        heads, *widths = self.shapes[layer]
-        part, shape = self._slice(layer, keys), (heads, widths[not keys])
-        return self.axes[:, part].unflatten(1, shape).unsqueeze(0), self.mean[part].unflatten(0, shape)
+        if (layer, keys) not in self._cuts:
+            heads, *widths = self.shapes[layer]
+            part, shape = self._slice(layer, keys), (heads, widths[not keys])
+            axes, mean = self.axes[:, part].unflatten(1, shape).unsqueeze(0), self.mean[part].unflatten(0, shape)
+            self._cuts[layer, keys] = axes, mean
+        return self._cuts[layer, keys]
+
+    @cached_property
+    def _cuts(self) -> dict[tuple[int, bool], tuple[Tensor, Tensor]]:
+        """Views that every step of decoding asks for."""
+        return {}
 
     def weigh(self, weights: Tensor, z: Tensor, layer: int) -> Tensor:
         """`weights` (B, H, G, T) times the values, without rebuilding them: first over the tokens of the latents,

@@ -31,8 +31,11 @@ from ..types import take_tokens
 if TYPE_CHECKING:
     from ..turns import Blocks, Turns
 
-__all__ = ["COUNTS", "EVEN", "Decoded", "Decoding", "LatentReader", "Reading"]
+__all__ = ["COUNTS", "EVEN", "FEWEST", "Decoded", "Decoding", "LatentReader", "Reading"]
 
+FEWEST = 4
+"""A share of `exact`, 1 / 4: so many keys are rebuilt whatever their shares, since rough scores of a model with very
+large keys may be far off."""
 COUNTS, EVEN = 3e-4, 2
 """A token's key is rebuilt where its share of the attention is so large, or as large as that of so many tokens if all
 had the same."""
@@ -77,7 +80,7 @@ class Reading:
         rough: int,
     ) -> None:
         self.keys, self.values, self.turns, self.tokens = keys, values, turns, tokens
-        self.exact = min(exact, tokens)
+        self.exact, self.fewest = min(exact, tokens), min(-(-exact // FEWEST), tokens)
         # where nothing is rotated, scores of all channels are exact
         self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
@@ -113,6 +116,7 @@ class LatentReader(Reading):
             total = torch.cat([scores, loose], dim=-1).logsumexp(-1, keepdim=True)
             shares, places = (scores - total).amax(2).topk(self.exact, dim=-1)  # (B, H, n), for any query of a kv head
             counts = shares >= self.least.log()
+            counts[..., : self.fewest] = True  # those of the largest shares come first
             if query.device.type == "cpu":  # elsewhere the host would wait for it
                 most = int(counts.sum(-1).max())
                 places, counts = places[..., :most], counts[..., :most]

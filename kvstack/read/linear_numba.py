@@ -102,8 +102,8 @@ class CodesReader(Reading):
             return scores
         places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
         compiled.kernel("channels.choose")(
-            b * h, scores, scores.shape[3], g, self.tokens, self.exact, self.least, query, d, raw, *loose, places,
-            counts, *scratch,
+            b * h, scores, scores.shape[3], g, self.tokens, self.fewest, self.exact, self.least, query, d, raw, *loose,
+            places, counts, *scratch,
         )  # fmt: skip
         self._rescore(query, scores, places, counts, scratch)
         return scores

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..abilities import FitsText, Linear, ReadsDirectly, ReadsLinearly, RefitsText
+from ..abilities import FitsText, ReadsDirectly, ReadsLinearly, RefitsText
 from ..checks import Get, check_numbers, entries, items, misfit
 from ..encode.exact import EXACT, Exact
 from ..errors import UseError
@@ -344,7 +344,6 @@ class GroupLatents(Sealed):
     def __init__(self, plan: Plan, layers: Sequence[int], codec: Codec, ropes: Sequence[Rotation | None]) -> None:
         super().__init__(plan, layers)
         self.codec, self.ropes = codec, ropes
-        self._linear: dict[int, tuple[Codec, Linear | None, Linear | None]] = {}  # views of what the codec holds
         self._forget()
 
     def _forget(self) -> None:
@@ -386,7 +385,7 @@ class GroupLatents(Sealed):
             old = [codec.inverse(latents, i) for i in range(len(block))]
             block = [_joined(was, new) for was, new in zip(old, block, strict=True)]
             self.codec = codec = codec.fit(block, self.tokens)
-            self.packed, self._linear = {}, {}
+            self.packed = {}
         return codec.forward(block)
 
     # ---- reading
@@ -426,10 +425,7 @@ class GroupLatents(Sealed):
         codec, exact = self.codec, getattr(self.codec, "exact", None)
         if not isinstance(codec, ReadsLinearly) or exact is None or query.dtype != torch.float32:
             return None
-        known = self._linear.get(layer)
-        if known is None or known[0] is not codec:
-            known = self._linear[layer] = codec, codec.linear("keys", layer), codec.linear("values", layer)
-        _, keys, values = known
+        keys, values = codec.linear("keys", layer), codec.linear("values", layer)
         if keys is None or values is None or keys.axes.device != query.device:
             return None
         rope = self.ropes[layer] if self._unrotated else None
@@ -505,7 +501,6 @@ class GroupLatents(Sealed):
 
     def _emptied(self) -> None:
         super()._emptied()
-        self._linear = {}
         if isinstance(self.codec, FitsText):
             self.codec = self.codec.with_fitted({})
 

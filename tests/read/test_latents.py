@@ -253,11 +253,12 @@ def test_exact_scores_and_weighed_values(rotates, mean):
 
 
 def test_which_tokens_are_exact():
-    """Those whose share of the attention of some query of their kv head counts, at most so many; the others are scored
-    from leading channels, turned as in the middle of their block, or not at all. In plain loops."""
+    """Those whose share of the attention of some query of their kv head counts, at most so many and at least a quarter
+    of them; the others are scored from leading
+    channels, turned as in the middle of their block, or not at all. In plain loops."""
     rope, tokens, rough = a_rope(), 300, 6
     query = torch.randn(B, H, G, D, generator=draw(9)) / 4
-    for exact in (5, 1000):
+    for exact in (5, 80, 1000):
         made, keys, _ = reader(tokens, 12, exact, rough, rope)
         found = made.dot(query, RAW)[..., :tokens]
         turns = made.turns
@@ -276,8 +277,9 @@ def test_which_tokens_are_exact():
                     scores[..., token] += query[..., x] * (cos * one - sin * other).unsqueeze(-1)
                     scores[..., token] += query[..., y] * (sin * one + cos * other).unsqueeze(-1)
         shares = torch.cat([scores, query @ RAW.mT], -1).softmax(-1)[..., :tokens].amax(2)
-        least = shares.topk(min(exact, tokens), dim=-1).values[..., -1:]
-        chosen = (shares >= least) & (shares >= min(reading.COUNTS, reading.EVEN / tokens))
+        rank = shares.argsort(-1, descending=True).argsort(-1)
+        counts = shares >= min(reading.COUNTS, reading.EVEN / tokens)
+        chosen = (rank < exact) & (counts | (rank < -(-exact // reading.FEWEST)))
         assert 0 < int(chosen.sum()) < B * H * tokens
         expected = torch.where(chosen.unsqueeze(2), query @ keys.mT, scores)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

@@ -270,22 +270,39 @@ def count_above(x, size, least):
     return found
 
 
+@njit(fastmath=FAST)
+def threshold_of(x, size, most):
+    """That `most` numbers reach, or fewer where several are equal."""
+    low = high = x[0]
+    for i in range(size):
+        low, high = min(low, x[i]), max(high, x[i])
+    if size <= most:
+        return low
+    for _ in range(32):
+        middle = low + (high - low) / 2
+        if count_above(x, size, middle) > most:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)
 def choose(numbers):
     """Scores of raw keys, behind those of the `tokens` that are sealed, and the places of the tokens whose share of
-    the attention of some query is `least` or more: at most `exact` for each kv head, those of the largest shares. A
-    task is a kv head.
+    the attention of some query is `least` or more: for each kv head at most `exact` and at least `fewest`, those of the
+    largest shares. A task is a kv head.
 
-    tasks, scores (rows, kv heads, queries, stride), stride, queries, tokens, exact, least (a float's bits), queries'
-    address (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv heads, exact), counts, scratch,
-    bytes of it
+    tasks, scores (rows, kv heads, queries, stride), stride, queries of each, tokens, fewest, exact, least (a float's
+    address), queries (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv heads, exact), counts,
+    scratch, bytes of it
     """
     tasks, scores, stride, asked, tokens = numbers[0], floats(numbers[1]), numbers[2], numbers[3], numbers[4]
-    exact, least, queries, width = numbers[5], floats(numbers[6])[0], floats(numbers[7]), numbers[8]
-    keys, raw, room = floats(numbers[9]), numbers[10], numbers[11]
-    places, counts = longs(numbers[12]), longs(numbers[13])
+    fewest, exact, least, queries = numbers[5], numbers[6], floats(numbers[7])[0], floats(numbers[8])
+    width, keys, raw, room = numbers[9], floats(numbers[10]), numbers[11], numbers[12]
+    places, counts = longs(numbers[13]), longs(numbers[14])
     mine, every = thread_number(), thread_count()
-    excess = floats(numbers[14] + numbers[15] * mine)
+    excess = floats(numbers[15] + numbers[16] * mine)
     for head in range(tasks * mine // every, tasks * (mine + 1) // every):
         for query in range(asked):
             at = (head * asked + query) * stride
@@ -311,21 +328,13 @@ def choose(numbers):
             else:
                 for t in range(tokens):
                     excess[t] = max(excess[t], scores[at + t] - share)
-        # the threshold that leaves no more than `exact`
-        low, high = types.float32(0), types.float32(0)
-        if count_above(excess, tokens, low) > exact:
-            for t in range(tokens):
-                high = max(high, excess[t])
-            for _ in range(24):
-                middle = (low + high) / 2
-                if count_above(excess, tokens, middle) > exact:
-                    low = middle
-                else:
-                    high = middle
-            low = high
+        counted = count_above(excess, tokens, types.float32(0))
+        threshold = types.float32(0)
+        if counted > exact or counted < fewest:
+            threshold = threshold_of(excess, tokens, exact if counted > exact else fewest)
         found = 0
         for t in range(tokens):
-            if excess[t] >= low and found < exact:
+            if excess[t] >= threshold and found < exact:
                 places[head * exact + found] = t
                 found += 1
         counts[head] = found
