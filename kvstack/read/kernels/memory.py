@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from .. import openmp
 
-__all__ = ["SIGNATURE", "bytes_", "floats", "half", "halves", "longs", "thread_count", "thread_number", "words"]
+__all__ = ["SIGNATURE", "bytes_", "floats", "half", "halves", "longs", "thread_count", "thread_number"]
 
 SIGNATURE = types.void(types.CPointer(types.int64))
 
@@ -34,7 +34,7 @@ def _pointer(kind):
 
 
 floats, bytes_, halves = _pointer(types.float32), _pointer(types.uint8), _pointer(types.uint16)
-words, longs = _pointer(types.uint32), _pointer(types.int64)
+longs = _pointer(types.int64)
 
 
 @intrinsic
