@@ -62,9 +62,11 @@ class Lane:
 
     def prefill(self, model: PreTrainedModel, ids: Tensor) -> float:
         self.cache = None  # never two at once
+        subject.wait(model)
         start = time.perf_counter()
         self.cache = self.variant.cache(model)
         self.token = subject.prefill(model, ids, self.cache)
+        subject.wait(model)
         return time.perf_counter() - start
 
     def burst(self, model: PreTrainedModel, steps: int) -> float:
@@ -72,6 +74,7 @@ class Lane:
         start = time.perf_counter()
         for _ in range(steps):
             self.token = subject.step(model, self.token, self.cache)
+        subject.wait(model)
         return (time.perf_counter() - start) / steps
 
 

@@ -79,6 +79,7 @@ def measure(model: PreTrainedModel, ids: Tensor, cache: Variant, steps: int) -> 
         start = time.perf_counter()
         for _ in range(steps):
             token = subject.step(model, token, stack)
+        subject.wait(model)
         whole = time.perf_counter() - start
     parts = {part: seconds[part] / steps * 1e3 for part in PARTS}
     model_ms = whole / steps * 1e3 - sum(parts.values())

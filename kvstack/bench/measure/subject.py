@@ -23,7 +23,7 @@ from .texts import documentation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Letters", "Subject", "opened", "prefill", "rotated", "step"]
+__all__ = ["Letters", "Subject", "opened", "prefill", "rotated", "step", "wait"]
 
 T = TypeVar("T")
 
@@ -150,6 +150,12 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 def step(model: PreTrainedModel, token: Tensor, cache: Cache) -> Tensor:
     """Decode greedily: the token after `token` (1, 1)."""
     return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+
+def wait(model: PreTrainedModel) -> None:
+    """Until the model's device has done what it was asked: a GPU answers before."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:
