@@ -46,6 +46,11 @@ class Pairs:
         """(D,): the first of each pair, the second of each pair, and those that do not turn."""
         return torch.cat([self.first, self.second, self.still])
 
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """Of pairs, and of channels that do not turn."""
+        return len(self.first), len(self.still)
+
 
 def find_pairs(rotate: Callable[[Tensor, int], Tensor], width: int, device: torch.device) -> Pairs | None:
     """The pairs of a rotation of heads of `width` channels; None where it is none of pairs. `rotate` turns vectors
@@ -96,7 +101,7 @@ class Turns:
 
     @property
     def rotates(self) -> bool:
-        return len(self.pairs.first) > 0
+        return self.pairs.counts[0] > 0
 
     @cached_property
     def fast(self) -> Blocks:
@@ -202,6 +207,11 @@ class Blocks:
     def channels(self) -> Tensor:
         """(C,): the first of each pair, the second of each pair, and those that do not turn."""
         return torch.cat([self.first, self.second, self.still])
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """Of pairs, and of channels that do not turn."""
+        return len(self.first), len(self.still)
 
     @property
     def count(self) -> int:

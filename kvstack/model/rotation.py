@@ -132,6 +132,7 @@ class Rope:
             self._short, self._long = (_frozen(call, at) for at in (0, switch))
         self._last: _Known | None = None
         self._pairs: dict[tuple[int, torch.device], Pairs | None] = {}
+        self._reads: dict[tuple[int, torch.device], bool] = {}
 
     # ---- tables
 
@@ -204,14 +205,24 @@ class Rope:
         pairs = self._pairs_of(width, positions)
         if pairs is None:
             return None
+        key = width, positions.device
+        if key not in self._reads:
+            self._reads[key] = self._tables_are_read_right(positions, pairs, width)
+        read = self._angles_of(self._tables_of(positions), pairs, width) if self._reads[key] else None
+        return Turns(pairs, *(read or self._angles_by_rotating(positions, pairs, width)))
+
+    def _tables_are_read_right(self, like: Tensor, pairs: Pairs, width: int) -> bool:
+        """Whether angles that are read from tables are those that keys are turned by. That does not change from one
+        forward to the next, so it is looked at once, at positions that differ from axis to axis."""
+        axes = like.shape[1] if like.dim() == 4 else 1
+        near = torch.arange(axes, device=like.device) * 101 + 3
+        positions = torch.stack([near, 7 * near + 1009], dim=1).to(like.dtype)[None, :, None]
+        positions = positions if like.dim() == 4 else positions[:, 0]
         read = self._angles_of(self._tables_of(positions), pairs, width)
-        few = positions[..., :: max(1, positions.shape[-1] - 1)]  # the first and the last
-        turned = self._angles_by_rotating(few, pairs, width)
-        ends = () if read is None else [x[..., :: max(1, x.shape[-1] - 1)] for x in read]
-        same = [x.shape == y.shape and torch.allclose(x, y, atol=1e-6) for x, y in zip(ends, turned, strict=False)]
-        if read is None or not all(same):
-            read = self._angles_by_rotating(positions, pairs, width)
-        return Turns(pairs, *read)
+        turned = self._angles_by_rotating(positions, pairs, width)
+        if read is None:
+            return False
+        return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-6) for x, y in zip(read, turned, strict=True))
 
     def _angles_of(self, tables: Tables, pairs: Pairs, width: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (B or 1, P, T) as most models keep them: a number for each channel that turns, in order."""

@@ -19,6 +19,7 @@ here the other tokens keep their rough scores instead of none.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -85,9 +86,9 @@ class Reading:
         self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
     @property
-    def least(self) -> Tensor:
+    def least(self) -> float:
         """The share of the attention from which on a token's key is rebuilt."""
-        return torch.tensor(min(COUNTS, EVEN / self.tokens))
+        return min(COUNTS, EVEN / self.tokens)
 
 
 class LatentReader(Reading):
@@ -115,7 +116,7 @@ class LatentReader(Reading):
         if self.turns.rotates:
             total = torch.cat([scores, loose], dim=-1).logsumexp(-1, keepdim=True)
             shares, places = (scores - total).amax(2).topk(self.exact, dim=-1)  # (B, H, n), for any query of a kv head
-            counts = shares >= self.least.log()
+            counts = shares >= math.log(self.least)
             counts[..., : self.fewest] = True  # those of the largest shares come first
             if query.device.type == "cpu":  # elsewhere the host would wait for it
                 most = int(counts.sum(-1).max())

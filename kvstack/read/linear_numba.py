@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from ..packed import Packed
 from ..workspace import Workspace
 from . import compiled
 from .linear import Reading
-from .sizes import CHUNK, PAIR, SLACK, TILE, padded, parts
+from .sizes import CHUNK, ONE, PAIR, SLACK, TILE, padded, parts
 
 if TYPE_CHECKING:
     from ..turns import Turns
@@ -34,12 +35,13 @@ class Codes:
         self.codes, self.gains = (packed.parts[name].contiguous() for name in ("codes", "gains"))
         self.rows, _, self.units = self.codes.shape[:3]
         self.layout = _layout(encoder)
+        self.rank = self.layout.places.shape[0]
 
     @property
     def numbers(self) -> tuple[Tensor | int, ...]:
         """As kernels are given them."""
         runs = self.layout.runs
-        return self.codes, self.gains, runs, len(runs), self.units, self.codes.shape[3], self.gains.shape[3]
+        return self.codes, self.gains, runs, runs.shape[0], self.units, self.codes.shape[3], self.gains.shape[3]
 
 
 class _Layout(NamedTuple):
@@ -90,6 +92,7 @@ class CodesReader(Reading):
         self.for_keys, self.for_values = latents
         self.work = work
         self.room = padded(self.rough)
+        self._mine: tuple[Tensor, int] | None = None
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
         query, (raw, *loose) = query.contiguous(), compiled.side_by_side(raw)
@@ -102,8 +105,8 @@ class CodesReader(Reading):
             return scores
         places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
         compiled.kernel("channels.choose")(
-            b * h, scores, scores.shape[3], g, self.tokens, self.fewest, self.exact, self.least, query, d, raw, *loose,
-            places, counts, *scratch,
+            b * h, scores, scores.shape[3], g, self.tokens, self.fewest, self.exact, round(math.log(self.least) * ONE), query, d,
+            raw, *loose, places, counts, *scratch,
         )  # fmt: skip
         self._rescore(query, scores, places, counts, scratch)
         return scores
@@ -112,12 +115,12 @@ class CodesReader(Reading):
         weights, (raw, *loose) = weights.contiguous(), compiled.side_by_side(raw)
         (b, h, g, held), d = weights.shape, raw.shape[3]
         codes, layout, mean = self.for_values, self.for_values.layout, self.values.mean
-        pieces, rank, scratch = parts(b, codes.units), len(layout.places), self._scratch(h * g, d)
+        pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g, d)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
         # where all keys are exact, so are the values
         least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
         compiled.kernel("channels.mix")(
-            b * pieces, pieces, weights, held, torch.tensor(least), sums, *codes.numbers, *scratch, h * g, layout.width
+            b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width
         )
         compiled.kernel("channels.finish")(
             b * h, h, g, sums, pieces, layout.width, layout.places, rank, layout.steps, *_axes(self.values), d,
@@ -130,18 +133,18 @@ class CodesReader(Reading):
         b, h, g, d = query.shape
         codes, mean, turns, room = self.for_keys, self.keys.mean, self.turns, self.room
         kinds, pairs, angles = (turns.fast, turns.slow), turns.pairs, turns.padded
-        vectors = [torch.empty(b, h, kind.count, g, room) if len(kind.channels) else 0 for kind in kinds]
+        vectors = [torch.empty(b, h, kind.count, g, room) if any(kind.counts) else 0 for kind in kinds]
         turning, constant = torch.empty(b, h * g, angles.shape[1]), torch.zeros(b, h * g)
         given: list[Tensor | int] = []
         for kind, made in zip(kinds, vectors, strict=True):
             given += [
-                made, kind.count if len(kind.channels) else 0, kind.channels, len(kind.first), len(kind.still),
-                kind.cos, kind.sin, kind.cos.shape[0],
+                made, kind.count if any(kind.counts) else 0, kind.channels, *kind.counts, kind.cos, kind.sin,
+                kind.cos.shape[0],
             ]  # fmt: skip
         pieces = parts(b * h, max(kind.count for kind in kinds))
         compiled.kernel("channels.face")(
             b * h * pieces, pieces, query, g, d, h, *_axes(self.keys), self.rough, room, codes.layout.steps, *scratch,
-            0 if mean is None else mean.float().contiguous(), pairs.every, len(pairs.first), len(pairs.still), turning,
+            0 if mean is None else mean.float().contiguous(), pairs.every, *pairs.counts, turning,
             constant, *given,
         )  # fmt: skip
         fast, slow = ((made, kind.count, kind.size // 8) for made, kind in zip(vectors, kinds, strict=True))
@@ -161,25 +164,26 @@ class CodesReader(Reading):
         compiled.kernel("channels.rescore")(
             b * h * groups, groups, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
             self.exact, rank, codes.layout.steps, *_axes(self.keys), 0 if mean is None else mean.float().contiguous(),
-            self.turns.pairs.every, len(self.turns.pairs.first), rows, rows.shape[0],
+            self.turns.pairs.every, self.turns.pairs.counts[0], rows, rows.shape[0],
         )  # fmt: skip
 
     def _scratch(self, heads: int, width: int) -> tuple[Tensor, int]:
         """Memory for each thread that is enough for every kernel, and its bytes."""
-        rank, unit = (
-            self.keys.axes.shape[1],
-            4 * SLACK + max(x.codes.shape[3] for x in (self.for_keys, self.for_values)),
-        )
-        numbers = (
-            padded(width, 8) * self.room + 5 * width,  # face: axes on their sides, turned queries
-            PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
-            self.tokens,  # choose: how much each token exceeds the least share
-            5 * (rank + SLACK + padded(width)),  # rescore: latents and keys
-            CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
-            heads * len(self.for_values.layout.places),  # finish: latents
-        )
-        size = padded(4 * max(numbers) + unit, 64)
-        return self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.for_keys.codes.device), size
+        if self._mine is None:
+            rank, codes = self.keys.axes.shape[1], (self.for_keys, self.for_values)
+            numbers = (
+                padded(width, 8) * self.room + 5 * width,  # face: axes on their sides, turned queries
+                PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
+                self.tokens,  # choose: how much each token exceeds the least share
+                5 * (rank + SLACK + padded(width)),  # rescore: latents and keys
+                CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
+                heads * self.for_values.rank,  # finish: latents
+            )
+            unit = 4 * SLACK + max(each.codes.shape[3] for each in codes)
+            size = padded(4 * max(numbers) + unit, 64)
+            memory = self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.for_keys.codes.device)
+            self._mine = memory, size
+        return self._mine
 
 
 def _axes(linear: Linear) -> tuple[Tensor, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK", "PAIR", "SLACK", "TILE", "padded", "parts"]
+__all__ = ["CHUNK", "ONE", "PAIR", "SLACK", "TILE", "padded", "parts"]
 
 TILE = 64
 """Channels that are worked on at once: they stay in the nearest cache."""
@@ -12,6 +12,8 @@ PAIR = 16
 """Tokens, or channels, that a product of kernels works on."""
 CHUNK = 8
 """Units of tokens whose weights are summed before the sums go to memory."""
+ONE = 1 << 40
+"""What stands for 1 where kernels, which are given whole numbers, need a share."""
 SLACK = 32
 """Bytes, and numbers, that may be read or written behind the last one."""
 

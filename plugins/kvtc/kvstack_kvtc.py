@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +102,13 @@ class KVTC(Transform):
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         groups = LayerGroups(model, self.layers or len(LayerGroups(model, 1, layers).full), layers)
         calibration = calibration_for(self, self.calibration, model, groups, "variance")
+        return BoundKVTC(self, groups, calibration, self._codes(groups, calibration), model.dtype)
+
+    def _codes(self, groups: LayerGroups, calibration: Calibration) -> list[ChannelCodes]:
+        """Of keys and values of all groups; worked out once for a calibration, which takes a second."""
+        known, key = _known.setdefault(calibration, {}), (tuple(map(tuple, groups.groups)), self.ratio)
+        if key in known:
+            return known[key]
         spectra = [calibration.spectrum(part) for part in range(len(KINDS))]
         energies = [spectrum[tuple(group)] for group in groups.groups for spectrum in spectra]
         bits = int(16 * sum(map(len, energies)) / self.ratio)
@@ -114,7 +122,11 @@ class KVTC(Transform):
         for energy, given in zip(energies, spent, strict=True):
             rank = int((given > 0).sum())
             codes.append(ChannelCodes(energy[:rank].clone(), given[:rank].clone()))
-        return BoundKVTC(self, groups, calibration, codes, model.dtype)
+        known[key] = codes
+        return codes
+
+
+_known: weakref.WeakKeyDictionary[Calibration, dict[Any, list[ChannelCodes]]] = weakref.WeakKeyDictionary()
 
 
 def _counts(number: object) -> bool:

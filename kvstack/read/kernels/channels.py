@@ -17,7 +17,7 @@ import math
 
 from numba import cfunc, njit, types
 
-from ..sizes import CHUNK, PAIR, SLACK, TILE
+from ..sizes import CHUNK, ONE, PAIR, SLACK, TILE
 from .kivi import FAST, dot_row
 from .lanes import (
     LANES,
@@ -293,12 +293,12 @@ def choose(numbers):
     the attention of some query is `least` or more: for each kv head at most `exact` and at least `fewest`, those of the
     largest shares. A task is a kv head.
 
-    tasks, scores (rows, kv heads, queries, stride), stride, queries of each, tokens, fewest, exact, least (a float's
-    address), queries (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv heads, exact), counts,
-    scratch, bytes of it
+    tasks, scores (rows, kv heads, queries, stride), stride, queries of each, tokens, fewest, exact, the logarithm of the
+    least share in units of 1 / ONE, queries (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv
+    heads, exact), counts, scratch, bytes of it
     """
     tasks, scores, stride, asked, tokens = numbers[0], floats(numbers[1]), numbers[2], numbers[3], numbers[4]
-    fewest, exact, least, queries = numbers[5], numbers[6], floats(numbers[7])[0], floats(numbers[8])
+    fewest, exact, least, queries = numbers[5], numbers[6], types.float32(numbers[7] / ONE), floats(numbers[8])
     width, keys, raw, room = numbers[9], floats(numbers[10]), numbers[11], numbers[12]
     places, counts = longs(numbers[13]), longs(numbers[14])
     mine, every = thread_number(), thread_count()
@@ -321,7 +321,7 @@ def choose(numbers):
                 total += excess[tokens + i]
             for t in range(whole, tokens + raw):
                 total += math.exp(scores[at + t] - most)
-            share = most + math.log(total) + math.log(least)
+            share = most + math.log(total) + least
             if query == 0:
                 for t in range(tokens):
                     excess[t] = scores[at + t] - share
@@ -470,10 +470,10 @@ def mix(numbers):
     """Weighted sums of all tokens, without the steps of the channels: (rows, parts, heads, padded), every run of
     channels padded to whole pairs. Units of weights below `least` are left out.
 
-    tasks, parts, weights (rows, heads, stride), stride, least (a float's address), out, codes, gains, runs, count of
+    tasks, parts, weights (rows, heads, stride), stride, least in units of 1 / ONE, out, codes, gains, runs, count of
     runs, units, bytes of codes and of gains in a unit, scratch, bytes of it, heads, padded
     """
-    tasks, parts, weights, stride, least = numbers[0], numbers[1], floats(numbers[2]), numbers[3], floats(numbers[4])[0]
+    tasks, parts, weights, stride, least = numbers[0], numbers[1], floats(numbers[2]), numbers[3], types.float32(numbers[4] / ONE)
     out, runs, count, units = floats(numbers[5]), longs(numbers[8]), numbers[9], numbers[10]
     size, gain_size, heads, padded = numbers[11], numbers[12], numbers[15], numbers[16]
     all_units = tasks // parts * units
