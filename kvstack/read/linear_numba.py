@@ -105,8 +105,8 @@ class CodesReader(Reading):
             return scores
         places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
         compiled.kernel("channels.choose")(
-            b * h, scores, scores.shape[3], g, self.tokens, self.fewest, self.exact, round(math.log(self.least) * ONE), query, d,
-            raw, *loose, places, counts, *scratch,
+            b * h, scores, scores.shape[3], g, self.tokens, self.fewest, self.exact,
+            round(math.log(self.least) * ONE), query, d, raw, *loose, places, counts, *scratch,
         )  # fmt: skip
         self._rescore(query, scores, places, counts, scratch)
         return scores
@@ -160,9 +160,9 @@ class CodesReader(Reading):
         """Put exact scores of the tokens at `places` over the rough ones."""
         b, h, g, d = query.shape
         codes, rank, mean = self.for_keys, self.keys.axes.shape[1], self.keys.mean
-        rows, groups = self.turns.by_token, -(-self.exact // 5)
+        rows = self.turns.by_token
         compiled.kernel("channels.rescore")(
-            b * h * groups, groups, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
+            b * h, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
             self.exact, rank, codes.layout.steps, *_axes(self.keys), 0 if mean is None else mean.float().contiguous(),
             self.turns.pairs.every, self.turns.pairs.counts[0], rows, rows.shape[0],
         )  # fmt: skip
@@ -175,7 +175,7 @@ class CodesReader(Reading):
                 padded(width, 8) * self.room + 5 * width,  # face: axes on their sides, turned queries
                 PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
                 self.tokens,  # choose: how much each token exceeds the least share
-                5 * (rank + SLACK + padded(width)),  # rescore: latents and keys
+                5 * (rank + SLACK + padded(width)) + rank * padded(width),  # rescore: latents, keys, axes
                 CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
                 heads * self.for_values.rank,  # finish: latents
             )

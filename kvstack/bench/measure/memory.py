@@ -7,12 +7,14 @@ be measured from inside Python, whose tracers do not see torch's memory.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,9 @@ def _resident(name: str) -> int:
 
 def _reset_peak() -> int | None:
     """Bring the high-water mark down to what is resident now, which is returned; None where there is no way to."""
+    with suppress(OSError, AttributeError):
+        # what was freed and not given back yet is nobody's: the C library keeps it for the next allocation
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         CLEAR_REFS.write_text("5")
     except OSError:

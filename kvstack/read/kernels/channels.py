@@ -23,25 +23,17 @@ from .lanes import (
     LANES,
     add,
     at_least,
-    either,
     exponential,
     fill,
-    fill_words,
     gains_of,
     load,
-    load_bytes,
-    masked,
-    multiply,
-    multiply_add,
     product,
     product_of,
-    shift_left,
-    shift_right,
     store,
-    to_floats,
     turn_tile,
     unpack_columns,
     unpack_rows,
+    unpack_token,
 )
 from .memory import SIGNATURE, bytes_, floats, longs, thread_count, thread_number
 
@@ -293,7 +285,7 @@ def choose(numbers):
     the attention of some query is `least` or more: for each kv head at most `exact` and at least `fewest`, those of the
     largest shares. A task is a kv head.
 
-    tasks, scores (rows, kv heads, queries, stride), stride, queries of each, tokens, fewest, exact, the logarithm of the
+    tasks, scores (rows, kv heads, queries, stride), stride, queries of each, tokens, fewest, exact, logarithm of the
     least share in units of 1 / ONE, queries (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv
     heads, exact), counts, scratch, bytes of it
     """
@@ -344,112 +336,102 @@ def choose(numbers):
 
 
 @njit
-def unpack_token(codes, gains, runs, count, token, steps, gain_of, out, to):
-    """All channels of one token, times the steps of the channels; writes some more behind them. `gain_of`: room for the
-    gains of 8 tokens."""
+def latent_of(codes, gains, runs, count, token, steps, gain_of, out, to):
+    """All channels of one token; writes some more behind them. `gain_of`: room for the gains of 8 tokens."""
     at = filled = 0
     for run in range(count):
         bits, channels = runs[2 * run], runs[2 * run + 1]
         store(gain_of, 0, gains_of(gains, run, count))
-        gain, one, two, three = gain_of[token], 8, 0, 0
-        if bits < 8:
-            one = 4 if bits & 4 else (2 if bits & 2 else 1)
-            two = 2 if (bits - one) & 2 else (bits - one) & 1
-            three = bits - one - two
-        scale, base = fill(gain), fill(-gain * types.float32(((1 << bits) - 1) * 0.5))
-        row = at + token % one * channels
-        places, mask = fill_words(types.uint32(token // one * one)), fill_words(types.uint32((1 << one) - 1))
-        if not two:
-            for i in range(0, channels, LANES):
-                code = masked(shift_right(load_bytes(codes, row + i), places), mask)
-                store(out, to + filled + i, multiply_add(to_floats(code), scale, base))
-        else:
-            next_row, last_row = at + (one + token % two) * channels, at + (one + two) * channels
-            next_places = fill_words(types.uint32(token // two * two))
-            next_mask, up = fill_words(types.uint32((1 << two) - 1)), fill_words(types.uint32(one))
-            last_places, last_mask = fill_words(types.uint32(token)), fill_words(types.uint32(1 if three else 0))
-            top = fill_words(types.uint32(one + two))
-            for i in range(0, channels, LANES):
-                code = masked(shift_right(load_bytes(codes, row + i), places), mask)
-                more = masked(shift_right(load_bytes(codes, next_row + i), next_places), next_mask)
-                code = either(code, shift_left(more, up))
-                if three:
-                    more = masked(shift_right(load_bytes(codes, last_row + i), last_places), last_mask)
-                    code = either(code, shift_left(more, top))
-                store(out, to + filled + i, multiply_add(to_floats(code), scale, base))
+        unpack_token(bits, codes, at, channels, token, gain_of[token], steps, filled, out, to + filled)
         filled += channels
         at += bits * channels
-    for i in range(0, filled, LANES):
-        store(out, to + i, multiply(load(out, to + i), load(steps, i)))
+
+
+@njit
+def in_columns(axes, stride, rank, width, out):
+    """Columns of axes (rank, width), 16 at a time, one such band behind the other: read in place, rows that are
+    thousands of bytes apart would push each other out of the caches."""
+    for begin in range(0, width // PAIR * PAIR, PAIR):
+        for r in range(rank):
+            for part in range(0, PAIR, LANES):
+                store(out, begin * rank + r * PAIR + part, load(axes, r * stride + begin + part))
 
 
 @cfunc(SIGNATURE, cache=True, fastmath=FAST)
 def rescore(numbers):
     """Exact scores of tokens, put over the rough ones: their keys are rebuilt, latents @ axes + mean, and rotated.
-    Tokens of a kv head come in groups of 5; a task is a group.
+    Tokens of a kv head come in groups of 5, and a thread gets as many of them as the others.
 
-    tasks, groups, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units, bytes of
-    codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places, counts,
-    exact, rank, steps, axes (rows, rank, kv heads, D), numbers from one channel and from one row to the next, mean
+    kv heads of all rows, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units,
+    bytes of codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places,
+    counts, exact, rank, steps, axes (rows, rank, kv heads, D), numbers from one channel and from one row to the next, mean
     (kv heads, D) or 0, pairs (2, pairs), count of pairs, angles (rows, tokens, 2 * pairs), rows of angles
     """
-    tasks, groups, scores, stride = numbers[0], numbers[1], floats(numbers[2]), numbers[3]
-    runs, count, units, size, gain_size = longs(numbers[6]), numbers[7], numbers[8], numbers[9], numbers[10]
-    kv_heads, asked, queries, width = numbers[13], numbers[14], floats(numbers[15]), numbers[16]
+    heads, scores, stride = numbers[0], floats(numbers[1]), numbers[2]
+    runs, count, units, size, gain_size = longs(numbers[5]), numbers[6], numbers[7], numbers[8], numbers[9]
+    kv_heads, asked, queries, width = numbers[12], numbers[13], floats(numbers[14]), numbers[15]
     places, counts, exact, rank, steps = (
+        longs(numbers[16]),
         longs(numbers[17]),
-        longs(numbers[18]),
+        numbers[18],
         numbers[19],
-        numbers[20],
-        floats(numbers[21]),
+        floats(numbers[20]),
     )
-    channel_stride, row_stride, mean = numbers[23], numbers[24], floats(numbers[25])
-    first, second, turning = longs(numbers[26]), longs(numbers[26] + 8 * numbers[27]), numbers[27]
-    all_units, tokens = tasks // groups // kv_heads * units, units * LANES
+    channel_stride, row_stride, mean = numbers[22], numbers[23], floats(numbers[24])
+    first, second, turning = longs(numbers[25]), longs(numbers[25] + 8 * numbers[26]), numbers[26]
+    all_units, tokens = heads // kv_heads * units, units * LANES
     mine, every = thread_number(), thread_count()
-    memory = numbers[11] + numbers[12] * mine
+    memory = numbers[10] + numbers[11] * mine
     ranked = rank + SLACK
     latents, keys = floats(memory), floats(memory + 4 * 5 * ranked)
     padded = (width + PAIR - 1) // PAIR * PAIR
-    copy = bytes_(memory + 4 * 5 * (ranked + padded))
-    for task in range(mine, tasks, every):  # how many groups a head has, the text says
-        head, group = task // groups, task % groups
-        some = min(5, counts[head] - 5 * group)
-        if some <= 0:
+    packed = floats(memory + 4 * 5 * (ranked + padded))
+    copy = bytes_(memory + 4 * (5 * (ranked + padded) + rank * padded))
+    # this thread's groups, of all heads one after the other
+    before, total = 0, 0
+    for head in range(heads):
+        total += (counts[head] + 4) // 5
+    begun, ended = total * mine // every, total * (mine + 1) // every
+    for head in range(heads):
+        row, kv_head, groups = head // kv_heads, head % kv_heads, (counts[head] + 4) // 5
+        first_group, last_group = max(begun - before, 0), min(ended - before, groups)
+        before += groups
+        if first_group >= last_group:
             continue
-        row, kv_head = head // kv_heads, head % kv_heads
-        chosen = head * exact + 5 * group
-        for i in range(some):
-            unit = row * units + places[chosen + i] // LANES
-            codes = readable(numbers[4], unit, all_units, size, copy)
-            gains = bytes_(numbers[5] + unit * gain_size)
-            unpack_token(codes, gains, runs, count, places[chosen + i] % LANES, steps, keys, latents, i * ranked)
-        # rebuild
-        axes = floats(numbers[22] + 4 * (row * row_stride + kv_head * width))
-        for begin in range(0, width // PAIR * PAIR, PAIR):
+        axes = floats(numbers[21] + 4 * (row * row_stride + kv_head * width))
+        in_columns(axes, channel_stride, rank, width, packed)
+        for group in range(first_group, last_group):
+            some, chosen = min(5, counts[head] - 5 * group), head * exact + 5 * group
             for i in range(some):
-                for d in range(PAIR):
-                    at = i * padded + begin + d
-                    keys[at] = mean[kv_head * width + begin + d] if numbers[25] else types.float32(0)
-            product(keys, begin, padded, latents, 0, ranked, axes, begin, channel_stride, rank, some)
-        for d in range(width // PAIR * PAIR, width):
+                unit = row * units + places[chosen + i] // LANES
+                codes = readable(numbers[3], unit, all_units, size, copy)
+                gains = bytes_(numbers[4] + unit * gain_size)
+                latent_of(codes, gains, runs, count, places[chosen + i] % LANES, steps, keys, latents, i * ranked)
+            # rebuild
+            for begin in range(0, width // PAIR * PAIR, PAIR):
+                for i in range(some):
+                    for d in range(PAIR):
+                        at = i * padded + begin + d
+                        keys[at] = mean[kv_head * width + begin + d] if numbers[24] else types.float32(0)
+                product(keys, begin, padded, latents, 0, ranked, packed, begin * rank, PAIR, rank, some)
+            for d in range(width // PAIR * PAIR, width):
+                for i in range(some):
+                    made = mean[kv_head * width + d] if numbers[24] else types.float32(0)
+                    for r in range(rank):
+                        made += latents[i * ranked + r] * axes[r * channel_stride + d]
+                    keys[i * padded + d] = made
+            # rotate and score
             for i in range(some):
-                made = mean[kv_head * width + d] if numbers[25] else types.float32(0)
-                for r in range(rank):
-                    made += latents[i * ranked + r] * axes[r * channel_stride + d]
-                keys[i * padded + d] = made
-        # rotate and score
-        for i in range(some):
-            token = places[chosen + i]
-            at = ((row * tokens if numbers[29] > 1 else 0) + token) * 2 * turning
-            angles = floats(numbers[28] + 4 * at)
-            for p in range(turning):
-                x, y = keys[i * padded + first[p]], keys[i * padded + second[p]]
-                keys[i * padded + first[p]] = angles[p] * x - angles[turning + p] * y
-                keys[i * padded + second[p]] = angles[turning + p] * x + angles[p] * y
-            for query in range(asked):
-                to = (head * asked + query) * stride + token
-                scores[to] = dot_row(queries, (head * asked + query) * width, keys, i * padded, width)
+                token = places[chosen + i]
+                at = ((row * tokens if numbers[28] > 1 else 0) + token) * 2 * turning
+                angles = floats(numbers[27] + 4 * at)
+                for p in range(turning):
+                    x, y = keys[i * padded + first[p]], keys[i * padded + second[p]]
+                    keys[i * padded + first[p]] = angles[p] * x - angles[turning + p] * y
+                    keys[i * padded + second[p]] = angles[turning + p] * x + angles[p] * y
+                for query in range(asked):
+                    to = (head * asked + query) * stride + token
+                    scores[to] = dot_row(queries, (head * asked + query) * width, keys, i * padded, width)
 
 
 # ---- values
@@ -473,7 +455,13 @@ def mix(numbers):
     tasks, parts, weights (rows, heads, stride), stride, least in units of 1 / ONE, out, codes, gains, runs, count of
     runs, units, bytes of codes and of gains in a unit, scratch, bytes of it, heads, padded
     """
-    tasks, parts, weights, stride, least = numbers[0], numbers[1], floats(numbers[2]), numbers[3], types.float32(numbers[4] / ONE)
+    tasks, parts, weights, stride, least = (
+        numbers[0],
+        numbers[1],
+        floats(numbers[2]),
+        numbers[3],
+        types.float32(numbers[4] / ONE),
+    )
     out, runs, count, units = floats(numbers[5]), longs(numbers[8]), numbers[9], numbers[10]
     size, gain_size, heads, padded = numbers[11], numbers[12], numbers[15], numbers[16]
     all_units = tasks // parts * units

@@ -19,25 +19,17 @@ __all__ = [
     "LANES",
     "add",
     "at_least",
-    "either",
     "exponential",
     "fill",
-    "fill_words",
     "gains_of",
     "load",
-    "load_bytes",
-    "masked",
-    "multiply",
-    "multiply_add",
     "product",
     "product_of",
-    "shift_left",
-    "shift_right",
     "store",
-    "to_floats",
     "turn_tile",
     "unpack_columns",
     "unpack_rows",
+    "unpack_token",
 ]
 
 LANES = 8
@@ -123,9 +115,6 @@ load = _operation(numbers, (_floats, types.int64), lambda b, p, i: b.load(_at(b,
 store = _operation(
     types.none, (_floats, types.int64, numbers), lambda b, p, i, x: b.store(x, _at(b, p, i, _FLOATS), align=4)
 )
-load_bytes = _operation(
-    integers, (_bytes, types.int64), lambda b, p, i: b.zext(b.load(_at(b, p, i, _BYTES), align=1), _WORDS)
-)
 
 # ---- arithmetic
 
@@ -148,7 +137,6 @@ to_floats = _operation(numbers, (integers,), lambda b, x: b.sitofp(x, _FLOATS))
 shift_right = _operation(integers, (integers, integers), lambda b, x, y: b.lshr(x, y))
 shift_left = _operation(integers, (integers, integers), lambda b, x, y: b.shl(x, y))
 masked = _operation(integers, (integers, integers), lambda b, x, y: b.and_(x, y))
-either = _operation(integers, (integers, integers), lambda b, x, y: b.or_(x, y))
 
 
 @njit
@@ -234,27 +222,66 @@ def _unpack(bits, sideways):
     return run
 
 
-def _by_bits(sideways):
-    one, two, three, four, five, six, seven, eight = (_unpack(bits, sideways) for bits in range(1, 9))
+def _unpack_one(bits):
+    """Codes of one of the 8 tokens of a unit -> steps * gain * (code - middle), all channels of a run."""
+
+    def generate(context, builder, signature, arguments):
+        codes, at, channels, token, gain, steps, first, out, to = arguments
+        scale = _filled(builder, gain, _FLOATS)
+        middle = ir.Constant(ir.FloatType(), -((1 << bits) - 1) / 2)
+        base = _filled(builder, builder.fmul(gain, middle), _FLOATS)
+        rows, begin = [], 0
+        for plane in PLANES[bits]:
+            number = builder.and_(token, _LONG(plane - 1))  # its row of the plane, whose width is a power of two
+            row = builder.add(at, builder.mul(builder.add(number, _LONG(begin)), channels))
+            place = builder.trunc(builder.sub(token, number), ir.IntType(32))
+            rows.append((plane, begin, row, _filled(builder, place, _WORDS)))
+            begin += plane
+        with cgutils.for_range_slice(builder, _LONG(0), channels, _LONG(LANES), _LONG) as (channel, _):
+            code = None
+            for plane, offset, row, place in rows:
+                loaded = builder.load(_at(builder, codes, builder.add(row, channel), _BYTES), align=1)
+                part = builder.lshr(builder.zext(loaded, _WORDS), place)
+                part = builder.and_(part, ir.Constant(_WORDS, [(1 << plane) - 1] * LANES))
+                part = builder.shl(part, ir.Constant(_WORDS, [offset] * LANES))
+                code = part if code is None else builder.or_(code, part)
+            number = builder.fmul(builder.sitofp(code, _FLOATS), scale, flags=_FUSED)
+            number = builder.fadd(number, base, flags=_FUSED)
+            step = builder.load(_at(builder, steps, builder.add(first, channel), _FLOATS), align=4)
+            place = _at(builder, out, builder.add(to, channel), _FLOATS)
+            builder.store(builder.fmul(number, step, flags=_FUSED), place, align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def run(typing_context, codes, at, channels, token, gain, steps, first, out, to):
+        long = types.int64
+        return types.none(_bytes, long, long, long, types.float32, _floats, long, _floats, long), generate
+
+    return run
+
+
+def _by_bits(made):
+    """One function of those for 1 to 8 bits."""
+    one, two, three, four, five, six, seven, eight = made
 
     @njit
-    def unpack(bits, codes, at, channels, count, gains, out, to, stride):
+    def unpack(bits, *given):
         if bits == 1:
-            one(codes, at, channels, count, gains, out, to, stride)
+            one(*given)
         elif bits == 2:
-            two(codes, at, channels, count, gains, out, to, stride)
+            two(*given)
         elif bits == 3:
-            three(codes, at, channels, count, gains, out, to, stride)
+            three(*given)
         elif bits == 4:
-            four(codes, at, channels, count, gains, out, to, stride)
+            four(*given)
         elif bits == 5:
-            five(codes, at, channels, count, gains, out, to, stride)
+            five(*given)
         elif bits == 6:
-            six(codes, at, channels, count, gains, out, to, stride)
+            six(*given)
         elif bits == 7:
-            seven(codes, at, channels, count, gains, out, to, stride)
+            seven(*given)
         else:
-            eight(codes, at, channels, count, gains, out, to, stride)
+            eight(*given)
 
     return unpack
 
@@ -279,11 +306,14 @@ def gains_of(gains, run, count):
     return multiply_add(to_floats(shift_right(codes, one)), low, low)
 
 
-unpack_rows = _by_bits(sideways=False)
+unpack_rows = _by_bits([_unpack(bits, sideways=False) for bits in range(1, 9)])
 """Codes of `count` channels (in whole vectors) of a run of `channels`, from byte `at` on, and the `gains` of 8 tokens
 -> rows of tokens, out[to + stride * token + channel]."""
-unpack_columns = _by_bits(sideways=True)
+unpack_columns = _by_bits([_unpack(bits, sideways=True) for bits in range(1, 9)])
 """The same, rows of channels: out[to + stride * channel + token]."""
+unpack_token = _by_bits([_unpack_one(bits) for bits in range(1, 9)])
+"""All channels of a run of one token, times `steps` from number `first` on -> out[to + channel]; some more are written
+behind them."""
 
 
 @intrinsic
