@@ -364,8 +364,8 @@ def rescore(numbers):
 
     kv heads of all rows, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units,
     bytes of codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places,
-    counts, exact, rank, steps, axes (rows, rank, kv heads, D), numbers from one channel and from one row to the next, mean
-    (kv heads, D) or 0, pairs (2, pairs), count of pairs, angles (rows, tokens, 2 * pairs), rows of angles
+    counts, exact, rank, steps, axes (rows, rank, kv heads, D), numbers from one channel and from one row to the next,
+    mean (kv heads, D) or 0, pairs (2, pairs), count of pairs, angles (rows, tokens, 2 * pairs), rows of angles
     """
     heads, scores, stride = numbers[0], floats(numbers[1]), numbers[2]
     runs, count, units, size, gain_size = longs(numbers[5]), numbers[6], numbers[7], numbers[8], numbers[9]
