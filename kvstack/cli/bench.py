@@ -34,6 +34,12 @@ class Mode(StrEnum):
     turns = "turns"
 
 
+class Shape(StrEnum):
+    smollm2 = "135m"
+    llama3_1b = "1b"
+    llama3_8b = "8b"
+
+
 def _known(specs: list[str] | None) -> list[str] | None:
     from ..bench.measure.variants import parse
     from ..errors import KVStackError
@@ -256,6 +262,25 @@ def step(
 
     for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), steps):
         tables.step(figures)
+
+
+@_command
+def device_(
+    run: Run,
+    shape: Annotated[
+        Shape | None, typer.Option(help="A random model of these sizes instead, which needs no download.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Prefills with each cache.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 32,
+    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
+) -> None:
+    """What stacks cost on a device, such as a GPU, and whether its fast readers are right: one table for a report."""
+    from ..bench.measure import device as bench
+    from ..bench.show import tables
+
+    told = run.usually(bench.CONTEXTS, bench.STACKS)
+    for figures in bench.run(told, shape and shape.value, rounds, steps, burst):
+        tables.device(figures)
 
 
 @_command

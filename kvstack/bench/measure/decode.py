@@ -6,7 +6,8 @@ a block of tokens, a QuantizedCache quantizes its residual anew), so two figures
 burst, and the mean of all steps, with that work in it.
 
 One figure is measured, the ratio to the dense cache of the same round, and its median is the speed. Milliseconds follow
-from it: the dense cache's median, divided by the speed. Peaks are those of memory.py, a process for each cache.
+from it: the dense cache's median, divided by the speed. Peaks are those of memory.py: on a processor a process for
+each cache, on a GPU what it allocates meanwhile.
 """
 
 from __future__ import annotations
@@ -59,23 +60,35 @@ class Lane:
     """Seconds per token of each burst."""
     cache: Cache | None = None
     token: Tensor | None = None
+    peaks: dict[str, int] = field(default_factory=dict)
+    """What a GPU allocated at most, by what was done: the cache, and what was needed beside it."""
 
     def prefill(self, model: PreTrainedModel, ids: Tensor) -> float:
         self.cache = None  # never two at once
-        subject.wait(model)
-        start = time.perf_counter()
-        self.cache = self.variant.cache(model)
-        self.token = subject.prefill(model, ids, self.cache)
-        subject.wait(model)
-        return time.perf_counter() - start
+        with memory.growth(model.device) as growth:
+            start = time.perf_counter()
+            self.cache = self.variant.cache(model)
+            self.token = subject.prefill(model, ids, self.cache)
+            subject.wait(model)
+            passed = time.perf_counter() - start
+        self._note("peak_prefill", growth, 0)
+        return passed
 
     def burst(self, model: PreTrainedModel, steps: int) -> float:
         assert self.cache is not None and self.token is not None  # noqa: PT018
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.token = subject.step(model, self.token, self.cache)
-        subject.wait(model)
-        return (time.perf_counter() - start) / steps
+        held = sizes.held_bytes(self.cache)
+        with memory.growth(model.device) as growth:
+            start = time.perf_counter()
+            for _ in range(steps):
+                self.token = subject.step(model, self.token, self.cache)
+            subject.wait(model)
+            passed = time.perf_counter() - start
+        self._note("peak_decode", growth, held)
+        return passed / steps
+
+    def _note(self, name: str, growth: memory.Growth, held: int) -> None:
+        if growth.nbytes is not None:
+            self.peaks[name] = max(self.peaks.get(name, 0), held + growth.nbytes)
 
 
 def run(run: Run, rounds: int, steps: int, burst: int, peak: bool = False) -> Iterator[Figures]:
@@ -93,8 +106,11 @@ def run(run: Run, rounds: int, steps: int, burst: int, peak: bool = False) -> It
             if any(results.get(**key) is None for key in keys):
                 timed = measure(opened.model, opened.tokens(context), caches, rounds, steps, burst)
                 for key, cache, figures in zip(keys, caches, timed, strict=True):
-                    taken = memory.in_own_process(run, cache.label, context, burst, peak=True) if peak else {}
-                    results.add(figures | {"peak_decode": taken.get("peak_decode")}, **key)
+                    if peak and "peak_decode" not in figures:
+                        figures["peak_decode"] = memory.in_own_process(run, cache.label, context, burst, peak=True)[
+                            "peak_decode"
+                        ]
+                    results.add(figures, **key)
             yield results.figures(keys)
 
 
@@ -147,6 +163,7 @@ def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dic
         "nbytes": sizes.held_bytes(lane.cache),
         "share": sizes.share_of_bfloat16(lane.cache, model),
         "reader": _reader(lane.cache),
+        **lane.peaks,
         "prefills_ms": [seconds * 1e3 for seconds in lane.first],
         "bursts_ms": [seconds * 1e3 for seconds in lane.bursts],
     }

@@ -14,11 +14,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Cache
 
 from ... import KVStack, models
@@ -30,7 +31,7 @@ from .run import Run, environment
 from .subject import Subject, opened, prefill, step
 from .variants import Variant
 
-__all__ = ["CONTEXTS", "STACKS", "in_own_process", "measure", "run"]
+__all__ = ["CONTEXTS", "STACKS", "Growth", "growth", "in_own_process", "measure", "run"]
 
 CONTEXTS = (1024, 4096, 7680)
 STACKS = (
@@ -107,6 +108,27 @@ def _dense_bytes(subject: Subject, held: Cache) -> int:
 
 
 # ---- the peak
+
+
+@dataclass
+class Growth:
+    """What a device allocated at most, beyond what it held before; None where only a process can tell."""
+
+    nbytes: int | None = None
+
+
+@contextmanager
+def growth(device: torch.device) -> Iterator[Growth]:
+    """What a GPU allocates meanwhile, see `in_own_process` for a processor."""
+    grown = Growth()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    yield grown
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        grown.nbytes = torch.cuda.max_memory_allocated(device) - before
 
 
 def _resident(name: str) -> int:

@@ -71,7 +71,7 @@ def environment(run: Run, model: str, identity: str | None = None) -> dict[str, 
         "threads": run.threads,
         "seed": run.seed,
         "texts": None if run.texts is None else f"{run.texts.name} {_digest(run.texts.glob('*.txt'), run.texts)}",
-        "hardware": hardware(),
+        "hardware": hardware(run.device),
         "python": platform.python_version(),  # the texts come with it
         "peers": {name: version for name in PEERS if (version := _version(name))},
         "torch": torch.__version__,
@@ -82,13 +82,14 @@ def environment(run: Run, model: str, identity: str | None = None) -> dict[str, 
     }
 
 
-def hardware() -> str:
-    """Processor, its cores, and the system."""
+def hardware(device: str = "cpu") -> str:
+    """The GPU where `device` is one, the processor, its cores, and the system."""
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists() and (line := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
         name = line[1]
-    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    return f"{gpu}{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from .texts import documentation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Letters", "Subject", "opened", "prefill", "rotated", "step", "wait"]
+__all__ = ["SHAPES", "Letters", "Subject", "opened", "prefill", "rotated", "step", "wait"]
 
 T = TypeVar("T")
 
@@ -91,14 +91,32 @@ class Letters:
         return bytes(torch.as_tensor(ids).tolist()).decode("ascii", errors="replace")
 
 
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64,
+    },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+"""Sizes of SmolLM2 135M, Llama 3.2 1B and Llama 3 8B, for random models: what they cost does not depend on what they
+have learned."""
+
+
 @contextmanager
-def opened(run: Run) -> Iterator[Subject]:
-    """The run's model, with the run's number of threads and without gradients."""
+def opened(run: Run, shape: str | None = None) -> Iterator[Subject]:
+    """The run's model, with the run's number of threads and without gradients; or a random one of a `shape`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(run.threads)
     try:
         with torch.no_grad(), ExitStack() as ends:
-            yield _tiny(run, ends) if run.tiny else _loaded(run, ends)
+            yield _tiny(run, ends) if run.tiny else _shaped(run, shape) if shape else _loaded(run, ends)
     finally:
         torch.set_num_threads(threads)
 
@@ -138,6 +156,18 @@ def _tiny(run: Run, ends: ExitStack) -> Subject:
     if find():
         model.save_pretrained(folder)
     return Subject("tiny random llama", model, Letters(), _outside(run, folder, ends))
+
+
+def _shaped(run: Run, shape: str) -> Subject:
+    """A random llama, made where it runs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, rope_parameters={"rope_theta": 500000.0})
+    config.dtype = getattr(torch, run.dtype)
+    with working(f"drawing the weights of a model like {shape}"), torch.random.fork_rng(), torch.device(run.device):
+        torch.manual_seed(run.seed)
+        model = LlamaForCausalLM._from_config(config, dtype=config.dtype).eval()
+    return Subject(f"random llama of {shape}", model, Letters())
 
 
 def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:

@@ -13,7 +13,7 @@ from ..terminal import console
 from . import summary
 from .units import mib, nats, share
 
-__all__ = ["budgets", "decode", "layers", "matrix", "memory", "needles", "quality", "step"]
+__all__ = ["budgets", "decode", "device", "layers", "matrix", "memory", "needles", "quality", "step"]
 
 Row = Mapping[str, Any]
 
@@ -142,6 +142,35 @@ def decode(figures: Figures) -> None:
         "dense cache, divided by the speed; peak: what the process grew by, less the model"
     )
     _print(title, (*columns, "MiB", "of dense", "peak, MiB", "reader"), lines, caption)
+
+
+def device(figures: Figures) -> None:
+    """Times, memory and readers of every cache at one context, the dense one first."""
+    dense, *_ = rows = figures.rows
+    lines = [
+        [
+            row["cache"],
+            f"{row['ttft_ms']:,.0f}",
+            f"{row['ms_typical']:.1f}",
+            f"{row['speed_typical']:.2f}x",
+            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
+            mib(row["nbytes"]),
+            f"{row['nbytes'] / dense['nbytes']:.1%}",
+            *(mib(row[name]) if row.get(name) is not None else "-" for name in ("peak_prefill", "peak_decode")),
+            row["reader"] or "-",
+            "-" if row["differs"] is None else f"{row['differs']:.1e}",
+        ]
+        for row in rows
+    ]
+    where = figures.environment["hardware"]
+    title = f"{dense['context']:,} tokens: {_where(figures)}, {where}"
+    columns = ("cache", "first, ms", "ms", "speed", "quartiles", "MiB", "of dense", "peak of prefill", "of decoding")
+    caption = (
+        f"first: time to the first token, median of {len(dense['prefills_ms'])}; ms: of a token, the median of "
+        f"{len(dense['bursts_ms'])} bursts; peaks in MiB, the cache with what is needed beside it, on a GPU; differs: "
+        "the largest difference of a logit to reading in plain torch, as a share of the largest logit"
+    )
+    _print(title, (*columns, "reader", "differs"), lines, caption)
 
 
 def matrix(qualities: Figures, speeds: Figures) -> None:
