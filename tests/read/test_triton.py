@@ -21,7 +21,7 @@ from kvstack.read.linear_triton import DeviceCodes, TritonReader
 from kvstack.turns import Pairs, Turns
 from kvstack.workspace import Workspace
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CLOSE = 1e-5
 """Of the largest number: sums of floats in another order."""
 

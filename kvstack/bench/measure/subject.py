@@ -111,14 +111,20 @@ have learned."""
 
 @contextmanager
 def opened(run: Run, shape: str | None = None) -> Iterator[Subject]:
-    """The run's model, with the run's number of threads and without gradients; or a random one of a `shape`."""
-    threads = torch.get_num_threads()
+    """The run's model, with the run's number of threads and without gradients; or a random one of a `shape`.
+
+    Without cuDNN's attention: for every new length of a text it makes a plan, which costs a dense cache more than all
+    the rest of a step (on an H100, torch 2.11), and would make stacks look twice as fast as they are.
+    """
+    threads, planned = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_num_threads(run.threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         with torch.no_grad(), ExitStack() as ends:
             yield _tiny(run, ends) if run.tiny else _shaped(run, shape) if shape else _loaded(run, ends)
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cuda.enable_cudnn_sdp(planned)
 
 
 def _loaded(run: Run, ends: ExitStack) -> Subject:
