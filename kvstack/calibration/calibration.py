@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,8 @@ __all__ = ["Calibration", "GroupAxes", "Metric", "loaded"]
 Metric = Literal["fisher", "variance"]
 
 FORMAT = "kvstack calibration 1"
+STAY = 2
+"""Settings whose axes stay when no stack uses them any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,7 @@ class Calibration:
     groups: tuple[GroupAxes, ...]
     manifest: Mapping[str, str]
     _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
-    _newest: dict[tuple[tuple[int, ...], int], Basis] = field(default_factory=dict, repr=False)
+    _newest: dict[tuple[tuple[int, ...], int], deque[Basis]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
@@ -116,14 +119,15 @@ class Calibration:
 
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
         """The leading axes of the group that is `layers`; stacks that need the same share one copy. On a processor,
-        where making them takes as long as reading hundreds of tokens, those that were asked for last stay for the next
-        stack."""
+        where making them takes as long as reading hundreds of tokens, those of the last stacks stay for the next."""
         key = (tuple(layers), rank, device, dtype, part)
         made = self._bases.get(key)
         if made is None:
             made = self._bases[key] = self._axes_of(layers, part).basis(rank, device, dtype)
         if device.type == "cpu":
-            self._newest[tuple(layers), part] = made
+            newest = self._newest.setdefault((tuple(layers), part), deque(maxlen=STAY))
+            if made not in newest:
+                newest.append(made)
         return made
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
