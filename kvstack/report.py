@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,13 +46,24 @@ class Report:
         """Share of the dense bytes that is saved."""
         return 1 - self.nbytes / self.dense_nbytes if self.dense_nbytes else 0.0
 
+    @property
+    def break_even(self) -> int | None:
+        """The tokens, of all texts that are held at once, from which on the stack saves more than `model_nbytes`, at the
+        bytes a token takes now. 0 where nothing was fitted to the model, None where nothing is saved."""
+        saved = self.dense_nbytes - self.nbytes
+        if not self.model_nbytes:
+            return 0
+        return math.ceil(self.model_nbytes * self.seen / saved) if saved > 0 else None
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "compression": self.compression}
+        return {**asdict(self), "compression": self.compression, "break_even": self.break_even}
 
     def table(self) -> Table:
         caption = f"{self.held:,} of {self.seen:,} tokens held"
         if self.model_nbytes:
             caption += f"; beside it {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
+            if self.break_even is not None:
+                caption += f", and that are saved again from {self.break_even:,} tokens on"
         if self.reads_with:
             caption += f"; read with {' and '.join(self.reads_with)}"
         table = Table(title=self.stack, caption=caption, title_justify="left")
