@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,12 +47,12 @@ class Report:
 
     @property
     def break_even(self) -> int | None:
-        """The tokens, of all texts that are held at once, from which on the stack saves more than `model_nbytes`, at the
-        bytes a token takes now. 0 where nothing was fitted to the model, None where nothing is saved."""
+        """How many tokens, of all texts together, must be seen until `model_nbytes` are saved too, at the bytes that a
+        token takes now. 0 where nothing was fitted to the model, None where nothing is saved."""
         saved = self.dense_nbytes - self.nbytes
         if not self.model_nbytes:
             return 0
-        return math.ceil(self.model_nbytes * self.seen / saved) if saved > 0 else None
+        return -(-self.model_nbytes * self.seen // saved) if saved > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "compression": self.compression, "break_even": self.break_even}

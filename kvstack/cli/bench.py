@@ -35,6 +35,7 @@ class Mode(StrEnum):
 
 
 class Shape(StrEnum):
+    small = "four layers"
     smollm2 = "135m"
     llama3_1b = "1b"
     llama3_8b = "8b"
@@ -281,6 +282,19 @@ def device_(
     told = run.usually(bench.CONTEXTS, bench.STACKS)
     for figures in bench.run(told, shape and shape.value, rounds, steps, burst):
         tables.device(figures)
+
+
+@_command
+def length(
+    run: Run,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded at each length.")] = 64,
+) -> None:
+    """What a token costs in longer and longer texts, with a small random model: time, and bytes held."""
+    from ..bench.measure import length as bench
+    from ..bench.show import tables
+
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), bench.SHAPE, steps):
+        tables.length(figures)
 
 
 @_command

@@ -92,6 +92,10 @@ class Letters:
 
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "four layers": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512,
+    },
     "135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152,
@@ -105,8 +109,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
-"""Sizes of SmolLM2 135M, Llama 3.2 1B and Llama 3 8B, for random models: what they cost does not depend on what they
-have learned."""
+"""Sizes of a small model, of SmolLM2 135M, Llama 3.2 1B and Llama 3 8B, for random ones: what they cost does not depend
+on what they have learned."""
 
 
 @contextmanager

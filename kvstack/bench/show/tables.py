@@ -13,7 +13,7 @@ from ..terminal import console
 from . import summary
 from .units import mib, nats, share
 
-__all__ = ["budgets", "decode", "device", "layers", "matrix", "memory", "needles", "quality", "step"]
+__all__ = ["budgets", "decode", "device", "layers", "length", "matrix", "memory", "needles", "quality", "step"]
 
 Row = Mapping[str, Any]
 
@@ -193,6 +193,39 @@ def matrix(qualities: Figures, speeds: Figures) -> None:
     title = f"{qualities.rows[0]['context']:,} tokens: {_where(qualities)}"
     columns = ("transform", "encode", "evict", "bytes", "KL", "95 %", "top-1", "speed", "front")
     _print(title, columns, lines, "front: no other combination holds fewer bytes and drifts less")
+
+
+def length(figures: Figures) -> None:
+    """What a token costs in one cache, at growing lengths."""
+    rows = figures.rows
+    lines = [
+        [
+            f"{row['context']:,}",
+            f"{row['held']:,}",
+            f"{row['ms_typical']:.1f}",
+            f"{row['ms_mean']:.1f}",
+            f"{row['ms_most']:.1f}",
+            f"{row['us_held']:.2f}",
+            f"{row['ms_read']:.2f}",
+            mib(row["nbytes"]),
+            f"{row['nbytes'] / row['held']:,.0f}",
+        ]
+        for row in rows
+    ]
+    title = f"{rows[0]['cache']}: {_where(figures)}, {figures.environment['threads']} threads"
+    columns = (
+        "tokens",
+        "held",
+        "ms, typical",
+        "mean",
+        "most",
+        "us a held token",
+        "ms to read one",
+        "MiB",
+        "bytes each",
+    )
+    caption = f"{rows[0]['steps']} tokens decoded at each length; us: the mean, divided by the tokens held"
+    _print(title, columns, lines, caption)
 
 
 def layers(figures: Figures) -> None:

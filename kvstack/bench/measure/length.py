@@ -1,0 +1,96 @@
+"""What a token costs in longer and longer texts: time, bytes held, and bytes needed beside them.
+
+One text grows under each stack. At every length some tokens are decoded one by one; then the text goes on. A random
+model with few layers stands for any other: what grows with the text is attention and what a stack does, and both are
+the same in every layer. `us_held` is a decoded token's time divided by the tokens held: where it stays the same or
+falls, cost is linear.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import Cache
+
+from ... import KVStack
+from .. import terminal
+from ..results import Figures, Results
+from . import sizes, subject, variants
+from .run import Run, environment
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CONTEXTS", "SHAPE", "STACKS", "measure", "run"]
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+STACKS = ("empty", "quant:4", "quant:2", "quant:2+evict:0.2")
+SHAPE = "four layers"
+CHUNK = 1024
+"""Tokens of a text that are read at once."""
+
+
+def run(run: Run, shape: str, steps: int) -> Iterator[Figures]:
+    """Figures of each cache at all lengths; `steps` tokens are decoded at each."""
+    lengths = sorted(run.contexts)
+    with subject.opened(run, shape) as opened:
+        opened.check(lengths[-1] + steps)
+        caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
+        results = Results("length", run.out, environment(run, opened.name, opened.identity))
+        # one text per cache: figures count for a later run together
+        settings = {"steps": steps, "lengths": lengths}
+        with terminal.steps("lengths", len(caches) * len(lengths)) as progress:
+            for cache in caches:
+                keys = [{"context": length, **cache.key, **settings} for length in lengths]
+                if any(results.get(**key) is None for key in keys):
+                    ids = opened.tokens(lengths[-1] + steps)
+                    for key, figures in zip(keys, measure(opened.model, ids, cache, lengths, steps), strict=True):
+                        results.add({"kind": cache.kind, **figures}, **key)
+                        progress.step(f"{cache.label} at {key['context']:,}")
+                else:
+                    for _ in keys:
+                        progress.skip()
+                yield results.figures(keys)
+
+
+def measure(
+    model: PreTrainedModel, ids: Tensor, cache: Variant, lengths: list[int], steps: int
+) -> Iterator[dict[str, Any]]:
+    """Read `ids` (1, T) up to each of the `lengths` and decode `steps` tokens there."""
+    held, ids, seen = cache.cache(model), ids.to(model.device), 0
+    for length in lengths:
+        start = time.perf_counter()
+        token, before = None, seen
+        while seen < length:
+            some = min(CHUNK, length - seen)
+            token = subject.prefill(model, ids[:, seen : seen + some], held)
+            seen += some
+        subject.wait(model)
+        reading = time.perf_counter() - start
+        assert token is not None
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            token = subject.step(model, token, held)
+            subject.wait(model)
+            times.append(time.perf_counter() - start)
+        seen += steps
+        tokens = _held(held)
+        yield {
+            "ms_typical": statistics.median(times) * 1e3,
+            "ms_mean": statistics.mean(times) * 1e3,
+            "ms_most": max(times) * 1e3,
+            "us_held": statistics.mean(times) / tokens * 1e6,
+            "ms_read": reading / (length - before) * 1e3,
+            "held": tokens,
+            "nbytes": sizes.held_bytes(held),
+        }
+
+
+def _held(cache: Cache) -> int:
+    return cache.held if isinstance(cache, KVStack) else int(cache.get_seq_length())
