@@ -6,7 +6,8 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +40,20 @@ CROSS = re.compile(r"(cross_?att|encoder_att|encoder_decoder_att|encdec_?att)", 
 """Names, of modules and of their classes, that attend to something else than the text: images, an encoder's output."""
 
 
-def parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(module.forward).parameters)
+def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of a module's forward, known once for each class: a model has hundreds of modules, and is searched often."""
+    if "forward" in vars(module):  # of this module alone: accelerate puts one around it
+        return inspect.signature(module.forward).parameters
+    forward = type(module).forward
+    known = _known.get(type(module))
+    if known is None or known[0] is not forward:  # someone has put another one into the class
+        known = _known[type(module)] = forward, inspect.signature(module.forward).parameters
+    return known[1]
+
+
+_known: weakref.WeakKeyDictionary[type[nn.Module], tuple[Any, Mapping[str, inspect.Parameter]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def takes_cache(module: nn.Module) -> bool:
