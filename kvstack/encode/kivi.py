@@ -20,6 +20,7 @@ numbers that a half cannot hold, are guarded; the recent raw window belongs to t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,14 +68,14 @@ class Kivi:
             grouped, dim = x.reshape(b, h, t // self.group, self.group, d), 3
         grouped = grouped.float()
         least, most = torch.aminmax(grouped, dim=dim, keepdim=True)
-        bound = torch.maximum(-least, most).amax()
-        if not bool(torch.isfinite(bound)):
+        bound = float(torch.maximum(-least, most).amax())  # once: a GPU is waited for
+        if not math.isfinite(bound):
             raise UseError(f"{role} hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
         levels = 2**self.bits - 1
         # float32 only where a half would overflow, or cannot tell the steps from zero: it doubles what the scales cost
-        known = float(bound) == 0 or SMALL * levels < float(bound) < LARGE
+        known = bound == 0 or SMALL * levels < bound < LARGE
         meta = torch.float16 if known else torch.float32
-        if float(bound) > HUGE:
+        if bound > HUGE:
             grouped, least, most = grouped.double(), least.double(), most.double()
         low = least.to(meta)
         # never above the least number, so that none lies below its grid

@@ -109,8 +109,11 @@ class _Known:
     turns: Turns | None = None
 
     def knows(self, positions: Tensor) -> bool:
-        """Whether they are these: groups of layers hold tensors of their own, of the same numbers."""
-        return self.positions.device == positions.device and torch.equal(self.positions, positions)
+        """Whether they are these: groups of layers may hold tensors of their own, of the same numbers. A GPU is not
+        asked, since Python would wait for it."""
+        if not (self.positions.device.type == positions.device.type == "cpu"):
+            return False
+        return torch.equal(self.positions, positions)
 
 
 class Rope:

@@ -6,7 +6,7 @@ They are told for each token the model saw, not for each that is held: a token's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ class Given:
         self._told: Tensor | None = None
         # (tokens seen before, their positions), not compared yet: comparing waits for the device
         self._new: list[tuple[int, Tensor]] = []
+        self._run: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     @property
     def told(self) -> Tensor | None:
@@ -35,16 +36,18 @@ class Given:
         return self._told
 
     def _compare(self) -> None:
-        for seen, new in self._new:
-            if self._told is None and _plain(new, seen):
+        new, self._new = self._new, []
+        if self._told is None and new and _plain(new):
+            return
+        for seen, positions in new:
+            if self._told is None and _plain([(seen, positions)]):
                 continue
             before = self._told
             if before is None:
-                before = positions_between(0, seen, new.device).expand(*new.shape[:2], seen)
-            axes = max(before.shape[1], new.shape[1])
-            parts = (x.expand(-1, axes, -1).to(new.device, torch.int32) for x in (before, new))
+                before = positions_between(0, seen, positions.device).expand(*positions.shape[:2], seen)
+            axes = max(before.shape[1], positions.shape[1])
+            parts = (x.expand(-1, axes, -1).to(positions.device, torch.int32) for x in (before, positions))
             self._told = torch.cat(list(parts), dim=-1)
-        self._new = []
 
     def append(self, positions: Tensor, seen: int) -> None:
         """New tokens were given `positions` (rows, axes, new), behind the `seen` ones before them."""
@@ -52,10 +55,11 @@ class Given:
         if positions.device.type == "cpu" or len(self._new) >= WAITING:
             self._compare()
 
-    def at(self, index: Tensor) -> Tensor:
+    def at(self, index: Tensor, compared: bool = False) -> Tensor:
         """Positions of the tokens at `index` (B or 1, H or 1, n): the indices themselves, or (B, axes, H or 1, n).
-        Tokens to come are counted on from the last one."""
-        told = self.told
+        Tokens to come are counted on from the last one. `compared`: those of these tokens were asked for before, so
+        what newer ones were told need not be looked at."""
+        told = self._told if compared else self.told
         if told is None:
             return index
         told = told.to(index.device)
@@ -67,6 +71,17 @@ class Given:
         last = told[..., -1]
         last = torch.where(last >= LONG, last - LONG, last).amax(1)[:, None, None, None]
         return torch.where(ahead > 0, last + ahead, wide.gather(3, inside)).to(torch.int32)
+
+    def of_run(self, first: int, last: int, device: torch.device) -> Tensor:
+        """`at` for the tokens from `first` to before `last`, which were asked for before: one tensor for all groups of
+        layers until the forward ends."""
+        key = first, last, device
+        if self._run is None or self._run[0] != key:
+            self._run = key, self.at(positions_between(first, last, device)[None, None], compared=True)
+        return self._run[1]
+
+    def end_forward(self) -> None:
+        self._run = None
 
     # ---- moving
 
@@ -84,7 +99,7 @@ class Given:
             self._hold(told[..., :seen].clone())
 
     def _hold(self, told: Tensor | None) -> None:
-        self._told = None if told is None or _plain(told, 0) else told
+        self._told = None if told is None or _plain([(0, told)]) else told
 
     # ---- bytes and files
 
@@ -98,10 +113,14 @@ class Given:
         self._told, self._new = told, []
 
 
-def _plain(positions: Tensor, first: int) -> bool:
-    """Whether positions (rows, axes, n) are the indices of the tokens from `first` on."""
-    count = torch.arange(first, first + positions.shape[-1], device=positions.device)
-    return bool((positions == count).all())
+def _plain(new: Sequence[tuple[int, Tensor]]) -> bool:
+    """Whether positions (rows, axes, n) are the indices of the tokens from the first on, those of all forwards. Asked
+    together: a GPU is waited for once."""
+    each = []
+    for first, positions in new:
+        count = torch.arange(first, first + positions.shape[-1], device=positions.device)
+        each.append((positions == count).all())
+    return bool(torch.stack([found.to(each[0].device) for found in each]).all())
 
 
 @dataclass(frozen=True)

@@ -345,8 +345,13 @@ class Store:
 
         def where() -> Tensor:
             if self._sealed_positions is None:
-                index = self.positions(seen)[..., self.sinks : self.sinks + self.sealed_tokens]
-                self._sealed_positions = self.given.at(index)
+                first, device = self.sinks, self.raw[0].device
+                if self.kept_positions.kept is None:
+                    start = seen - self.held + first
+                    self._sealed_positions = self.given.of_run(start, start + self.sealed_tokens, device)
+                else:  # compared when they were sealed
+                    index = self.positions(seen)[..., first : first + self.sealed_tokens]
+                    self._sealed_positions = self.given.at(index, compared=True)
             return self._sealed_positions
 
         return where
@@ -399,6 +404,7 @@ class Store:
     def end_forward(self) -> None:
         """Drop what was needed for one forward only."""
         self.close()
+        self.given.end_forward()
         for part in self.sealed:
             part.end_forward()
 
