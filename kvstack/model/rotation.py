@@ -135,7 +135,7 @@ class Rope:
             self._short, self._long = (_frozen(call, at) for at in (0, switch))
         self._last: _Known | None = None
         self._pairs: dict[tuple[int, torch.device], Pairs | None] = {}
-        self._reads: dict[tuple[int, torch.device], bool] = {}
+        self._reads: dict[tuple[int, torch.device], Tensor | None] = {}
 
     # ---- tables
 
@@ -210,32 +210,30 @@ class Rope:
             return None
         key = width, positions.device
         if key not in self._reads:
-            self._reads[key] = self._tables_are_read_right(positions, pairs, width)
-        read = self._angles_of(self._tables_of(positions), pairs, width) if self._reads[key] else None
-        return Turns(pairs, *(read or self._angles_by_rotating(positions, pairs, width)))
+            self._reads[key] = self._columns(positions, pairs, width)
+        columns = self._reads[key]
+        if columns is None:
+            return Turns(pairs, *self._angles_by_rotating(positions, pairs, width))
+        return Turns(pairs, *_angles_of(self._tables_of(positions), columns))
 
-    def _tables_are_read_right(self, like: Tensor, pairs: Pairs, width: int) -> bool:
-        """Whether angles that are read from tables are those that keys are turned by. That does not change from one
-        forward to the next, so it is looked at once, at positions that differ from axis to axis."""
+    def _columns(self, like: Tensor, pairs: Pairs, width: int) -> Tensor | None:
+        """Where tables hold the angle of each pair, as most models have it: a number for each channel that turns, in
+        order. None where that is not what keys are turned by. It does not change from one forward to the next, so it
+        is looked at once, at positions that differ from axis to axis."""
+        assert self.form is not None
         axes = like.shape[1] if like.dim() == 4 else 1
         near = torch.arange(axes, device=like.device) * 101 + 3
         positions = torch.stack([near, 7 * near + 1009], dim=1).to(like.dtype)[None, :, None]
         positions = positions if like.dim() == 4 else positions[:, 0]
-        read = self._angles_of(self._tables_of(positions), pairs, width)
-        turned = self._angles_by_rotating(positions, pairs, width)
-        if read is None:
-            return False
-        return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-6) for x, y in zip(read, turned, strict=True))
-
-    def _angles_of(self, tables: Tables, pairs: Pairs, width: int) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines (B or 1, P, T) as most models keep them: a number for each channel that turns, in order."""
-        assert self.form is not None
-        if len(tables) != 2 or not len(pairs.first):
+        tables = self._tables_of(positions)
+        if len(tables) != 2 or tables[0].shape != tables[1].shape or not pairs.counts[0]:
             return None
-        at = pairs.first - (width - tables[0].shape[-1] if self.form.part == "last" else 0)
-        if tables[0].shape != tables[1].shape or int(at.max()) >= tables[0].shape[-1]:
+        columns = pairs.first - (width - tables[0].shape[-1] if self.form.part == "last" else 0)
+        if int(columns.max()) >= tables[0].shape[-1]:
             return None
-        return tables[0][..., at].mT.contiguous(), tables[1][..., at].mT.contiguous()
+        read, turned = _angles_of(tables, columns), self._angles_by_rotating(positions, pairs, width)
+        same = all(x.shape == y.shape and torch.allclose(x, y, atol=1e-6) for x, y in zip(read, turned, strict=True))
+        return columns if same else None
 
     def _angles_by_rotating(self, positions: Tensor, pairs: Pairs, width: int) -> tuple[Tensor, Tensor]:
         probe = torch.zeros(1, 1, positions.shape[-1], width, device=positions.device)
@@ -289,6 +287,12 @@ class Rope:
 def _by_axis(positions: Tensor) -> Tensor:
     """(B or 1, axes, H or 1, T)."""
     return positions.unsqueeze(1) if positions.dim() == 3 else positions
+
+
+def _angles_of(tables: Tables, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B or 1, P, T) in these columns of tables."""
+    cos, sin = (x[..., columns].mT.contiguous() for x in tables)
+    return cos, sin
 
 
 def _wide(tables: Tables) -> Tables:
