@@ -20,7 +20,9 @@ __all__ = ["Figures", "Record", "Results", "load", "name", "read", "strict"]
 
 Record = dict[str, Any]
 READERS_ONLY = ("commit",)
-MEASURED = ("cache", "context", "domain", "mode", "plugins", "sample", "task", "text", "variant", "window")
+MEASURED = (
+    "cache", "context", "domain", "mode", "plugins", "rows", "sample", "task", "text", "texts", "variant", "window",
+)  # fmt: skip
 """Names in a key that say what was measured; the others say how."""
 
 

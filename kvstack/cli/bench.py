@@ -285,6 +285,25 @@ def device_(
 
 
 @_command
+def batch(
+    run: Run,
+    shape: Annotated[
+        Shape | None, typer.Option(help="A random model of these sizes instead, which needs no download.")
+    ] = None,
+    rows: Annotated[str, typer.Option(callback=_lengths, help="Numbers of rows, separated by commas.")] = "1,4,8,16",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 24,
+    burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
+) -> None:
+    """Decoding several texts at once, of one length and ragged: beside a dense cache, and beside the rows alone."""
+    from ..bench.measure import batch as bench
+    from ..bench.show import tables
+
+    told = run.usually(bench.CONTEXTS, bench.STACKS)
+    for figures in bench.run(told, shape and shape.value, list(map(int, rows.split(","))), steps, burst):
+        tables.batch(figures)
+
+
+@_command
 def length(
     run: Run,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded at each length.")] = 64,

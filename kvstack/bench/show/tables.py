@@ -13,7 +13,7 @@ from ..terminal import console
 from . import summary
 from .units import mib, nats, share
 
-__all__ = ["budgets", "decode", "device", "layers", "length", "matrix", "memory", "needles", "quality", "step"]
+__all__ = ["batch", "budgets", "decode", "device", "layers", "length", "matrix", "memory", "needles", "quality", "step"]
 
 Row = Mapping[str, Any]
 
@@ -193,6 +193,31 @@ def matrix(qualities: Figures, speeds: Figures) -> None:
     title = f"{qualities.rows[0]['context']:,} tokens: {_where(qualities)}"
     columns = ("transform", "encode", "evict", "bytes", "KL", "95 %", "top-1", "speed", "front")
     _print(title, columns, lines, "front: no other combination holds fewer bytes and drifts less")
+
+
+def batch(figures: Figures) -> None:
+    """Decoding several rows at once, with every cache."""
+    rows = figures.rows
+    lines = [
+        [
+            row["cache"],
+            f"{row['ms']:.1f}",
+            f"{row['tokens_s']:.1f}",
+            f"{row['speed']:.2f}x",
+            f"{row['of_alone']:.2f}",
+            mib(row["nbytes"]),
+            f"{row['nbytes'] / row['dense_nbytes']:.1%}",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    title = f"{first['rows']} rows, {first['texts']}, up to {first['context']:,} tokens: {_where(figures)}"
+    columns = ("cache", "ms a step", "tokens a second", "speed", "of rows alone", "MiB", "of dense")
+    caption = (
+        f"{first['steps']} steps; speed: the dense cache's time over the own; of rows alone: the own time over that of "
+        "the same rows, one after the other"
+    )
+    _print(title, columns, lines, caption)
 
 
 def length(figures: Figures) -> None:
