@@ -36,18 +36,17 @@ class Given:
         return self._told
 
     def _compare(self) -> None:
-        new, self._new = self._new, []
-        if self._told is None and new and _plain(new):
-            return
-        for seen, positions in new:
-            if self._told is None and _plain([(seen, positions)]):
-                continue
-            before = self._told
-            if before is None:
-                before = positions_between(0, seen, positions.device).expand(*positions.shape[:2], seen)
-            axes = max(before.shape[1], positions.shape[1])
-            parts = (x.expand(-1, axes, -1).to(positions.device, torch.int32) for x in (before, positions))
-            self._told = torch.cat(list(parts), dim=-1)
+        told, new = self._told, self._new
+        if told is not None or not (new and _plain(new)):
+            for seen, positions in new:
+                if told is None and _plain([(seen, positions)]):
+                    continue
+                if told is None:
+                    told = positions_between(0, seen, positions.device).expand(*positions.shape[:2], seen)
+                axes = max(told.shape[1], positions.shape[1])
+                parts = (x.expand(-1, axes, -1).to(positions.device, torch.int32) for x in (told, positions))
+                told = torch.cat(list(parts), dim=-1)
+        self._told, self._new = told, []  # together: an interrupt loses nothing
 
     def append(self, positions: Tensor, seen: int) -> None:
         """New tokens were given `positions` (rows, axes, new), behind the `seen` ones before them."""
@@ -99,7 +98,7 @@ class Given:
             self._hold(told[..., :seen].clone())
 
     def _hold(self, told: Tensor | None) -> None:
-        self._told = None if told is None or _plain([(0, told)]) else told
+        self._told, self._run = None if told is None or _plain([(0, told)]) else told, None
 
     # ---- bytes and files
 
@@ -110,7 +109,7 @@ class Given:
 
     def restore(self, told: Tensor | None) -> None:
         """Hold what `told` was when it was saved."""
-        self._told, self._new = told, []
+        self._told, self._new, self._run = told, [], None
 
 
 def _plain(new: Sequence[tuple[int, Tensor]]) -> bool:
