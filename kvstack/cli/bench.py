@@ -35,10 +35,13 @@ class Mode(StrEnum):
 
 
 class Shape(StrEnum):
-    small = "four layers"
+    small = "small"
     smollm2 = "135m"
     llama3_1b = "1b"
     llama3_8b = "8b"
+
+
+Shaped = Annotated[Shape | None, typer.Option(help="A random model of these sizes instead, which needs no download.")]
 
 
 def _known(specs: list[str] | None) -> list[str] | None:
@@ -268,9 +271,7 @@ def step(
 @_command
 def device_(
     run: Run,
-    shape: Annotated[
-        Shape | None, typer.Option(help="A random model of these sizes instead, which needs no download.")
-    ] = None,
+    shape: Shaped = None,
     rounds: Annotated[int, typer.Option(min=1, help="Prefills with each cache.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 32,
     burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
@@ -287,9 +288,7 @@ def device_(
 @_command
 def batch(
     run: Run,
-    shape: Annotated[
-        Shape | None, typer.Option(help="A random model of these sizes instead, which needs no download.")
-    ] = None,
+    shape: Shaped = None,
     rows: Annotated[str, typer.Option(callback=_lengths, help="Numbers of rows, separated by commas.")] = "1,4,8,16",
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 24,
     burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
@@ -312,7 +311,7 @@ def length(
     from ..bench.measure import length as bench
     from ..bench.show import tables
 
-    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), bench.SHAPE, steps):
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), steps):
         tables.length(figures)
 
 

@@ -107,9 +107,8 @@ def run(run: Run, rounds: int, steps: int, burst: int, peak: bool = False) -> It
                 timed = measure(opened.model, opened.tokens(context), caches, rounds, steps, burst)
                 for key, cache, figures in zip(keys, caches, timed, strict=True):
                     if peak and "peak_decode" not in figures:
-                        figures["peak_decode"] = memory.in_own_process(run, cache.label, context, burst, peak=True)[
-                            "peak_decode"
-                        ]
+                        taken = memory.in_own_process(run, cache.label, context, burst, peak=True)
+                        figures["peak_decode"] = taken["peak_decode"]
                     results.add(figures, **key)
             yield results.figures(keys)
 

@@ -28,7 +28,7 @@ __all__ = ["CONTEXTS", "STACKS", "run"]
 CONTEXTS = (1024, 7936)
 STACKS = ("empty", "evict:0.2", "quant:8", "quant:4", "quant:2", "commonkv:0.65+quant:2", "commonkv+quant:2+evict:0.2")
 COMPARED = 8
-"""Tokens decoded by both, fewer than a stack seals at once: sealed anew, a number may get another code."""
+"""Tokens decoded by both: few, since a number that is sealed meanwhile may get another code."""
 
 
 def run(run: Run, shape: str | None, rounds: int, steps: int, burst: int) -> Iterator[Figures]:

@@ -1,4 +1,4 @@
-"""What a token costs in longer and longer texts: time, bytes held, and bytes needed beside them.
+"""What a token costs in longer and longer texts: time, and bytes held.
 
 One text grows under each stack. At every length some tokens are decoded one by one; then the text goes on. A random
 model with few layers stands for any other: what grows with the text is attention and what a stack does, and both are
@@ -26,19 +26,19 @@ from .variants import Variant
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CONTEXTS", "SHAPE", "STACKS", "measure", "run"]
+__all__ = ["CONTEXTS", "STACKS", "measure", "run"]
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 STACKS = ("empty", "quant:4", "quant:2", "quant:2+evict:0.2")
-SHAPE = "four layers"
+SHAPE = "small"
 CHUNK = 1024
 """Tokens of a text that are read at once."""
 
 
-def run(run: Run, shape: str, steps: int) -> Iterator[Figures]:
+def run(run: Run, steps: int) -> Iterator[Figures]:
     """Figures of each cache at all lengths; `steps` tokens are decoded at each."""
     lengths = sorted(run.contexts)
-    with subject.opened(run, shape) as opened:
+    with subject.opened(run, SHAPE) as opened:
         opened.check(lengths[-1] + steps)
         caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
         results = Results("length", run.out, environment(run, opened.name, opened.identity))

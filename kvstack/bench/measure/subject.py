@@ -92,7 +92,7 @@ class Letters:
 
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "four layers": {
+    "small": {
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512,
     },
@@ -118,7 +118,7 @@ def opened(run: Run, shape: str | None = None) -> Iterator[Subject]:
     """The run's model, with the run's number of threads and without gradients; or a random one of a `shape`.
 
     Without cuDNN's attention: for every new length of a text it makes a plan, which costs a dense cache more than all
-    the rest of a step (on an H100, torch 2.11), and would make stacks look twice as fast as they are.
+    the rest of a step (on an H100, torch 2.11), and would make stacks look up to three times as fast as they are.
     """
     threads, planned = torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_num_threads(run.threads)
@@ -177,7 +177,7 @@ def _shaped(run: Run, shape: str) -> Subject:
     with working(f"drawing the weights of a model like {shape}"), torch.random.fork_rng(), torch.device(run.device):
         torch.manual_seed(run.seed)
         model = LlamaForCausalLM._from_config(config, dtype=config.dtype).eval()
-    return Subject(f"random llama of {shape}", model, Letters())
+    return Subject(f"random llama, {shape}", model, Letters())
 
 
 def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:

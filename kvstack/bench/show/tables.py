@@ -124,11 +124,9 @@ def decode(figures: Figures) -> None:
             f"{row['ttft_cost_low']:+.1%} .. {row['ttft_cost_high']:+.1%}",
             f"{row['ms_typical']:.1f}",
             f"{row['ms_mean']:.1f}",
-            f"{row['speed_typical']:.2f}x",
-            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
+            *_speed(row),
             f"{row['speed_mean']:.2f}x",
-            mib(row["nbytes"]),
-            f"{row['nbytes'] / dense['nbytes']:.1%}",
+            *_size(row, dense),
             "" if row.get("peak_decode") is None else mib(row["peak_decode"]),
             row.get("reader", ""),
         ]
@@ -152,10 +150,8 @@ def device(figures: Figures) -> None:
             row["cache"],
             f"{row['ttft_ms']:,.0f}",
             f"{row['ms_typical']:.1f}",
-            f"{row['speed_typical']:.2f}x",
-            f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
-            mib(row["nbytes"]),
-            f"{row['nbytes'] / dense['nbytes']:.1%}",
+            *_speed(row),
+            *_size(row, dense),
             *(mib(row[name]) if row.get(name) is not None else "-" for name in ("peak_prefill", "peak_decode")),
             row["reader"] or "-",
             "-" if row["differs"] is None else f"{row['differs']:.1e}",
@@ -268,6 +264,16 @@ def step(figures: Figures) -> None:
     title = f"{rows[0]['context']:,} tokens: {_where(figures)}, {figures.environment['threads']} threads"
     caption = f"milliseconds of a step, the mean of {rows[0]['steps']}; being timed takes a little of them"
     _print(title, ("stack", "ms", *parts), lines, caption)
+
+
+def _speed(row: Row) -> tuple[str, str]:
+    """Its median and quartiles."""
+    return f"{row['speed_typical']:.2f}x", f"{row['speed_low']:.2f} - {row['speed_high']:.2f}"
+
+
+def _size(row: Row, dense: Row) -> tuple[str, str]:
+    """Bytes, and their share of those of the dense cache."""
+    return mib(row["nbytes"]), f"{row['nbytes'] / dense['nbytes']:.1%}"
 
 
 def _where(figures: Figures) -> str:
