@@ -28,6 +28,7 @@ __all__ = [
     "FitsText",
     "Linear",
     "NeedsHidden",
+    "PackedAxes",
     "ReadsDirectly",
     "ReadsLinearly",
     "RefitsText",
@@ -51,6 +52,33 @@ class ReadsDirectly(Codec):
 
 
 @dataclass(frozen=True, eq=False)
+class PackedAxes:
+    """Axes (1, R, H, D) as whole numbers: codes, times a scale for each axis and head, times a unit for each number.
+
+    Attributes:
+        codes: (R, H, D) int8 or int16, the numbers of an axis side by side.
+        scale: (R, H) float32.
+        unit: (H, D) float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    unit: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((1, *self.codes.shape))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def full(self, rank: int | None = None) -> Tensor:
+        """The first `rank` axes, or all of them (1, R, H, D), float32."""
+        return (self.codes[:rank] * self.scale[:rank, :, None] * self.unit).unsqueeze(0)
+
+
+@dataclass(frozen=True, eq=False)
 class Linear:
     """Keys or values (B, H, T, D) of one layer as one latent (B, 1, T, R) times axes, plus a mean.
 
@@ -61,8 +89,12 @@ class Linear:
     """
 
     latent: str
-    axes: Tensor
+    axes: Tensor | PackedAxes
     mean: Tensor | None = None
+
+    def rows(self, rank: int | None = None) -> Tensor:
+        """The first `rank` axes, or all of them (B or 1, R, H, D), as numbers."""
+        return self.axes.full(rank) if isinstance(self.axes, PackedAxes) else self.axes[:, :rank]
 
 
 class ReadsLinearly(ReadsDirectly):
@@ -78,6 +110,12 @@ class ReadsLinearly(ReadsDirectly):
         """How the keys or values of the group's layer number `layer` come from a latent, keys as `inverse` gives them
         (the stack rotates); None where they do not come from one alone."""
         raise NotImplementedError  # the one method that such a codec must write
+
+    def linears(self, layer: int) -> Sequence[tuple[Linear, Linear]]:
+        """How the keys and values of a layer come from latents, one run of kv heads after the other; empty where they
+        do not. Override where heads are stored apart; by default all come from one latent."""
+        keys, values = self.linear("keys", layer), self.linear("values", layer)
+        return [] if keys is None or values is None else [(keys, values)]
 
 
 class FitsText(Codec):
@@ -118,7 +156,7 @@ class RefitsText(FitsText):
 
 @dataclass(frozen=True)
 class Allotment:
-    """What one group may store: its leading `rank` channels, packed by `encoder` (None: by the stack's own)."""
+    """What one latent may store: its leading `rank` channels, packed by `encoder` (None: by the stack's own)."""
 
     rank: int
     encoder: Encoder | None = None
@@ -135,9 +173,13 @@ class Budgeted(BoundTransform):
 
     @property
     def channels(self) -> Sequence[Channels]:
-        """The channels of every group."""
+        """The channels of every latent, group by group."""
         raise NotImplementedError
 
+    def ample(self, allotments: Sequence[Allotment]) -> Self:
+        """This, or a copy with more channels where what is allotted calls for them."""
+        return self
+
     def allotted(self, allotments: Sequence[Allotment]) -> Self:
-        """A copy whose groups store just what they are allotted, one allotment for each."""
+        """A copy that stores just what is allotted to it, one allotment for each of `channels`."""
         raise NotImplementedError

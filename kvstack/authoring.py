@@ -3,9 +3,10 @@
 contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Reader, Score, Settings, check, as_path
 abilities     NeedsHidden, ReadsDirectly, ReadsLinearly, FitsText, RefitsText, Budgeted
 values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
-codes         pack, unpack, ChannelCodes, spread and the figures behind them
+codes         pack, unpack, ChannelCodes, spread, nearly_best and the figures behind them
 the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
-calibration   calibration_for, Basis, flat, load_or_make, windows_of, tokenizer_of, write_bytes
+calibration   calibrated_groups, calibration_for, Basis, PackedAxes, flat, load_or_make, windows_of, tokenizer_of,
+              write_bytes
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from .abilities import (
     FitsText,
     Linear,
     NeedsHidden,
+    PackedAxes,
     ReadsDirectly,
     ReadsLinearly,
     RefitsText,
 )
 from .calibration.axes import Basis, flat
-from .calibration.calibrate import calibration_for
+from .calibration.calibrate import calibrated_groups, calibration_for
 from .calibration.calibration import Calibration
 from .calibration.keep import load_or_make
 from .calibration.windows import sample_ids, tokenizer_of, windows_of
 from .checks import check_places
 from .encode.bits import pack, unpack
 from .encode.channel_codes import GAIN_BITS, ChannelCodes
-from .encode.waterfilling import DISTORTION, STEPS, spread
+from .encode.waterfilling import DISTORTION, STEPS, nearly_best, spread
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .files import write_bytes
 from .floats import fitting, saturated, wide
@@ -82,6 +84,7 @@ __all__ = [
     "Linear",
     "NeedsHidden",
     "Packed",
+    "PackedAxes",
     "Reader",
     "ReadsDirectly",
     "ReadsLinearly",
@@ -99,6 +102,7 @@ __all__ = [
     "at_rest",
     "attention_received",
     "cached_shapes",
+    "calibrated_groups",
     "calibration_for",
     "check",
     "check_places",
@@ -110,6 +114,7 @@ __all__ = [
     "is_of",
     "kv_fingerprint",
     "load_or_make",
+    "nearly_best",
     "observe",
     "pack",
     "sample_ids",

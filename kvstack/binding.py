@@ -368,7 +368,9 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         )
     encode = encode or EXACT
     if isinstance(bound, Budgeted):
-        bound = bound.allotted(_allotments(bound, encode))
+        allotments = _allotments(bound, encode)
+        ample = bound.ample(allotments)
+        bound = ample.allotted(allotments if ample is bound else _allotments(ample, encode))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
     return Plan(evict, bound, encode, *spans, codecs)
 

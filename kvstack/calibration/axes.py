@@ -5,6 +5,11 @@
     w (N,)     how much an error in each number matters     z = argmin sum_n w_n (x - mean - z D)_n^2
 
 Rows of D are orthonormal under w (D diag(w) D^T = 1), so the least squares are one product: z = (x - mean) diag(w) D^T.
+
+Axes are the largest thing that is fitted to a model, so they are held as whole numbers and are numbers again only where
+a product needs them:
+
+    codes (R, N)   8 or 16 bits          row r, head h:   codes * scale[r, h] / sqrt(w)
 """
 
 from __future__ import annotations
@@ -12,14 +17,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from ..abilities import PackedAxes
 from ..floats import fitting, saturated
 from ..types import KV
 
-__all__ = ["Basis", "flat"]
+__all__ = ["ROWS", "Axes", "Basis", "Shapes", "flat", "slice_of", "split", "widths"]
+
+Shapes = tuple[tuple[int, int, int], ...]
+"""(H, D of keys, D of values) of each layer of a group."""
+INTEGERS = {8: torch.int8, 16: torch.int16}
+ROWS = 1024
+"""Rows that are worked on at once, where all of them would take several times the memory of the codes."""
+
+
+def widths(shapes: Shapes) -> tuple[int, ...]:
+    """Numbers of the heads of a group, in their order: keys of the first layer, its values, keys of the second, ..."""
+    return tuple(width for heads, *sizes in shapes for width in sizes for _ in range(heads if width else 0))
 
 
 def flat(group: Sequence[KV]) -> Tensor:
@@ -28,73 +46,158 @@ def flat(group: Sequence[KV]) -> Tensor:
     return torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
 
+def slice_of(shapes: Shapes, layer: int, keys: bool) -> slice:
+    """Where the keys or the values of a layer are in `flat` numbers."""
+    sizes = [heads * width for heads, *each in shapes for width in each]
+    at = 2 * layer + (not keys)
+    start = sum(sizes[:at])
+    return slice(start, start + sizes[at])
+
+
+def split(x: Tensor, shapes: Shapes, layer: int) -> KV:
+    """Keys and values (B, H, T, D) of one layer out of `flat` numbers (B, T, N)."""
+    heads, *sizes = shapes[layer]
+    keys, values = (
+        x[..., slice_of(shapes, layer, i == 0)].unflatten(-1, (heads, width)).transpose(1, 2)
+        for i, width in enumerate(sizes)
+    )
+    return KV(keys, values)
+
+
 @dataclass(frozen=True, eq=False)
-class Basis:
-    """Axes of one group of layers, float32.
+class Axes:
+    """Axes as they are held.
 
     Attributes:
-        axes: (R, N), most important first.
+        codes: (R, N) int8 or int16.
+        scale: (R, heads of all layers, first those of keys, then those of values) float32.
+        unit: (N,) float32, what every number of an axis is multiplied with: 1 / sqrt(weight).
+        widths: of the heads, see `widths`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    unit: Tensor
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Tensor, unit: Tensor, widths: tuple[int, ...], bits: int) -> Axes:
+        """Axes `rows` (R, N) times `unit` (N,), in codes of 8 or 16 bits."""
+        most = 2 ** (bits - 1) - 1
+        codes, scales = torch.empty(rows.shape, dtype=INTEGERS[bits], device=rows.device), []
+        for heads, into in zip(rows.split(widths, dim=1), codes.split(widths, dim=1), strict=True):
+            largest = heads.float().abs().amax(1, keepdim=True)
+            scale = (largest / most).clamp_min(torch.finfo(torch.float32).tiny)
+            into.copy_((heads.float() / scale).round_())
+            scales.append(scale)
+        return cls(codes, torch.cat(scales, dim=1), unit, widths)
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.codes.element_size()
+
+    def cloned(self, rank: int) -> Axes:
+        """The first `rank` axes, in memory of their own."""
+        return Axes(self.codes[:rank].clone(), self.scale[:rank].clone(), self.unit, self.widths)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale, self.unit]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def leading(self, rank: int) -> Axes:
+        """The first `rank` axes, in the same memory."""
+        return Axes(self.codes[:rank], self.scale[:rank], self.unit, self.widths)
+
+    def to(self, device: torch.device) -> Axes:
+        return Axes(self.codes.to(device), self.scale.to(device), self.unit.to(device), self.widths)
+
+    def rows(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Axes from number `first` to before `last` (R, N), without their unit, float32."""
+        scale = self.scale[first:last].repeat_interleave(torch.tensor(self.widths, device=self.scale.device), dim=1)
+        return self.codes[first:last] * scale
+
+    def full(self) -> Tensor:
+        """All numbers (R, N), float32."""
+        return self.rows() * self.unit
+
+    def cut(self, part: slice, width: int) -> PackedAxes:
+        """The numbers in `part`, which are heads of `width`."""
+        heads = (part.stop - part.start) // width
+        before = list(accumulate(self.widths, initial=0)).index(part.start)
+        codes, unit = self.codes[:, part].unflatten(1, (heads, width)), self.unit[part].unflatten(0, (heads, width))
+        return PackedAxes(codes, self.scale[:, before : before + heads], unit)
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Axes of one group of layers.
+
+    Attributes:
+        axes: (R, N), most important first; in codes, or float32.
         dtype: type that rebuilding is computed in.
         mean: (N,).
         weight: (N,), or None where every number counts the same.
         shapes: (H, D of keys, D of values) of every layer.
     """
 
-    axes: Tensor
+    axes: Tensor | Axes
     mean: Tensor
     weight: Tensor | None
-    shapes: tuple[tuple[int, int, int], ...]
+    shapes: Shapes
     dtype: torch.dtype = torch.float32
 
-    @cached_property
-    def back(self) -> Tensor:
-        """The axes, (R, N), to rebuild with."""
-        return fitting(self.axes, self.dtype)
+    @property
+    def rank(self) -> int:
+        return len(self.axes)
+
+    @property
+    def full(self) -> Tensor:
+        """The axes (R, N), float32."""
+        return self.axes.full() if isinstance(self.axes, Axes) else self.axes
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.axes, self.mean, self.weight, self.back) if x is not None]
+        axes = self.axes.tensors if isinstance(self.axes, Axes) else [self.axes]
+        return [*axes, *(x for x in (self.mean, self.weight) if x is not None)]
 
     def project(self, x: Tensor) -> Tensor:
         """Numbers (..., N) -> the latent (..., R) that leaves the least weighted error."""
         x = x - self.mean
-        return (x if self.weight is None else x * self.weight) @ self.axes.T
+        return (x if self.weight is None else x * self.weight) @ self.full.T
 
     def keys(self, z: Tensor, layer: int) -> Tensor:
         """Latents (B, T, R) -> keys of the group's layer number `layer` (B, H, T, D)."""
         heads, width, _ = self.shapes[layer]
-        return self._rebuilt(z, self._slice(layer, keys=True)).unflatten(-1, (heads, width)).transpose(1, 2)
+        return self._rebuilt(z, layer, keys=True).unflatten(-1, (heads, width)).transpose(1, 2)
 
     def values(self, z: Tensor, layer: int) -> Tensor:
         """Latents (B, T, R) -> values (B, H, T, D)."""
         heads, _, width = self.shapes[layer]
-        return self._rebuilt(z, self._slice(layer, keys=False)).unflatten(-1, (heads, width)).transpose(1, 2)
+        return self._rebuilt(z, layer, keys=False).unflatten(-1, (heads, width)).transpose(1, 2)
 
     def loss(self, x: Tensor, z: Tensor) -> Tensor:
         """Weighed squared error (...) that latents (..., R) leave in numbers (..., N)."""
-        square = (x - self.mean - z @ self.axes).square()
+        square = (x - self.mean - z @ self.full).square()
         return (square if self.weight is None else square * self.weight).sum(-1)
 
-    def split(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, T, D) of one layer out of `flat` numbers (B, T, N)."""
-        heads, *widths = self.shapes[layer]
-        keys, values = (
-            x[..., self._slice(layer, keys=i == 0)].unflatten(-1, (heads, width)).transpose(1, 2)
-            for i, width in enumerate(widths)
-        )
-        return keys, values
-
-    def cut(self, layer: int, keys: bool) -> tuple[Tensor, Tensor]:
+    def cut(self, layer: int, keys: bool) -> tuple[Tensor | PackedAxes, Tensor]:
         """Axes (1, R, H, D) and mean (H, D) of the keys or the values of one layer."""
         if (layer, keys) not in self._cuts:
             heads, *widths = self.shapes[layer]
             part, shape = self._slice(layer, keys), (heads, widths[not keys])
-            axes, mean = self.axes[:, part].unflatten(1, shape).unsqueeze(0), self.mean[part].unflatten(0, shape)
-            self._cuts[layer, keys] = axes, mean
+            axes: Tensor | PackedAxes
+            if isinstance(self.axes, Axes):
+                axes = self.axes.cut(part, shape[1])
+            else:
+                axes = self.axes[:, part].unflatten(1, shape).unsqueeze(0)
+            self._cuts[layer, keys] = axes, self.mean[part].unflatten(0, shape)
         return self._cuts[layer, keys]
 
     @cached_property
-    def _cuts(self) -> dict[tuple[int, bool], tuple[Tensor, Tensor]]:
+    def _cuts(self) -> dict[tuple[int, bool], tuple[Tensor | PackedAxes, Tensor]]:
         """Views that every step of decoding asks for."""
         return {}
 
@@ -102,21 +205,29 @@ class Basis:
         """`weights` (B, H, G, T) times the values, without rebuilding them: first over the tokens of the latents,
         then one small product per head (the paper's matrix fusion)."""
         heads, _, width = self.shapes[layer]
-        part = self._slice(layer, keys=False)
         mixed = torch.einsum("bhgt,btr->bhgr", weights, z.to(weights.dtype))
-        axes = self.back[:, part].unflatten(1, (heads, width)).to(weights.dtype)  # (R, H, D)
-        mean = self.mean[part].view(heads, 1, width).to(weights.dtype)
+        axes = self._numbers(layer, keys=False).unflatten(1, (heads, width)).to(weights.dtype)  # (R, H, D)
+        mean = self.mean[self._slice(layer, keys=False)].view(heads, 1, width).to(weights.dtype)
         return torch.einsum("bhgr,rhd->bhgd", mixed, axes) + weights.sum(-1, keepdim=True) * mean
 
-    def _rebuilt(self, z: Tensor, part: slice) -> Tensor:
+    def _rebuilt(self, z: Tensor, layer: int, keys: bool) -> Tensor:
         half = self.dtype == torch.float16
+        axes = self._numbers(layer, keys)
         # what does not fit into halves is not in halves
-        dtype = torch.promote_types(z.dtype, self.back.dtype) if half else self.dtype
-        x = z.flatten(0, 1).to(dtype) @ self.back[:, part].to(dtype) + self.mean[part].to(dtype)
+        dtype = torch.promote_types(z.dtype, axes.dtype) if half else self.dtype
+        x = z.flatten(0, 1).to(dtype) @ axes.to(dtype) + self.mean[self._slice(layer, keys)].to(dtype)
         return (saturated(x, dtype) if half else x).unflatten(0, z.shape[:2])
 
+    def _numbers(self, layer: int, keys: bool) -> Tensor:
+        """The axes (R, H * D) of the keys or the values of one layer, to rebuild with."""
+        axes, _ = self.cut(layer, keys)
+        numbers = axes.full() if isinstance(axes, PackedAxes) else axes
+        return numbers[0].flatten(1).to(self._held)
+
+    @cached_property
+    def _held(self) -> torch.dtype:
+        """The type that axes are rebuilt with: not halves, where some number is too large for them."""
+        return fitting(self.full, self.dtype).dtype
+
     def _slice(self, layer: int, keys: bool) -> slice:
-        sizes = [heads * width for heads, *widths in self.shapes for width in widths]
-        at = 2 * layer + (not keys)
-        start = sum(sizes[:at])
-        return slice(start, start + sizes[at])
+        return slice_of(self.shapes, layer, keys)

@@ -7,9 +7,9 @@ that gradient is the diagonal of the Fisher information: half of it times the me
 second order, the KL divergence that error causes. So errors in keys and values, in early and in late layers, are
 weighed in one unit, nats, and one budget can be spent over all of them.
 
-    covariance C (N, N), weight w (N,)   ->   eigenvectors of  sqrt(w) C sqrt(w)  are the axes, eigenvalues their energy
-
-Windows are added up as they come, so memory does not grow with the number of tokens.
+Windows are added up as they come (sums.py), so memory does not grow with the number of tokens. It grows with the square
+of the numbers that share axes: a group has as many layers as `block` numbers allow, and a layer that is wider alone is
+cut into runs of kv heads. Where the sums of all blocks are more than `memory`, the texts are read again for the rest.
 
 With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same
 layers, first those of the keys, then those of the values. No gradients are taken.
@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,26 +35,28 @@ from ..model.adapters import unwrapped
 from ..model.attention import device_of, expands
 from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
-from ..model.probing import SINKS, at_rest, observe
-from ..model.rope import Rope
+from ..model.probing import at_rest, observe, token_shapes
 from ..types import KV
 from . import keep
-from .axes import flat
 from .backward import OTHERWISE, differentiable, slopes
-from .calibration import Calibration, GroupAxes, Metric, loaded
-from .windows import draw, own_text, windows_of
+from .calibration import Calibration, Heads, Metric, loaded
+from .sums import Found, OneKind, Sums, leading_axes
+from .windows import Windows, draw, own_text, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..stage import Stage
 
-__all__ = ["TOKENS", "calibrate", "calibration_for", "default_path"]
+__all__ = ["BLOCK", "KEPT", "TOKENS", "calibrate", "calibrated_groups", "calibration_for", "default_path"]
 
-TOKENS = 10_240
-"""Tokens read by default, scored ones not counted."""
-RIDGE = 1e-3
-"""Least weight of a number, as a share of the mean weight of its layer's keys or values."""
+TOKENS, EACH = 10_240, 2.5
+"""Tokens read by default, scored ones not counted; and for each axis of the largest block, where that is more."""
+BLOCK = 8192
+"""Numbers that share axes, at most: their sums take 256 MiB, and finding their axes some minutes on a processor."""
+KEPT = 0.5
+"""Share of the axes that is kept: enough for any budget of two bits a number."""
+BITS = (8, 16)
 
 Progress = Callable[[int, int], None]
 
@@ -63,80 +67,116 @@ Progress = Callable[[int, int], None]
 def calibrate(
     model: PreTrainedModel,
     texts: Iterable[str] | Mapping[str, str] | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     *,
     layers: int | None = None,
     metric: Metric = "fisher",
     only: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keep_axes: float = KEPT,
+    bits: int = 8,
+    block: int = BLOCK,
+    memory: float = 4.0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find the axes that a model's cache is stored along, by `CommonKV` for one.
+
+    It runs on the model's own device. Beside the model it takes the sums of a pass (`memory`), five times the sums of
+    one block while its axes are found, and a byte or two for each number of all axes.
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.
         texts: what to read, best of all kinds that will be read later; they take turns. Default: prose,
             documentation, code, numbers and chat that come with Python and with this package.
-        tokens: how many to read (default 10,240).
+        tokens: how many to read (default 10,240, or 2.5 for each axis of the largest block).
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5, or with `variance`
-            all of them.
+            all of them, or fewer where they cache more than `block` numbers a token.
         metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes
             for a group's keys and values together. `variance` weighs all the same, and finds axes for the keys and
             others for the values.
         only: the full-attention layers to find axes for, where others hold nothing of their own; default all.
         tokenizer: the model's; default the one in the folder the model was loaded from. With no tokenizer at all the
             model is calibrated on text that it writes itself.
-        progress: called with (windows read, windows in all).
+        keep_axes: share of the axes that is KEPT, those along which most energy lies (default 0.5: enough for any
+            budget of up to two bits for each number of the cache).
+        bits: of each number of an axis, 8 (default) or 16.
+        block: numbers a token that share axes, at most (default 8,192). Axes take the square of it. A group of layers
+            that you named, or a single layer, with more numbers is cut into runs of kv heads.
+        memory: GiB for the sums of one pass over the texts, at least one block's (default 4.0).
+        progress: called with (steps done, steps in all); a window read is a step, and so are the axes of a block.
 
     Raises:
         CalibrationError: `layers` does not divide the model's layers, all texts are shorter than a window (those
-            that are get passed over), or with `variance` a group has more numbers than tokens are read.
+            that are get passed over), or a block has more numbers than tokens are read.
     """
     model = unwrapped(model)
-    if metric not in ("fisher", "variance"):
-        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
-    if metric == "fisher" and model.get_output_embeddings() is None:
-        raise CalibrationError(
-            f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
-            "Pass the causal model it is part of: KVStack([...], model=...)."
-        )
-    if layers is None and metric == "variance":
-        layers = len(LayerGroups(model, 1, only).full)
-    groups = LayerGroups(model, layers, only)
+    _check_settings(model, metric, keep_axes, bits, block, memory)
+    groups = calibrated_groups(model, layers, only, metric, block)
     if groups.refusal:
         raise CalibrationError(
             f"calibration takes the rotary embedding off the keys of {type(model).__name__}, which cannot be done in "
             f"{groups.refusal}. Use stages that take keys as they are cached, such as Quant."
         )
-    windows, source = windows_of(model, texts, tokens, tokenizer)
+    sizes = _sizes(model, groups, metric, block)
+    widest = max(size for size, _ in sizes)
+    least = math.ceil(EACH * widest)
+    windows, source = windows_of(model, texts, max(TOKENS, least) if tokens is None else tokens, tokenizer, least)
+    read = sum(prompt for _, prompt in windows)
+    _check_tokens(model, groups, widest, read, metric)
+    passes, every = _passes([size for size, _ in sizes], memory), _empty(groups, metric, sizes)
+    steps, done, found = len(passes) * len(windows) + len(sizes), 0, list[Found]()
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, steps)
+
+    began, seconds = time.monotonic(), {"reading": 0.0, "axes": 0.0}
     with at_rest(model):
-        sums: list[Sums]
-        if metric == "variance":
-            sums = [_OneKind(group, kind) for group in groups.groups for kind in ("keys", "values")]
-        else:
-            sums = [Sums(group, groups.ropes) for group in groups.groups]
-        for number, (ids, prompt) in enumerate(windows):
-            if metric == "variance":
-                cache = gradients = observe(model, groups, ids[:, :prompt])
-                _check_tokens(model, groups, cache, sum(prompt for _, prompt in windows))
-            else:
-                cache, gradients = read_window(model, ids.to(device_of(model)), prompt, groups.full, seed=number)
+        for blocks in passes:
+            sums = [every[number] for number in blocks]
+            _read(model, groups, metric, windows, sums, step)
+            seconds["reading"] += time.monotonic() - began
+            began = time.monotonic()
             for each in sums:
-                each.add(cache, gradients)
-            if progress is not None:
-                progress(number + 1, len(windows))
-        axes = _finish(model, sums)
+                found.append(each.found(bits))
+                step()
+            seconds["axes"] += time.monotonic() - began
+            began = time.monotonic()
+    if not sum(each.power for each in found) > 0:
+        raise CalibrationError(
+            f"calibration takes gradients, and those of this {type(model).__name__} are all zero. {OTHERWISE}"
+        )
     manifest = {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "identity": kv_fingerprint(model),
         "metric": metric,
         "rotated": ",".join(map(str, groups.rotated)),
         "texts": source,
-        "tokens": str(sum(prompt for _, prompt in windows)),
+        "tokens": str(read),
+        "seconds": ", ".join(f"{what} {spent:.0f}" for what, spent in seconds.items()),
         "kvstack": importlib.metadata.version("kvstack"),
         "torch": torch.__version__,
     }
-    return Calibration(tuple(axes), manifest)
+    return Calibration(tuple(leading_axes(found, keep_axes)), manifest)
+
+
+def calibrated_groups(
+    model: PreTrainedModel,
+    layers: int | None,
+    only: Sequence[int] | None = None,
+    metric: Metric = "fisher",
+    block: int = BLOCK,
+) -> LayerGroups:
+    """The groups of `layers` that a calibration is for; by default as many as one block of `block` numbers holds."""
+    if layers is not None:
+        return LayerGroups(model, layers, only)
+    full = LayerGroups(model, 1, only).full
+    most = max(1, block // max(_numbers(model, metric)[i] for i in full))
+    if metric == "fisher":
+        return LayerGroups(model, None, only, most=most)
+    return LayerGroups(model, max(n for n in range(1, len(full) + 1) if len(full) % n == 0 and n <= most), only)
 
 
 def calibration_for(
@@ -145,14 +185,17 @@ def calibration_for(
     model: PreTrainedModel,
     groups: LayerGroups,
     metric: Metric,
+    *,
+    complete: bool = False,
 ) -> Calibration:
-    """Return the calibration passed by the user to `stage`, or load or create the default one for this model.
+    """Return the calibration passed by the user to `stage`, or load or create the default one for this model: with
+    half of the axes in 8 bits, or `complete`, with all of them in 16.
 
     Raises:
-        CalibrationError, BindError: the user's is for another model, metric or grouping.
+        CalibrationError, BindError: the user's is for another model, metric or grouping, or is wanted complete.
     """
     if given is None:
-        return _default(model, groups, metric, type(stage).__name__)
+        return _default(model, groups, metric, type(stage).__name__, complete)
     calibration = given if isinstance(given, Calibration) else loaded(given)
     calibration.check(model, metric, groups.size)
     if calibration.layers != groups.size:
@@ -161,6 +204,13 @@ def calibration_for(
             f"Use layers={calibration.layers}, or calibrate with layers={groups.size}."
         )
     _check_rotation(calibration, groups)
+    held, every = (sum(len(getattr(group, x)) for group in calibration.groups) for x in ("axes", "energy"))
+    if complete and held < every:
+        raise BindError(
+            f"{stage!r}: the calibration keeps {held} of {every} axes, and this stack has bits for more of them. "
+            f"Calibrate with more, kvstack.calibrate(model, layers={groups.size}, metric={metric!r}, keep_axes=1.0, "
+            "bits=16), or store less."
+        )
     if not calibration.covers(groups.groups):
         raise BindError(
             f"{stage!r}: the calibration is for other groups than {groups.groups}, the layers that hold keys and "
@@ -184,11 +234,12 @@ def _check_rotation(calibration: Calibration, groups: LayerGroups) -> None:
         )
 
 
-def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: str) -> Calibration:
+def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: str, complete: bool) -> Calibration:
     """Known in this process, loaded from the user's cache folder, or made now (for the stage `who`) and kept there."""
 
     def notice() -> str:
-        what = f"{who} calibrates itself for this {type(model).__name__}, once: about a minute for a small model."
+        why = ", with all axes for a large budget" * complete
+        what = f"{who} calibrates itself for this {type(model).__name__}, once{why}: about a minute for a small model."
         return " ".join(filter(None, [what, own_text(model)]))
 
     def read(path: Path) -> Calibration:
@@ -201,26 +252,148 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
 
     every = LayerGroups(model, 1).full
     only = None if groups.full == every else groups.full
-    make = partial(calibrate, model, layers=groups.size, metric=metric, only=only)
-    return keep.load_or_make(model, _file_name(model, groups.size, metric, only), read, make, notice)
+    share, bits = (1.0, 16) if complete else (KEPT, 8)
+    make = partial(calibrate, model, layers=groups.size, metric=metric, only=only, keep_axes=share, bits=bits)
+    return keep.load_or_make(model, _file_name(model, groups.size, metric, only, complete), read, make, notice)
 
 
 def default_path(
-    model: PreTrainedModel, layers: int, metric: Metric = "fisher", only: Sequence[int] | None = None
+    model: PreTrainedModel,
+    layers: int,
+    metric: Metric = "fisher",
+    only: Sequence[int] | None = None,
+    *,
+    complete: bool = False,
 ) -> Path:
-    """Where stages look for a calibration of `model` for groups of `layers`."""
-    return keep.folder() / _file_name(model, layers, metric, only)
+    """Where stages look for a calibration of `model` for groups of `layers`: for one with half of the axes, or for the
+    `complete` one, which large budgets want."""
+    return keep.folder() / _file_name(model, layers, metric, only, complete)
 
 
-def _file_name(model: PreTrainedModel, layers: int, metric: Metric, only: Sequence[int] | None) -> str:
-    kind = "" if metric == "fisher" else f"-{metric}"
+def _file_name(model: PreTrainedModel, layers: int, metric: Metric, only: Sequence[int] | None, complete: bool) -> str:
+    kind = ("" if metric == "fisher" else f"-{metric}") + ("-all" if complete else "-half")
     if only is not None:
         kind += f"-{hashlib.sha256(repr(list(only)).encode()).hexdigest()[:8]}"
     model_type = model.config.get_text_config(decoder=True).model_type
     return f"{model_type}-{kv_fingerprint(model)}-{layers}{kind}.safetensors"
 
 
-# ---- reading it
+# ---- blocks
+
+
+def _check_settings(
+    model: PreTrainedModel, metric: str, keep_axes: float, bits: int, block: int, memory: float
+) -> None:
+    if metric not in ("fisher", "variance"):
+        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
+    if not 0 < keep_axes <= 1:
+        raise CalibrationError(f"keep_axes={keep_axes} is no share of the axes. Use a number in (0, 1].")
+    if bits not in BITS:
+        raise CalibrationError(f"bits={bits}: axes are kept in 8 or 16 bits. Use bits=8.")
+    if block < 1 or not memory > 0:
+        raise CalibrationError(f"block={block} counts numbers, and memory={memory} GiB. Use block={BLOCK}, memory=4.0.")
+    if metric == "fisher" and model.get_output_embeddings() is None:
+        raise CalibrationError(
+            f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
+            "Pass the causal model it is part of: KVStack([...], model=...)."
+        )
+
+
+def _numbers(model: PreTrainedModel, metric: Metric) -> dict[int, int]:
+    """How many numbers a token has in each layer: of keys and values, or of the larger of the two."""
+    return {
+        i: heads * (max(keys, values) if metric == "variance" else keys + values)
+        for i, (heads, keys, values) in token_shapes(model).items()
+    }
+
+
+def _sizes(model: PreTrainedModel, groups: LayerGroups, metric: Metric, block: int) -> list[tuple[int, Heads]]:
+    """Of each block, group after group: the numbers that share its axes, and the kv heads of each layer."""
+    numbers, shapes = _numbers(model, metric), token_shapes(model)
+    joint = [sum(numbers[i] for i in group) for group in groups.groups]
+    heads = {shapes[i][0] for i in groups.full}
+    parts = [1]
+    if metric == "fisher":
+        parts = [n for n in range(1, min(heads) + 1) if all(count % n == 0 for count in heads)]
+    # as many runs of kv heads in every group, as few as the widest one needs
+    runs = next((n for n in parts if max(joint) <= n * block), None)
+    if runs is None:
+        raise CalibrationError(
+            f"{groups.size} layers of {type(model).__name__} cache {max(joint)} numbers a token that would share axes"
+            f"{f', {max(joint) // parts[-1]} for each run of kv heads' * (len(parts) > 1)}, and block={block} of them "
+            f"may. Use {_fewer(groups, max(joint) // groups.size, block * parts[-1])}block={max(joint) // parts[-1]}."
+        )
+    if metric == "variance":
+        return [(size, ()) for size in joint for _ in range(2)]
+    if runs == 1:
+        return [(size, ()) for size in joint]
+    sizes: list[tuple[int, Heads]] = []
+    for size, group in zip(joint, groups.groups, strict=True):
+        each = [shapes[i][0] // runs for i in group]
+        sizes += [(size // runs, tuple((n * run, n * (run + 1)) for n in each)) for run in range(runs)]
+    return sizes
+
+
+def _fewer(groups: LayerGroups, each: int, most: int) -> str:
+    """Groups of fewer layers that have `most` numbers or less, as an error offers them."""
+    count = len(groups.full)
+    fewer = [n for n in range(1, groups.size) if count % n == 0 and n * each <= most]
+    return f"layers= one of {fewer}, or " * bool(fewer)
+
+
+def _check_tokens(model: PreTrainedModel, groups: LayerGroups, widest: int, tokens: int, metric: Metric) -> None:
+    """Refuse fewer tokens than axes: they tell of no more axes than that many."""
+    if widest <= tokens:
+        return
+    kind = " of keys or of values" * (metric == "variance")
+    raise CalibrationError(
+        f"{groups.size} layers of {type(model).__name__} cache {widest} numbers a token{kind} that share axes, and "
+        f"{tokens} tokens tell of no more axes than that many. "
+        f"Use {_fewer(groups, widest // groups.size, tokens)}tokens={math.ceil(EACH * widest)} or more."
+    )
+
+
+def _passes(sizes: Sequence[int], memory: float) -> list[list[int]]:
+    """Which blocks are added up in each pass over the texts, so that their sums fit into `memory` GiB."""
+    passes, room = list[list[int]](), 0.0
+    for number, size in enumerate(sizes):
+        nbytes = 4 * size * size
+        if not passes or nbytes > room:
+            passes.append([])
+            room = memory * 2**30
+        passes[-1].append(number)
+        room -= nbytes
+    return passes
+
+
+def _empty(groups: LayerGroups, metric: Metric, sizes: Sequence[tuple[int, Heads]]) -> list[Sums]:
+    """Empty sums of all blocks."""
+    if metric == "variance":
+        return [OneKind(group, kind) for group in groups.groups for kind in ("keys", "values")]
+    runs = len(sizes) // len(groups.groups)
+    return [Sums(groups.groups[number // runs], groups.ropes, heads) for number, (_, heads) in enumerate(sizes)]
+
+
+# ---- reading
+
+
+def _read(
+    model: PreTrainedModel,
+    groups: LayerGroups,
+    metric: Metric,
+    windows: Windows,
+    sums: Sequence[Sums],
+    step: Callable[[], None],
+) -> None:
+    """Add up all windows."""
+    for number, (ids, prompt) in enumerate(windows):
+        if metric == "variance":
+            cache = gradients = observe(model, groups, ids[:, :prompt])
+        else:
+            cache, gradients = read_window(model, ids.to(device_of(model)), prompt, groups.full, seed=number)
+        for each in sums:
+            each.add(cache, gradients)
+        step()
 
 
 def read_window(
@@ -243,105 +416,3 @@ def read_window(
         found = slopes(model, likelihood, [x for kv in held.values() for x in (kv.keys, kv.values)])
     gradients = {i: KV(found[2 * n], found[2 * n + 1]) for n, i in enumerate(full)}
     return {i: KV(kv.keys.detach(), kv.values.detach()) for i, kv in held.items()}, gradients
-
-
-def _check_tokens(model: PreTrainedModel, groups: LayerGroups, cache: Mapping[int, KV], tokens: int) -> None:
-    """A covariance of N numbers has no more axes than tokens, and its N^2 sums and N^3 steps grow beyond bounds."""
-    each = max(x.shape[1] * x.shape[3] for kv in cache.values() for x in (kv.keys, kv.values))
-    if each * groups.size <= tokens:
-        return
-    count = len(groups.full)
-    fewer = [n for n in range(1, groups.size) if count % n == 0 and n * each <= tokens]
-    raise CalibrationError(
-        f"{groups.size} layers of {type(model).__name__} cache {each * groups.size} numbers a token of keys or of "
-        f"values, and {tokens} tokens tell of no more axes than that many. Use "
-        f"{f'layers= one of {fewer}, or ' * bool(fewer)}tokens={4 * each * groups.size} or more."
-    )
-
-
-class Sums:
-    """What is added up for one group of layers."""
-
-    def __init__(self, layers: Sequence[int], ropes: Mapping[int, Rope | None]) -> None:
-        self.layers, self.ropes = layers, ropes
-        self.gradient: Tensor | float = 0.0
-        self.count = 0
-        self.origin: Tensor | None = None  # numbers are taken from here, or a large mean would eat their digits
-        self.shapes: tuple[tuple[int, int, int], ...] = ()
-
-    def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
-        x = self.flat(cache, lambda rope, x, positions: rope.unrotate(x, positions))
-        g = self.flat(gradients, lambda rope, x, positions: rope.pull(x, positions))
-        self._add([cache[i] for i in self.layers], x)
-        self.gradient = self.gradient + g.square().sum(0)
-
-    def _add(self, kvs: Sequence[KV], x: Tensor) -> None:
-        if self.origin is None:
-            self.shapes = tuple((kv.keys.shape[1], kv.keys.shape[3], kv.values.shape[3]) for kv in kvs)
-            n = x.shape[1]
-            self.origin, self.total = x.mean(0), x.new_zeros(n)
-            self.square = x.new_zeros(n, n)
-        x = x - self.origin
-        self.count += x.shape[0]
-        self.total += x.sum(0)
-        self.square.addmm_(x.T, x)
-
-    def flat(self, kvs: Mapping[int, KV], turn: Callable[[Rope, Tensor, Tensor], Tensor]) -> Tensor:
-        """(T, N) without the sinks."""
-        unrotated = []
-        for i in self.layers:
-            kv, rope = kvs[i], self.ropes[i]
-            if rope is not None:
-                positions = rope.marked(torch.arange(kv.tokens, device=kv.keys.device)[None, None])
-                kv = KV(turn(rope, kv.keys, positions), kv.values)
-            unrotated.append(kv)
-        return flat(unrotated)[0, SINKS:]
-
-    def weight(self) -> Tensor:
-        """(N,) mean square of the gradient, never far below the mean of the same layer's keys or values."""
-        assert isinstance(self.gradient, Tensor)
-        parts = (self.gradient / self.count).split([h * width for h, *widths in self.shapes for width in widths])
-        return torch.cat([part + RIDGE * part.mean() for part in parts])
-
-    def group(self, weight: Tensor) -> GroupAxes:
-        assert self.origin is not None
-        mean = self.total / self.count
-        covariance = self.square / self.count - torch.outer(mean, mean)
-        root = weight.sqrt()
-        energy, axes = torch.linalg.eigh(root[:, None] * covariance * root)
-        energy, axes = energy.flip(0).clamp_min(LEAST), axes.T.flip(0)
-        tensors = [(self.origin + mean), weight, axes.half(), energy]
-        return GroupAxes(tuple(self.layers), self.shapes, *(x.cpu().contiguous() for x in tensors))
-
-
-class _OneKind(Sums):
-    """The keys alone or the values alone of a group of layers, all numbers of one weight."""
-
-    def __init__(self, layers: Sequence[int], kind: str) -> None:
-        super().__init__(layers, {})
-        self.kind = kind
-
-    def add(self, cache: Mapping[int, KV], gradients: Mapping[int, KV]) -> None:
-        kvs = [cache[i].only(self.kind) for i in self.layers]  # un-rotated and without sinks already
-        self._add(kvs, flat(kvs)[0])
-
-    def weight(self) -> Tensor:
-        return torch.ones_like(self.total)
-
-
-def _finish(model: PreTrainedModel, sums: Sequence[Sums]) -> list[GroupAxes]:
-    weights = [group.weight() for group in sums]
-    # one factor for all groups, so that latents are numbers of ordinary size
-    power = sum(float((w * g.square.diagonal() / g.count).sum()) for w, g in zip(weights, sums, strict=True))
-    if not power > 0:
-        raise CalibrationError(
-            f"calibration takes gradients, and those of this {type(model).__name__} are all zero. {OTHERWISE}"
-        )
-    factor = sum(len(w) for w in weights) / power
-    return [group.group(weight * factor + TINY) for weight, group in zip(weights, sums, strict=True)]
-
-
-TINY = 1e-12
-"""Least weight: a layer that the model does not look at still has axes."""
-LEAST = 1e-8
-"""Least energy, where 1 is the mean: what never varied in the text read may vary in others."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,52 +23,54 @@ from ..errors import CalibrationError
 from ..files import parsed_json, read_tensors, write_tensors
 from ..model.fingerprint import is_of, kv_fingerprint, sampled
 from ..model.probing import token_shapes
-from ..types import Channels
-from .axes import Basis
+from .axes import ROWS, Axes, Basis, Shapes, widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Calibration", "GroupAxes", "Metric", "loaded"]
+__all__ = ["Calibration", "GroupAxes", "Heads", "Metric", "loaded"]
 
 Metric = Literal["fisher", "variance"]
 
-FORMAT = "kvstack calibration 1"
-STAY = 2
-"""Settings whose axes stay when no stack uses them any more."""
+FORMAT = "kvstack calibration 2"
+BEFORE = "kvstack calibration 1"
+"""Of version 0.1: all axes, as halves."""
+
+Heads = tuple[tuple[int, int], ...]
+"""Of each layer, the first kv head and the one behind the last; empty: all heads."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupAxes:
-    """The axes of a group of adjacent layers.
+    """The axes of one block of numbers: the kv heads, or some of them, of a group of adjacent layers.
 
     Attributes:
         layers: indices in the model.
-        shapes: (H, D of keys, D of values) of each of them.
-        mean: (N,) of the group's un-rotated keys and values, side by side, float32.
+        shapes: (H, D of keys, D of values) of each of them, in this block.
+        mean: (N,) of the block's un-rotated keys and values, side by side, float32.
         weight: (N,) how much an error in each number matters, float32.
-        axes: (N, N) rows orthonormal, most important first, in units of sqrt(weight), float16.
-        energy: (N,) variance along each axis, float32, falling.
+        axes: those that are kept, (R, N) rows orthonormal in units of sqrt(weight), most important first.
+        energy: (N,) variance along each axis, of all of them, float32, falling.
+        heads: the kv heads of each layer; empty: all.
     """
 
     layers: tuple[int, ...]
-    shapes: tuple[tuple[int, int, int], ...]
+    shapes: Shapes
     mean: Tensor
     weight: Tensor
-    axes: Tensor
+    axes: Axes
     energy: Tensor
+    heads: Heads = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.mean, self.weight, self.axes.codes, self.axes.scale, self.energy]
 
     def basis(self, rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
-        """The `rank` most important axes on `device`, for rebuilding in `dtype`."""
-        axes = orthonormal(self.axes[:rank].to(device, torch.float32))
-        mean, weight = self.mean.to(device), self.weight.to(device)
-        return Basis(axes / weight.sqrt(), mean, weight, self.shapes, dtype)
-
-
-def orthonormal(rows: Tensor) -> Tensor:
-    """Rows that are orthonormal up to float16, made so up to float32: a Newton step towards the polar factor, which
-    leaves the square of an error that is below a thousandth."""
-    return 1.5 * rows - 0.5 * (rows @ rows.T) @ rows
+        """The `rank` most important axes on `device`, for rebuilding in `dtype`. On the device of the calibration they
+        stay where they are."""
+        axes = self.axes.leading(rank).to(device)
+        return Basis(axes, self.mean.to(device), self.weight.to(device), self.shapes, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +78,14 @@ class Calibration:
     """Made by `kvstack.calibrate`; give it to `CommonKV(calibration=...)`, or save it.
 
     Attributes:
-        groups: one per group of layers that are stored together; two where keys and values are apart
-            (`metric="variance"`), those of the keys first: its parts 0 and 1.
+        groups: one per group of layers that are stored together; or several, its parts: two where keys and values are
+            apart (`metric="variance"`), those of the keys first, or one for each run of kv heads.
         manifest: model, metric, texts, tokens and versions it was made with.
     """
 
     groups: tuple[GroupAxes, ...]
     manifest: Mapping[str, str]
     _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
-    _newest: dict[tuple[tuple[int, ...], int], deque[Basis]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
@@ -103,37 +103,35 @@ class Calibration:
 
     @property
     def parts(self) -> int:
-        """Groups of axes for each group of layers."""
-        return 2 if self.metric == "variance" else 1
+        """Blocks of axes for each group of layers."""
+        return sum(group.layers == self.groups[0].layers for group in self.groups)
 
-    def channels_of(self, layers: Sequence[int], part: int = 0) -> Channels:
-        """The channels of the group that is `layers`."""
-        return Channels(self._axes_of(layers, part).energy)
+    def of(self, layers: Sequence[int]) -> list[GroupAxes]:
+        """The blocks of the group that is `layers`."""
+        return [group for group in self.groups if group.layers == tuple(layers)]
 
-    def _axes_of(self, layers: Sequence[int], part: int) -> GroupAxes:
-        return next(group for group in self.groups[part :: self.parts] if group.layers == tuple(layers))
+    def name_of(self, group: GroupAxes) -> str:
+        """What a block holds, in words."""
+        name = f"layers {group.layers[0]} to {group.layers[-1]}"
+        if self.metric == "variance":
+            return f"{name}, {'keys' if group.shapes[0][1] else 'values'}"
+        return f"{name}, heads {group.heads[0][0]} to {group.heads[0][1] - 1}" if group.heads else name
 
     def covers(self, groups: Sequence[Sequence[int]]) -> bool:
         """Whether there are axes for each of these groups of layers."""
         return {tuple(layers) for layers in groups} <= {group.layers for group in self.groups}
 
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
-        """The leading axes of the group that is `layers`; stacks that need the same share one copy. On a processor,
-        where making them takes as long as reading hundreds of tokens, those of the last stacks stay for the next."""
+        """The leading axes of a block of the group that is `layers`; stacks that need the same share one copy."""
         key = (tuple(layers), rank, device, dtype, part)
         made = self._bases.get(key)
         if made is None:
-            made = self._bases[key] = self._axes_of(layers, part).basis(rank, device, dtype)
-        if device.type == "cpu":
-            newest = self._newest.setdefault((tuple(layers), part), deque(maxlen=STAY))
-            if made not in newest:
-                newest.append(made)
+            made = self._bases[key] = self.of(layers)[part].basis(rank, device, dtype)
         return made
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
         """What is held for the group that is `layers`."""
-        mine = [group for group in self.groups if group.layers == tuple(layers)]
-        return [x for group in mine for x in (group.mean, group.weight, group.axes, group.energy)]
+        return [x for group in self.of(layers) for x in group.tensors]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,9 +163,8 @@ class Calibration:
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for part, kind in enumerate([""] if self.parts == 1 else [", keys", ", values"]):
-            for layers, energy in self.spectrum(part).items():
-                axes.semilogy((energy / energy.sum()).numpy(), label=f"layers {layers[0]} to {layers[-1]}{kind}")
+        for group in self.groups:
+            axes.semilogy((group.energy / group.energy.sum()).numpy(), label=self.name_of(group))
         axes.set(xlabel="axis", ylabel="share of the group's energy", title=self.manifest.get("model", ""))
         axes.set_ylim(bottom=1e-7)
         axes.legend()
@@ -178,7 +175,9 @@ class Calibration:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
-            f"{i}.{name}": getattr(group, name).contiguous() for i, group in enumerate(self.groups) for name in TENSORS
+            f"{i}.{name}": x.contiguous()
+            for i, group in enumerate(self.groups)
+            for name, x in zip(TENSORS, group.tensors, strict=True)
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -187,7 +186,7 @@ class Calibration:
         Raises:
             WriteError: it cannot be written.
         """
-        groups = [{"layers": group.layers, "shapes": group.shapes} for group in self.groups]
+        groups = [{"layers": group.layers, "shapes": group.shapes, "heads": group.heads} for group in self.groups]
         metadata = {**self.manifest, "format": FORMAT, "groups": json.dumps(groups)}
         write_tensors(Path(path), self._tensors(), metadata)
 
@@ -200,16 +199,17 @@ class Calibration:
         """
         again = "Make it again: kvstack calibrate MODEL, or kvstack.calibrate(model)."
         metadata, tensors = read_tensors(Path(path), CalibrationError, "calibration", again)
-        if metadata.get("format") != FORMAT:
+        version = metadata.pop("format", None)
+        if version not in (FORMAT, BEFORE):
             raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
-        del metadata["format"]
+        names = TENSORS if version == FORMAT else TENSORS_BEFORE
         try:
             described = items(parsed_json(metadata.pop("groups", "")), "the list of groups")
-            if tensors.keys() != {f"{i}.{name}" for i in range(len(described)) for name in TENSORS} or not tensors:
+            if tensors.keys() != {f"{i}.{name}" for i in range(len(described)) for name in names} or not tensors:
                 raise misfit("the tensors are not those of its groups.")
-            groups = [
-                _read_group(entry, [tensors[f"{i}.{name}"] for name in TENSORS]) for i, entry in enumerate(described)
-            ]
+            groups = []
+            for i, entry in enumerate(described):
+                groups.append(_read_group(entry, {name: tensors[f"{i}.{name}"] for name in names}))
             calibration = cls(tuple(groups), metadata)
             calibration._check_groups()
         except ValueError as error:
@@ -217,13 +217,17 @@ class Calibration:
         return calibration
 
     def _check_groups(self) -> None:
-        """Refuse groups of unequal size, or that share layers."""
+        """Refuse groups of unequal size, that share layers, or whose parts are not those of a calibration."""
         if len({len(group.layers) for group in self.groups}) > 1 or len(self.groups) % self.parts:
             raise misfit("its groups are not of one size.")
-        for part in range(self.parts):
-            layers = [layer for group in self.groups[part :: self.parts] for layer in group.layers]
-            if len(set(layers)) < len(layers):
+        if self.metric == "variance" and self.parts != 2:
+            raise misfit("keys and values are not two parts of each group.")
+        known: set[int] = set()
+        for first in range(0, len(self.groups), self.parts):
+            layers, *others = (group.layers for group in self.groups[first : first + self.parts])
+            if known & set(layers) or any(other != layers for other in others):
                 raise misfit("a layer is in two groups.")
+            known |= set(layers)
 
     def check(self, model: PreTrainedModel, metric: Metric = "fisher", layers: int | None = None) -> None:
         """Raise `CalibrationError` where this was made for another model or with another metric; the message says how
@@ -241,31 +245,39 @@ class Calibration:
             )
         cached = token_shapes(model)
         for number, group in enumerate(self.groups):
-            for layer, shape in zip(group.layers, group.shapes, strict=True):
+            for slot, (layer, shape) in enumerate(zip(group.layers, group.shapes, strict=True)):
                 heads, keys, values = cached.get(layer, (0, 0, 0))
-                expected = ((heads, keys, values), (heads, keys, 0), (heads, 0, values))[
-                    0 if self.parts == 1 else 1 + number % 2
-                ]
-                if shape != expected:
+                if self.metric == "variance":
+                    keys, values = (keys, 0) if number % 2 == 0 else (0, values)
+                elif group.heads:
+                    first, last = group.heads[slot]
+                    heads = max(0, min(last, heads) - first)
+                if shape != (heads, keys, values):
                     raise CalibrationError(
                         f"{self!r} has (heads, size of a key, size of a value) {shape} for layer {layer}, and this "
-                        f"{type(model).__name__} caches {expected}. Make one for it: {wanted}."
+                        f"{type(model).__name__} caches {(heads, keys, values)}. Make one for it: {wanted}."
                     )
+        for group in self.groups[:: self.parts]:
+            runs = [each.shapes for each in self.of(group.layers)]
+            held = [sum(shapes[slot][0] for shapes in runs) for slot in range(len(group.layers))]
+            if self.metric != "variance" and held != [cached[layer][0] for layer in group.layers]:
+                raise CalibrationError(f"{self!r} leaves kv heads of layers {group.layers} out. Make one: {wanted}.")
 
 
-TENSORS = ("mean", "weight", "axes", "energy")
+TENSORS = ("mean", "weight", "axes", "scale", "energy")
+TENSORS_BEFORE = ("mean", "weight", "axes", "energy")
 LARGEST = 1e30  # a weight grows as what it weighs gets smaller
 NEARLY_ONE = 0.05
-"""How far the length of an axis in half precision may be from 1."""
+"""How far the length of an axis in few bits may be from 1."""
 
 
-def _read_group(entry: Any, tensors: Sequence[Tensor]) -> GroupAxes:
+def _read_group(entry: Any, tensors: Mapping[str, Tensor]) -> GroupAxes:
     """One group of a file, of which everything is checked.
 
     Raises:
         UseError: it is not what `save` writes.
     """
-    described = entries(entry, "a group", ("layers", "shapes"))
+    described = entries(entry, "a group", ("layers", "shapes"), ("heads",))
     layers = [count(layer, "a layer") for layer in items(described["layers"], "the layers of a group")]
     if not layers or sorted(set(layers)) != layers:
         raise misfit(f"the layers of a group are {layers}.")
@@ -273,19 +285,47 @@ def _read_group(entry: Any, tensors: Sequence[Tensor]) -> GroupAxes:
     for shape in items(described["shapes"], "the shapes of a group", len(layers)):
         heads, keys, values = (count(n, "the shape of a layer") for n in items(shape, "the shape of a layer", 3))
         shapes.append((heads, keys, values))
+    runs = []
+    for slot, run in enumerate(items(described.get("heads") or [], "the heads of a group")):
+        first, last = (count(n, "a head") for n in items(run, "the heads of a layer", 2))
+        if slot >= len(layers) or last - first != shapes[slot][0]:
+            raise misfit(f"the heads of layers {layers} are not those of its shapes.")
+        runs.append((first, last))
+    if runs and len(runs) != len(layers):
+        raise misfit(f"the heads of layers {layers} are not those of all of them.")
     n = sum(heads * (keys + values) for heads, keys, values in shapes)
-    for name, x in zip(TENSORS, tensors, strict=True):
-        types = (torch.float16, torch.bfloat16, torch.float32) if name == "axes" else (torch.float32,)
-        if x.dtype not in types or x.shape != ((n, n) if name == "axes" else (n,)) or not n:
+    for name in ("mean", "weight", "energy"):
+        if tensors[name].dtype != torch.float32 or tensors[name].shape != (n,) or not n:
+            x = tensors[name]
             raise misfit(f"{name} of layers {layers} are {tuple(x.shape)} {x.dtype}, for {n} numbers a token.")
-        check_numbers(x, f"{name} of layers {layers}", LARGEST)
-    group = GroupAxes(tuple(layers), tuple(shapes), *tensors)
-    lengths = group.axes.float().square().sum(1)
-    if not bool((group.weight > 0).all() and (group.energy >= 0).all() and (group.energy.diff() <= 0).all()):
+        check_numbers(tensors[name], f"{name} of layers {layers}", LARGEST)
+    weight, energy = tensors["weight"], tensors["energy"]
+    if not bool((weight > 0).all() and (energy >= 0).all() and (energy.diff() <= 0).all()):
         raise misfit(f"weights of layers {layers} are not above 0, or their energy does not fall.")
-    if not bool(((lengths - 1).abs() <= NEARLY_ONE).all()):
-        raise misfit(f"the axes of layers {layers} are not of length 1.")
-    return group
+    axes = _read_axes(tensors, layers, weight.rsqrt(), widths(tuple(shapes)))
+    return GroupAxes(tuple(layers), tuple(shapes), tensors["mean"], weight, axes, energy, tuple(runs))
+
+
+def _read_axes(tensors: Mapping[str, Tensor], layers: Sequence[int], unit: Tensor, sizes: tuple[int, ...]) -> Axes:
+    x, n = tensors["axes"], len(unit)
+    coded = "scale" in tensors
+    types = (torch.int8, torch.int16) if coded else (torch.float16, torch.bfloat16, torch.float32)
+    if x.dtype not in types or x.dim() != 2 or x.shape[1] != n or not 1 <= len(x) <= n or (not coded and len(x) < n):
+        raise misfit(f"axes of layers {layers} are {tuple(x.shape)} {x.dtype}, for {n} numbers a token.")
+    if coded:
+        scale = tensors["scale"]
+        if scale.dtype != torch.float32 or scale.shape != (len(x), len(sizes)):
+            raise misfit(f"scales of layers {layers} are {tuple(scale.shape)} {scale.dtype}, for {len(sizes)} heads.")
+        check_numbers(scale, f"scales of layers {layers}", 1.0)
+        axes = Axes(x, scale, unit, sizes)
+    else:
+        check_numbers(x, f"axes of layers {layers}", LARGEST)
+        axes = Axes.of(x, unit, sizes, bits=16)
+    for first in range(0, len(x), ROWS):
+        lengths = axes.rows(first, first + ROWS).square().sum(1)
+        if not bool(((lengths - 1).abs() <= NEARLY_ONE).all()):
+            raise misfit(f"the axes of layers {layers} are not of length 1.")
+    return axes
 
 
 _loaded: weakref.WeakValueDictionary[Any, Calibration] = weakref.WeakValueDictionary()

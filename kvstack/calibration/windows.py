@@ -49,8 +49,9 @@ def windows_of(
     texts: Iterable[str] | Mapping[str, str] | None,
     tokens: int,
     tokenizer: PreTrainedTokenizerBase | None,
+    least: int = 0,
 ) -> tuple[Windows, str]:
-    """What is read, and what that is."""
+    """What is read, and what that is: `tokens` of the texts, or fewer of what the model writes, but `least` of them."""
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     if tokenizer is not None:
         kinds = _kinds(texts)
@@ -66,8 +67,9 @@ def windows_of(
         )
     if told := own_text(model):
         log.warning(told)
+    enough = least * (PROMPT + SCORED) // PROMPT + SAMPLED_WINDOW  # a part of each window is scored, not read
     with at_rest(model):
-        return written_by(model, min(tokens, SAMPLED_TOKENS)), "the model itself"
+        return written_by(model, min(tokens, max(SAMPLED_TOKENS, enough))), "the model itself"
 
 
 def own_text(model: PreTrainedModel) -> str:

@@ -316,6 +316,19 @@ def length(
 
 
 @_command
+def axes(
+    run: Run,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
+) -> None:
+    """What CommonKV's axes cost and give where fewer numbers share them: bytes, and the error at equal bytes."""
+    from ..bench.measure import axes as bench
+    from ..bench.show import tables
+
+    for figures in bench.run(run, layers):
+        tables.axes(figures)
+
+
+@_command
 def layers(
     run: Run,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,

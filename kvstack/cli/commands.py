@@ -224,12 +224,10 @@ def spectra(calibration: Calibration) -> Table:
 
     shares = (0.9, 0.99, 0.999)
     table = Table("layers", "axes", *(f"for {share:.1%} of the energy" for share in shares))
-    for part in range(calibration.parts):
-        ranks = [calibration.rank(share, part) for share in shares]
-        kind = ("keys ", "values ")[part] if calibration.parts > 1 else ""
-        for layers, energy in calibration.spectrum(part).items():
-            axes = (str(rank[layers]) for rank in ranks)
-            table.add_row(f"{kind}{layers[0]} to {layers[-1]}", str(len(energy)), *axes)
+    for number, group in enumerate(calibration.groups):
+        ranks = (calibration.rank(share, number % calibration.parts)[group.layers] for share in shares)
+        name = calibration.name_of(group).removeprefix("layers ")
+        table.add_row(name, f"{len(group.axes)} of {len(group.energy)}", *map(str, ranks))
     return table
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DISTORTION", "STEPS", "leading", "spread"]
+__all__ = ["DISTORTION", "STEPS", "error_left", "leading", "nearly_best", "spread"]
 
 STEPS = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Step of the best uniform quantizer of 1, 2, ... 8 bits for a Gaussian of variance 1 (Max 1960, table II; its
@@ -20,6 +20,8 @@ recursion for 6 bits and more)."""
 
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 0.0000869)
 """Mean squared error of these quantizers, with 0, 1, ... 8 bits."""
+
+ENOUGH = 1.1
 
 
 def spread(energies: Sequence[Tensor], bits: int) -> list[Tensor]:
@@ -45,3 +47,18 @@ def leading(energies: Sequence[Tensor], numbers: int) -> list[int]:
     best = flat.sort(descending=True, stable=True).indices[:numbers]
     kept = torch.bincount(best, minlength=len(flat)).split(lengths)
     return [max(1, int(part.sum())) for part in kept]
+
+
+def error_left(energies: Sequence[Tensor], bits: Sequence[Tensor]) -> float:
+    """The squared error that is left where of each of `energies` (R,) the leading channels get `bits`, (n,) with n up
+    to R, and the others none. With 9 bits a channel has no error."""
+    table, error = torch.tensor([*DISTORTION, 0.0], dtype=torch.float64), 0.0
+    for energy, given in zip(energies, bits, strict=True):
+        known, count = energy.double().cpu(), len(given)
+        error += float(known[:count] @ table[given.long().cpu()] + known[count:].sum())
+    return error
+
+
+def nearly_best(energies: Sequence[Tensor], bits: Sequence[Tensor], best: Sequence[Tensor]) -> bool:
+    """Whether `bits` leave an error that is at most a tenth larger than what the `best` ones leave."""
+    return error_left(energies, bits) <= ENOUGH * error_left(energies, best)

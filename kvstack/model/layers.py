@@ -81,21 +81,26 @@ class LayerGroups:
     Args:
         size: layers in a group; None: a divisor of their number near `near`.
         layers: the full-attention layers to group, where some hold nothing; None: all.
-        near: how many layers a group should hold, where `size` does not say it (default 5).
+        near, most: how many layers a group should hold, and may hold, where `size` does not say it (default 5 and 8).
 
     Raises:
         CalibrationError: no such layer, or `size` does not divide their number.
     """
 
     def __init__(
-        self, model: PreTrainedModel, size: int | None, layers: Sequence[int] | None = None, near: float = 5
+        self,
+        model: PreTrainedModel,
+        size: int | None,
+        layers: Sequence[int] | None = None,
+        near: float = 5,
+        most: int = MOST_LAYERS,
     ) -> None:
         found = find_layers(model)
         self.modules, every = dict(found.modules), found.full
         self.full = every if layers is None else [i for i in every if i in layers]
         if not self.full:
             raise CalibrationError(f"{type(model).__name__} has no full-attention layer to calibrate for.")
-        self.size = group_size(len(self.full), near) if size is None else size
+        self.size = group_size(len(self.full), near, most) if size is None else size
         if self.size < 1 or len(self.full) % self.size:
             divisors = [n for n in range(1, len(self.full) + 1) if len(self.full) % n == 0]
             left = "" if len(self.full) == len(every) else " that hold keys and values"
@@ -128,6 +133,6 @@ class LayerGroups:
         return self.groups.index(list(layers))
 
 
-def group_size(count: int, near: float = 5) -> int:
-    """How many of `count` layers to store together: the divisor nearest to `near`, of those up to 8."""
-    return min((n for n in range(1, MOST_LAYERS + 1) if count % n == 0), key=lambda n: (abs(n - near), n))
+def group_size(count: int, near: float = 5, most: int = MOST_LAYERS) -> int:
+    """How many of `count` layers to store together: the divisor nearest to `near`, of those up to `most` and 8."""
+    return min((n for n in range(1, min(most, MOST_LAYERS) + 1) if count % n == 0), key=lambda n: (abs(n - near), n))

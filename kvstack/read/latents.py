@@ -8,13 +8,13 @@ linear_triton.py   from codes of channels on a GPU
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..abilities import Linear
+from ..abilities import Linear, PackedAxes
 from ..encode.channel_codes import ChannelCodes
 from ..packed import Packed
 from ..stage import Encoder
@@ -27,7 +27,7 @@ from .linear_triton import DeviceCodes, TritonReader
 if TYPE_CHECKING:
     from ..turns import Turns
 
-__all__ = ["Opened", "opened", "reader_of", "reads_with"]
+__all__ = ["ByHeads", "LinearReader", "Opened", "opened", "reader_of", "reads_with"]
 
 Opened = Decoded | Codes | DeviceCodes
 """A latent, open for the layers of one forward."""
@@ -74,6 +74,25 @@ def reader_of(
     return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough)
 
 
+class ByHeads:
+    """Answers one query of a layer whose kv heads come from several latents: one reader for each run of heads."""
+
+    def __init__(self, readers: Sequence[LatentReader | CodesReader]) -> None:
+        self.readers = readers
+        self.heads = [each.keys.axes.shape[2] for each in readers]
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        parts = zip(self.readers, query.split(self.heads, dim=1), raw.split(self.heads, dim=1), strict=True)
+        return torch.cat([reader.dot(*part) for reader, *part in parts], dim=1)
+
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        parts = zip(self.readers, weights.split(self.heads, dim=1), raw.split(self.heads, dim=1), strict=True)
+        return torch.cat([reader.mix(*part) for reader, *part in parts], dim=1)
+
+
+LinearReader = LatentReader | CodesReader | ByHeads
+
+
 # ---- whether kernels are right
 
 
@@ -89,8 +108,8 @@ class _Example(NamedTuple):
     weights: Tensor
 
     @classmethod
-    def of(cls, queries: int, width: int, turning: int, *, mean: bool) -> _Example:
-        """With heads of `width` channels, of which `turning` pairs are rotated."""
+    def of(cls, queries: int, width: int, turning: int, *, mean: bool, codes: torch.dtype | None = None) -> _Example:
+        """With heads of `width` channels, of which `turning` pairs are rotated, and axes as numbers or as `codes`."""
         from ..turns import Pairs, Turns
 
         bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
@@ -98,7 +117,12 @@ class _Example(NamedTuple):
         rows, heads, tokens, rank = 2, 2, 200, len(bits)
         encoder = ChannelCodes(torch.rand(rank, generator=draw).sort(descending=True).values, bits)
         z = torch.randn(rows, 1, tokens, rank, generator=draw) * encoder.deviation
-        axes = torch.randn(1, rank, heads, width, generator=draw) / 8
+        axes: Tensor | PackedAxes = torch.randn(1, rank, heads, width, generator=draw) / 8
+        if codes is not None:
+            most = torch.iinfo(codes).max
+            whole = torch.randint(-most, most + 1, (rank, heads, width), generator=draw).to(codes)
+            sizes = torch.rand(rank, heads, generator=draw), torch.rand(heads, width, generator=draw)
+            axes = PackedAxes(whole, sizes[0] / most, sizes[1])
         middle = torch.randn(heads, width, generator=draw) if mean else None
         angles = torch.arange(tokens) * torch.logspace(0, -3, turning)[:, None]
         order = torch.arange(width)
@@ -119,12 +143,13 @@ def _agrees() -> bool:
     """Whether kernels compute what plain torch does."""
 
     def pairs() -> Iterator[tuple[Tensor, ...]]:
-        example = _Example.of(3, 20, 4, mean=True)
-        linear, opened = example.linear, (example.decoded, Codes(example.encoder, example.packed))
-        for turns in example.turns:
-            readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in opened]
-            yield tuple(each.dot(example.query, example.raw) for each in readers)
-            yield tuple(each.mix(example.weights, example.raw) for each in readers)
+        for codes in (None, torch.int8, torch.int16):
+            example = _Example.of(3, 20, 4, mean=True, codes=codes)
+            linear, opened = example.linear, (example.decoded, Codes(example.encoder, example.packed))
+            for turns in example.turns:
+                readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in opened]
+                yield tuple(each.dot(example.query, example.raw) for each in readers)
+                yield tuple(each.mix(example.weights, example.raw) for each in readers)
 
     return compiled.agree(pairs)
 
@@ -140,7 +165,7 @@ def _agrees_on(device: torch.device, queries: int, width: int, turning: int, *, 
         weights = weights[..., : packed.tokens]
         places = torch.arange(packed.tokens).expand(*query.shape[:2], -1)
         packed = packed._map(lambda part: part.to(device))
-        there = Linear("latent", linear.axes.to(device), None if linear.mean is None else linear.mean.to(device))
+        there = Linear("latent", linear.rows().to(device), None if linear.mean is None else linear.mean.to(device))
         z, codes = example.decoded, DeviceCodes(encoder.to(device), packed)
         for turns in example.turns:
             plain = LatentReader(linear, linear, (z, z), turns, 20, 50)

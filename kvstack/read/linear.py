@@ -130,7 +130,7 @@ class LatentReader(Reading):
         """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
         weights, loose = weights.tensor_split([self.tokens], dim=-1)
         mixed = self._weigh(weights)
-        out = mixed @ self.values.axes.to(mixed.dtype).transpose(1, 2)
+        out = mixed @ self.values.rows().to(mixed.dtype).transpose(1, 2)
         if self.values.mean is not None:
             out = out + weights.sum(-1, keepdim=True) * self.values.mean.to(mixed.dtype).unsqueeze(1)
         return out + loose @ raw.to(loose.dtype)
@@ -163,7 +163,7 @@ class LatentReader(Reading):
     def _vectors(self, blocks: Blocks, query: Tensor) -> Tensor:
         """What a query, turned back for each block, makes of the leading channels: (B, H, blocks, G, r)."""
         facing = blocks.facing(query)  # (B, H, blocks, G, C)
-        axes = self.keys.axes[:, : self.rough].index_select(3, blocks.channels).to(facing.dtype)  # (B or 1, r, H, C)
+        axes = self.keys.rows(self.rough).index_select(3, blocks.channels).to(facing.dtype)  # (B or 1, r, H, C)
         return (facing.flatten(2, 3) @ axes.permute(0, 2, 3, 1)).unflatten(2, facing.shape[2:4])
 
     # ---- exact scores
@@ -172,7 +172,7 @@ class LatentReader(Reading):
         """Scores of the tokens at `places` (B, H, n), from keys that are rebuilt: (B, H, G, n)."""
         h, n = places.shape[1:]
         z = take_tokens(self.for_keys.z.unsqueeze(1), places.flatten(1).unsqueeze(1))[:, 0].unflatten(1, (h, n))
-        keys = z @ self.keys.axes.to(z.dtype).transpose(1, 2)  # (B, H, n, D)
+        keys = z @ self.keys.rows().to(z.dtype).transpose(1, 2)  # (B, H, n, D)
         if self.keys.mean is not None:
             keys = keys + self.keys.mean.to(z.dtype).unsqueeze(1)
         return query @ self.turns.rotate_at(keys, places).to(query.dtype).mT

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..abilities import Linear
+from ..abilities import Linear, PackedAxes
 from ..encode.channel_codes import ChannelCodes
 from ..packed import Packed
 from ..workspace import Workspace
@@ -172,12 +172,14 @@ class CodesReader(Reading):
         if self._mine is None:
             rank, codes = self.keys.axes.shape[1], (self.for_keys, self.for_values)
             numbers = (
-                padded(width, 8) * self.room + 5 * width,  # face: axes on their sides, turned queries
+                # face: axes on their sides, turned queries, axes of codes
+                padded(width, 8) * self.room + 5 * width + self.rough * width,
                 PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
                 self.tokens,  # choose: how much each token exceeds the least share
-                5 * (rank + SLACK + padded(width)) + rank * padded(width),  # rescore: latents, keys, axes
+                # rescore: latents, keys, axes, axes of codes
+                5 * (rank + SLACK + padded(width)) + rank * (padded(width) + width),
                 CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
-                heads * self.for_values.rank,  # finish: latents
+                self.for_values.rank * (heads + width),  # finish: latents, axes of codes
             )
             unit = 4 * SLACK + max(each.codes.shape[3] for each in codes)
             size = padded(4 * max(numbers) + unit, 64)
@@ -186,9 +188,18 @@ class CodesReader(Reading):
         return self._mine
 
 
-def _axes(linear: Linear) -> tuple[Tensor, int, int]:
-    """Axes (B or 1, R, H, D) for kernels, and the numbers from one channel and from one row to the next."""
-    axes = linear.axes.float()
-    if axes.stride(3) != 1 or axes.stride(2) != axes.shape[3]:
-        axes = axes.contiguous()
-    return axes, axes.stride(1), axes.stride(0) if axes.shape[0] > 1 else 0
+def _axes(linear: Linear) -> tuple[Tensor | int, ...]:
+    """Axes (B or 1, R, H, D) for kernels, the numbers from one channel and from one row to the next, the bytes of a
+    number; and of axes in codes the scales, how many an axis has, and the units."""
+    axes = linear.axes
+    if isinstance(axes, PackedAxes):
+        codes, scale = _by_head(axes.codes), axes.scale if axes.scale.stride(1) == 1 else axes.scale.contiguous()
+        return codes, codes.stride(0), 0, codes.element_size(), scale, scale.stride(0), axes.unit.contiguous()
+    axes = _by_head(axes.float())
+    return axes, axes.stride(1), axes.stride(0) if axes.shape[0] > 1 else 0, 4, 0, 0, 0
+
+
+def _by_head(axes: Tensor) -> Tensor:
+    """Axes (..., R, H, D), the heads of one side by side."""
+    aligned = axes.stride(-1) == 1 and axes.stride(-2) == axes.shape[-1]
+    return axes if aligned else axes.contiguous()

@@ -25,9 +25,7 @@ from ..errors import UseError
 from ..floats import fitting, saturated, wide
 from ..packed import Packed
 from ..read.codes import KernelCodes, with_raw
-from ..read.latents import Opened, opened, reader_of
-from ..read.linear import LatentReader
-from ..read.linear_numba import CodesReader
+from ..read.latents import ByHeads, LinearReader, Opened, opened, reader_of
 from ..stage import Codec, Encoder
 from ..turns import Turns
 from ..types import KV, Latent, Layout, Rotation
@@ -350,7 +348,7 @@ class GroupLatents(Sealed):
         """What was decoded or opened for one forward."""
         self._decoded: dict[str, Tensor] = {}
         self._opened: dict[str, Opened] = {}
-        self._readers: dict[int, LatentReader | CodesReader] = {}
+        self._readers: dict[int, LinearReader] = {}
 
     # ---- writing
 
@@ -420,13 +418,13 @@ class GroupLatents(Sealed):
         reader = self._readers.get(layer)
         return super().output(layer, weights, raw, work) if reader is None else reader.mix(weights, raw)
 
-    def _reader(self, layer: int, query: Tensor, where: Where, work: Workspace) -> LatentReader | CodesReader | None:
+    def _reader(self, layer: int, query: Tensor, where: Where, work: Workspace) -> LinearReader | None:
         """Reads a layer from rough scores, where its codec lets it."""
         codec, exact = self.codec, getattr(self.codec, "exact", None)
         if not isinstance(codec, ReadsLinearly) or exact is None or query.dtype != torch.float32:
             return None
-        keys, values = codec.linear("keys", layer), codec.linear("values", layer)
-        if keys is None or values is None or keys.axes.device != query.device:
+        runs = codec.linears(layer)
+        if not runs or any(keys.axes.device != query.device for keys, _ in runs):
             return None
         rope = self.ropes[layer] if self._unrotated else None
         turns: Turns | None = None
@@ -436,9 +434,12 @@ class GroupLatents(Sealed):
             turns = rope.turns(positions, query.shape[-1])
         if turns is None:
             return None
-        latents = self._open(keys.latent), self._open(values.latent)
-        reader = self._readers[layer] = reader_of(keys, values, latents, turns, exact, codec.rough, work)
-        return reader
+        readers = []
+        for keys, values in runs:
+            latents = self._open(keys.latent), self._open(values.latent)
+            readers.append(reader_of(keys, values, latents, turns, exact, codec.rough, work))
+        self._readers[layer] = readers[0] if len(readers) == 1 else ByHeads(readers)
+        return self._readers[layer]
 
     def _open(self, name: str) -> Opened:
         """A latent, once per forward for all layers."""

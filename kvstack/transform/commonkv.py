@@ -10,20 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from ..abilities import Allotment, Budgeted, Linear, NeedsHidden, ReadsLinearly
-from ..calibration.axes import Basis, flat
-from ..calibration.calibrate import calibration_for
-from ..calibration.calibration import Calibration
+from ..calibration.axes import Basis, Shapes, flat, split
+from ..calibration.calibrate import calibrated_groups, calibration_for
+from ..calibration.calibration import Calibration, loaded
 from ..calibration.weight_axes import weight_axes
 from ..calibration.windows import sample_ids
 from ..checks import check_places
 from ..encode.channel_codes import ChannelCodes
-from ..encode.waterfilling import leading
+from ..encode.waterfilling import DISTORTION, leading, nearly_best, spread
 from ..errors import BindError
 from ..floats import fitting, saturated
 from ..model.layers import LayerGroups
@@ -50,7 +51,8 @@ class CommonKV(Transform):
             (default 0.5). All groups share one budget: a group gets more where its channels have more energy. With an
             encoder that can spend bits unevenly, such as `Quant(2)`, the budget is this many numbers of that many bits,
             spread over all channels.
-        layers: adjacent full-attention layers in a group; default a divisor of their number near 5.
+        layers: adjacent full-attention layers in a group; default those of `calibration`, or a divisor of their number
+            near 5, fewer where a layer caches very many numbers.
         basis: where the axes of a group come from. `calibrated` (default): the directions along which its un-rotated
             keys and values vary on calibration text, each number weighed by how much it matters. `weights` (the
             paper's): singular vectors of its key and value projections; no data, and much worse.
@@ -142,7 +144,11 @@ class CommonKV(Transform):
         check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
-        groups = LayerGroups(model, self.layers, layers)
+        size = self.layers
+        if size is None and self.calibration is not None:
+            given = self.calibration if isinstance(self.calibration, Calibration) else loaded(self.calibration)
+            size = given.layers
+        groups = calibrated_groups(model, size, layers)
         dtype = model.dtype if self.rebuild is None else getattr(torch, self.rebuild)
         bound = Calibrated if self.basis == "calibrated" else OfWeights
         return bound(self, model, groups, dtype)
@@ -161,20 +167,36 @@ def _counts(number: object) -> bool:
 
 
 class Calibrated(Budgeted):
-    """Axes from a calibration. All groups compete for one budget."""
+    """Axes from a calibration. All blocks of all groups compete for one budget.
+
+    Args:
+        complete: whether all axes are wanted, where the default calibration keeps half of them.
+    """
 
     stage: CommonKV
 
-    def __init__(self, stage: CommonKV, model: PreTrainedModel, groups: LayerGroups, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stage: CommonKV,
+        model: PreTrainedModel,
+        groups: LayerGroups,
+        dtype: torch.dtype,
+        *,
+        complete: bool = False,
+    ) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
         self.groups, self.dtype = groups, dtype
-        self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher")
-        axes = [len(known) for known in self.channels]
+        self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher", complete=complete)
+        self.blocks = [block for layers in groups.groups for block in self.calibration.of(layers)]
+        axes = [len(block.energy) for block in self.blocks]
         stage.check_rank(groups, min(axes))
         self._numbers = int(stage.keep * sum(axes)) if isinstance(stage.keep, float) else stage.keep * len(axes)
         # without an encoder that spends bits unevenly, places go to the channels of most energy
         energies = [known.energy for known in self.channels]
         self.allotments = [Allotment(rank) for rank in leading(energies, self._numbers)]
+        self._complete: Callable[[], Any] | None = None
+        if not complete:
+            self._complete = partial(type(self), stage, model, groups, dtype, complete=True)
         self.apart: list[int] | None = None
         if stage.unmerged:
             self.apart = settle_apart(stage.unmerged, model, groups, self.for_group)
@@ -185,25 +207,47 @@ class Calibrated(Budgeted):
 
     @property
     def channels(self) -> Sequence[Channels]:
-        return [self.calibration.channels_of(layers) for layers in self.groups.groups]
+        return [Channels(block.energy[: len(block.axes)]) for block in self.blocks]
+
+    def ample(self, allotments: Sequence[Allotment]) -> Self:
+        """With all axes, where those that are kept leave an error that is much larger."""
+        energies = [block.energy for block in self.blocks]
+        bits = [_bits(allotment) for allotment in allotments]
+        if all(isinstance(allotment.encoder, ChannelCodes) for allotment in allotments):
+            best = spread(energies, sum(int(given.sum()) for given in bits))
+        else:
+            best = [_bits(Allotment(rank)) for rank in leading(energies, self._numbers)]
+        if self._complete is None or nearly_best(energies, bits, best):
+            return self
+        made: Self = self._complete()
+        return made
 
     def allotted(self, allotments: Sequence[Allotment]) -> Self:
         other: Self = object.__new__(type(self))
-        vars(other).update(vars(self), allotments=list(allotments))
+        vars(other).update(vars(self), allotments=list(allotments), _complete=None)
         return other
 
     def for_group(self, layers: Sequence[int]) -> Project:
         number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
-        allotment = self.allotments[number]
-        basis = self.calibration.basis(layers, allotment.rank, device, self.dtype)
-        codec = Project(basis, None if self.apart is None else self.apart[number])
-        encoder = allotment.encoder
-        if encoder is not None:
-            codec.encoders = {LATENT: encoder.to(device) if isinstance(encoder, ChannelCodes) else encoder}
+        count = self.calibration.parts
+        allotments = self.allotments[number * count : (number + 1) * count]
+        bases = [
+            self.calibration.basis(layers, allotment.rank, device, self.dtype, part)
+            for part, allotment in enumerate(allotments)
+        ]
+        codec = Project(bases, None if self.apart is None else self.apart[number])
+        encoders = {name: one.encoder for name, one in zip(codec.names, allotments, strict=True) if one.encoder}
+        codec.encoders = {name: x.to(device) if isinstance(x, ChannelCodes) else x for name, x in encoders.items()}
         codec.exact, codec.rough = self.stage.exact, self.stage.rough
-        codec.tensors = [*basis.tensors, *self.calibration.tensors(layers)]
+        codec.tensors = [*(x for basis in bases for x in basis.tensors), *self.calibration.tensors(layers)]
         codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)
         return codec
+
+
+def _bits(allotment: Allotment) -> Tensor:
+    """Bits of each channel that is stored; where nobody counts them, so many that they leave no error."""
+    encoder = allotment.encoder
+    return encoder.bits if isinstance(encoder, ChannelCodes) else torch.full((allotment.rank,), len(DISTORTION))
 
 
 class OfWeights(BoundTransform):
@@ -237,7 +281,7 @@ class OfWeights(BoundTransform):
         number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
         basis = self.axes.basis(layers, self.rank, device, self.dtype)
         apart = None if self.apart is None else self.apart[number]
-        codec = Project(basis, apart)
+        codec = Project([basis], apart)
         if self.merge == "mean":
             mine = [self.weights[layer] for layer in layers]
             shares = torch.tensor(mine if sum(mine) > 0 else [1.0] * len(layers), device=device)
@@ -250,7 +294,8 @@ class OfWeights(BoundTransform):
 
 
 def _fingerprint(axes: str, layers: Sequence[int], codec: Project) -> str:
-    return f"{axes} {tuple(layers)} rank {len(codec.basis.axes)} unmerged {codec.apart}"
+    ranks = "+".join(str(basis.rank) for basis in codec.bases)
+    return f"{axes} {tuple(layers)} rank {ranks} unmerged {codec.apart}"
 
 
 def settle_apart(
@@ -280,15 +325,16 @@ def settle_apart(
 
 
 class Project(ReadsLinearly):
-    """The latent that leaves the least error in the keys and values of a group.
+    """The latents that leave the least error in the keys and values of a group: one, or one for each run of kv heads.
 
     Args:
-        basis: the axes.
+        bases: the axes of each latent; their heads side by side are those of the group.
         apart: tokens of every `TOGETHER` that keep their plain keys and values; None where no group keeps any.
     """
 
-    def __init__(self, basis: Basis, apart: int | None) -> None:
-        self.basis, self.apart = basis, apart or 0
+    def __init__(self, bases: Sequence[Basis], apart: int | None) -> None:
+        self.bases, self.apart = bases, apart or 0
+        self.names = [LATENT] if len(bases) == 1 else [f"{LATENT} {number}" for number in range(len(bases))]
         if apart is not None:
             self.granule, self.latent_multiple = TOGETHER, STEP
 
@@ -297,46 +343,80 @@ class Project(ReadsLinearly):
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         z = self.latents(group)
         dtype = group[0].keys.dtype
-        data = fitting(self.merged(z), dtype).unsqueeze(1)
+        data = {
+            name: fitting(merged, dtype).unsqueeze(1) for name, merged in zip(self.names, self.merged(z), strict=True)
+        }
         if not self.apart:
-            return {LATENT: Latent(data)}
+            return {name: Latent(x) for name, x in data.items()}
         apart, rest = self._parted(self.unlike(group, z))
         plain = fitting(flat(group), dtype).unsqueeze(1)
         return {
             UNMERGED: Latent(take_tokens(plain, apart.unsqueeze(1)), exact=True),
             WHERE: Latent((apart % TOGETHER).to(torch.uint8)[:, None, :, None], exact=True),
-            LATENT: Latent(take_tokens(data, rest.unsqueeze(1))),
+            **{name: Latent(take_tokens(x, rest.unsqueeze(1))) for name, x in data.items()},
         }
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
-        z = latents[LATENT].squeeze(1)
-        kv = KV(self.keys_of(z, layer), saturated(self.basis.values(z, layer), z.dtype))
+        values = [
+            saturated(basis.values(z, layer), z.dtype) for basis, z in zip(self.bases, self._each(latents), strict=True)
+        ]
+        kv = KV(self.keys_of(latents, layer), _by_head(values))
         return self._joined(kv, latents, layer) if self.apart else kv
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        if self.apart:
-            return super().keys(latents, layer)
-        return self.keys_of(latents[LATENT].squeeze(1), layer)
+        return super().keys(latents, layer) if self.apart else self.keys_of(latents, layer)
 
     def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:
-        return None if self.apart else Linear(LATENT, *self.basis.cut(layer, kind == "keys"))
+        pairs = self.linears(layer)
+        return pairs[0][kind == "values"] if len(pairs) == 1 else None
 
-    def keys_of(self, z: Tensor, layer: int) -> Tensor:
-        """Latents (B, T, R) -> keys (B, H, T, D)."""
-        return saturated(self.basis.keys(z, layer), z.dtype)
+    def linears(self, layer: int) -> Sequence[tuple[Linear, Linear]]:
+        if self.apart:
+            return []
+        return [
+            (Linear(name, *basis.cut(layer, keys=True)), Linear(name, *basis.cut(layer, keys=False)))
+            for name, basis in zip(self.names, self.bases, strict=True)
+        ]
+
+    def keys_of(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
+        """Latents -> keys (B, H, T, D) of the tokens that are merged."""
+        made = zip(self.bases, self._each(latents), strict=True)
+        return _by_head([saturated(basis.keys(z, layer), z.dtype) for basis, z in made])
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
         if self.apart:
             return super().weigh(weights, latents, layer)
-        return self.basis.weigh(weights, latents[LATENT].squeeze(1), layer)
+        parts = weights.split([basis.shapes[layer][0] for basis in self.bases], dim=1)
+        made = zip(self.bases, parts, self._each(latents), strict=True)
+        return _by_head([basis.weigh(part, z, layer) for basis, part, z in made])
 
-    def latents(self, group: Sequence[KV]) -> Tensor:
-        """(B, T, R), or (layers, B, T, R) where each layer gives one."""
-        return self.basis.project(flat(group))
+    def _each(self, latents: Mapping[str, Tensor]) -> list[Tensor]:
+        """(B, T, R) of each basis."""
+        return [latents[name].squeeze(1) for name in self.names]
 
-    def merged(self, z: Tensor) -> Tensor:
-        """`latents` -> (B, T, R)."""
+    def latents(self, group: Sequence[KV]) -> list[Tensor]:
+        """Of each basis (B, T, R), or (layers, B, T, R) where each layer gives one."""
+        return [basis.project(flat(part)) for basis, part in zip(self.bases, self._parts(group), strict=True)]
+
+    def merged(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`latents` -> (B, T, R) of each basis."""
         return z
+
+    def _parts(self, group: Sequence[KV]) -> Sequence[Sequence[KV]]:
+        """The heads of each basis."""
+        if len(self.bases) == 1:
+            return [group]
+        runs = []
+        for layer, kv in enumerate(group):
+            heads = [basis.shapes[layer][0] for basis in self.bases]
+            runs.append([KV(*part) for part in zip(kv.keys.split(heads, 1), kv.values.split(heads, 1), strict=True)])
+        return list(zip(*runs, strict=True))
+
+    @property
+    def _shapes(self) -> Shapes:
+        """(H, D of keys, D of values) of each layer, all bases together."""
+        layers = zip(*(basis.shapes for basis in self.bases), strict=True)
+        return tuple((sum(heads for heads, *_ in runs), *runs[0][1:]) for runs in layers)
 
     def check_latents(self, latents: Mapping[str, Tensor]) -> None:
         if self.apart:
@@ -344,9 +424,10 @@ class Project(ReadsLinearly):
 
     # ---- tokens that are not merged
 
-    def unlike(self, group: Sequence[KV], z: Tensor) -> Tensor:
+    def unlike(self, group: Sequence[KV], z: Sequence[Tensor]) -> Tensor:
         """(B, T): how badly a token suits one latent for all layers."""
-        return self.basis.loss(flat(group), z)
+        parts = zip(self.bases, self._parts(group), z, strict=True)
+        return torch.stack([basis.loss(flat(part), mine) for basis, part, mine in parts]).sum(0)
 
     def _parted(self, unlike: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the tokens that stay apart and of the others, (B, n) each, ascending: as many in every granule."""
@@ -365,10 +446,14 @@ class Project(ReadsLinearly):
         mask = torch.ones(b, t, dtype=torch.bool, device=within.device).scatter_(1, apart, False)
         rest = mask.nonzero()[:, 1].view(b, t - n)
         order = torch.cat([apart, rest], dim=1).argsort(dim=1)[:, None]
-        keys, values = self.basis.split(latents[UNMERGED].squeeze(1), layer)
-        plain = KV(keys, values)
+        plain = split(latents[UNMERGED].squeeze(1), self._shapes, layer)
         both = KV(torch.cat([plain.keys, kv.keys], dim=2), torch.cat([plain.values, kv.values], dim=2))
         return both.take(order)
+
+
+def _by_head(parts: Sequence[Tensor]) -> Tensor:
+    """Runs of heads (B, h, T, D) side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 class Mean(NeedsHidden, Project):
@@ -383,18 +468,18 @@ class Mean(NeedsHidden, Project):
     def __init__(
         self, basis: Basis, apart: int | None, down: Tensor, shares: Tensor, similarity: Literal["ends", "pairs"]
     ) -> None:
-        super().__init__(basis, apart)
+        super().__init__([basis], apart)
         self.down, self.shares, self.similarity = down, shares, similarity
 
-    def latents(self, group: Sequence[KV]) -> Tensor:
+    def latents(self, group: Sequence[KV]) -> list[Tensor]:
         hidden = [kv.hidden[:, 0].to(self.down.device).float() for kv in group if kv.hidden is not None]
-        return torch.stack([x @ self.down.T for x in hidden])
+        return [torch.stack([x @ self.down.T for x in hidden])]
 
-    def merged(self, z: Tensor) -> Tensor:
-        return torch.einsum("l,lbtr->btr", self.shares, z)
+    def merged(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [torch.einsum("l,lbtr->btr", self.shares, z[0])]
 
-    def unlike(self, group: Sequence[KV], z: Tensor) -> Tensor:
-        unit = torch.nn.functional.normalize(z, dim=-1)
+    def unlike(self, group: Sequence[KV], z: Sequence[Tensor]) -> Tensor:
+        unit = torch.nn.functional.normalize(z[0], dim=-1)
         if self.similarity == "ends":
             return -(unit[0] * unit[-1]).sum(-1)
         return -unit.sum(0).square().sum(-1)  # the sum of all pairs' cosines, up to constants

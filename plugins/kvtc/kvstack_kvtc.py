@@ -23,9 +23,11 @@ from kvstack.authoring import (
     Linear,
     ReadsLinearly,
     as_path,
+    calibrated_groups,
     calibration_for,
     check,
     flat,
+    nearly_best,
     saturated,
 )
 
@@ -100,17 +102,23 @@ class KVTC(Transform):
         object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
-        groups = LayerGroups(model, self.layers or len(LayerGroups(model, 1, layers).full), layers)
+        groups = calibrated_groups(model, self.layers, layers, "variance")
         calibration = calibration_for(self, self.calibration, model, groups, "variance")
-        return BoundKVTC(self, groups, calibration, self._codes(groups, calibration), model.dtype)
+        codes = self._codes(groups, calibration)
+        if codes is None:  # there are bits for axes that are not kept
+            calibration = calibration_for(self, self.calibration, model, groups, "variance", complete=True)
+            codes = self._codes(groups, calibration)
+        assert codes is not None
+        return BoundKVTC(self, groups, calibration, codes, model.dtype)
 
-    def _codes(self, groups: LayerGroups, calibration: Calibration) -> list[ChannelCodes]:
-        """Of keys and values of all groups; worked out once for a calibration, which takes a second."""
+    def _codes(self, groups: LayerGroups, calibration: Calibration) -> list[ChannelCodes] | None:
+        """Of keys and values of all groups, or None where they want more axes than are kept; worked out once for a
+        calibration, which takes a second."""
         known, key = _known.setdefault(calibration, {}), (tuple(map(tuple, groups.groups)), self.ratio)
         if key in known:
             return known[key]
-        spectra = [calibration.spectrum(part) for part in range(len(KINDS))]
-        energies = [spectrum[tuple(group)] for group in groups.groups for spectrum in spectra]
+        blocks = [block for group in groups.groups for block in calibration.of(group)]
+        energies = [block.energy for block in blocks]
         bits = int(16 * sum(map(len, energies)) / self.ratio)
         spent = widths(energies, bits)
         if spent is None:
@@ -118,7 +126,13 @@ class KVTC(Transform):
                 f"{self!r}: {bits} bits a token are too few for {len(energies)} latents. "
                 "Use a smaller ratio, or more layers in a group."
             )
-        codes = []
+        if any(int((given > 0).sum()) > len(block.axes) for block, given in zip(blocks, spent, strict=True)):
+            best, held = spent, [block.energy[: len(block.axes)] for block in blocks]
+            spent = widths(held, bits)
+            if spent is None or not nearly_best(energies, spent, best):
+                known[key] = None
+                return None
+        codes: list[ChannelCodes] = []
         for energy, given in zip(energies, spent, strict=True):
             rank = int((given > 0).sum())
             codes.append(ChannelCodes(energy[:rank].clone(), given[:rank].clone()))
@@ -126,7 +140,7 @@ class KVTC(Transform):
         return codes
 
 
-_known: weakref.WeakKeyDictionary[Calibration, dict[Any, list[ChannelCodes]]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Calibration, dict[Any, list[ChannelCodes] | None]] = weakref.WeakKeyDictionary()
 
 
 def _counts(number: object) -> bool:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from kvstack.calibration.axes import Basis, flat
-from kvstack.calibration.calibration import GroupAxes, orthonormal
+from kvstack.abilities import PackedAxes
+from kvstack.calibration.axes import Axes, Basis, flat, split, widths
 from kvstack.types import KV
 
 SHAPES = ((2, 8, 4), (1, 6, 6))
@@ -77,8 +77,44 @@ def test_rebuilding_in_bfloat16_is_close():
     assert 0 < error < 0.01
 
 
-def test_axes_stored_as_halves_are_orthonormal_again():
-    axes = torch.linalg.qr(random(64, 64)).Q.half()
-    made = GroupAxes((0,), SHAPES, torch.zeros(64), torch.ones(64), axes, torch.ones(64))
-    product = orthonormal(made.axes.float())
-    torch.testing.assert_close(product @ product.T, torch.eye(64), atol=1e-5, rtol=0)
+@given(st.sampled_from([8, 16]), st.integers(0, 5), st.integers(1, N))
+def test_axes_in_codes_are_the_axes(bits, seed, rank):
+    """Every number is off by half a step of its head at most, and everything that is made of axes is made of these."""
+    rows, unit = torch.linalg.qr(random(N, N, seed=seed)).Q[:rank], random(N, seed=seed + 1).exp()
+    axes = Axes.of(rows, unit, widths(SHAPES), bits)
+    step = axes.scale.repeat_interleave(torch.tensor(axes.widths), dim=1)
+    assert bool(((axes.rows() - rows).abs() <= step * 0.51).all())  # and rounding of the product
+    assert float(step.max()) <= 1 / (2 ** (bits - 1) - 1) + 1e-9
+    coded, plain = (Basis(x, random(N, seed=seed + 2), unit**-2, SHAPES) for x in (axes, axes.full()))
+    layers = group(seed)
+    z = plain.project(flat(layers))
+    torch.testing.assert_close(coded.project(flat(layers)), z)
+    for layer in range(len(SHAPES)):
+        torch.testing.assert_close(coded.keys(z, layer), plain.keys(z, layer))
+        torch.testing.assert_close(coded.values(z, layer), plain.values(z, layer))
+        for keys in (True, False):
+            (packed, mean), (numbers, same) = coded.cut(layer, keys), plain.cut(layer, keys)
+            assert isinstance(packed, PackedAxes)
+            torch.testing.assert_close(packed.full(), numbers)
+            torch.testing.assert_close(packed.full(1), numbers[:, :1])
+            assert packed.shape == numbers.shape
+            assert torch.equal(mean, same)
+
+
+def test_leading_axes_share_memory():
+    axes = Axes.of(torch.linalg.qr(random(N, N)).Q, torch.ones(N), widths(SHAPES), 8)
+    assert axes.leading(5).codes.data_ptr() == axes.codes.data_ptr()
+    assert torch.equal(axes.leading(5).full(), axes.full()[:5])
+
+
+def test_an_axis_that_is_nothing_in_a_head_is_nothing_in_codes():
+    axes = Axes.of(torch.zeros(2, N), torch.ones(N), widths(SHAPES), 8)
+    assert torch.equal(axes.full(), torch.zeros(2, N))
+
+
+def test_numbers_of_a_layer_out_of_flat_ones():
+    layers = group()
+    for layer, kv in enumerate(layers):
+        again = split(flat(layers), SHAPES, layer)
+        assert torch.equal(again.keys, kv.keys)
+        assert torch.equal(again.values, kv.values)

@@ -232,8 +232,8 @@ def test_parts_in_other_modes_and_tables_that_depend_on_the_length():
 def test_the_user_is_told_once_that_a_model_reads_its_own_text(caplog):
     model = tiny_model()
     with caplog.at_level(logging.WARNING, "kvstack"):
-        calibrate(model, tokens=200)
-        calibrate(model, tokens=200)
+        calibrate(model, tokens=400)
+        calibrate(model, tokens=400)
     (record,) = caplog.records
     assert (
         "tokenizer of this LlamaForCausalLM is not known, so it is calibrated on text that it writes" in record.message
@@ -280,5 +280,5 @@ def test_a_model_whose_weights_are_offloaded_calibrates():
     accelerate = pytest.importorskip("accelerate")
     model = copy.deepcopy(tiny_model())
     accelerate.cpu_offload(model, execution_device="cpu")
-    made = calibrate(model, tokens=200)
+    made = calibrate(model, tokens=400)
     assert all(torch.isfinite(group.axes.float()).all() for group in made.groups)

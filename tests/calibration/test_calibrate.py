@@ -34,17 +34,34 @@ def saved(found, tmp_path):
 def test_axes_cover_all_layers_and_are_ordered(found):
     assert [group.layers for group in found.groups] == [(0, 1), (2, 3)]
     for group in found.groups:
-        assert group.axes.shape == (128, 128)
+        assert group.axes.codes.shape == (len(group.axes), 128)
+        assert group.axes.bits == 8
+        assert group.energy.shape == (128,)
         assert bool((group.energy.diff() <= 0).all())
         assert bool((group.weight > 0).all())
-    assert found.nbytes == sum(128 * 128 * 2 + 3 * 128 * 4 for _ in range(2))
+    assert sum(len(group.axes) for group in found.groups) == 128
+    # codes, and for each axis the scales of 2 layers, keys and values, 2 heads
+    assert found.nbytes == 128 * (128 + 4 * 8) + 2 * 3 * 128 * 4
+
+
+def test_the_axes_that_are_kept_are_those_of_most_energy(found):
+    every = calibrate(tiny.model("llama"), layers=2, keep_axes=1.0, bits=16)
+    energies = torch.cat([group.energy for group in every.groups])
+    least = energies.sort(descending=True).values[127]
+    for some, all_of_it in zip(found.groups, every.groups, strict=True):
+        assert len(some.axes) == int((all_of_it.energy >= least).sum())
+        assert torch.equal(some.energy, all_of_it.energy)
+        kept = all_of_it.axes.leading(len(some.axes)).rows()
+        torch.testing.assert_close(some.axes.rows(), kept, atol=0.5 / 127, rtol=0)
+        product = all_of_it.axes.rows() @ all_of_it.axes.rows().T
+        torch.testing.assert_close(product, torch.eye(128), atol=1e-3, rtol=0)
 
 
 def test_energies_are_the_variances_of_the_latents():
     """On the very text that was read, a latent's channels vary as their energies say, and not together."""
     model = tiny.model("llama")
     texts = windows.written_by(model, windows.SAMPLED_TOKENS)
-    found = calibrate(model, layers=4)
+    found = calibrate(model, layers=4, keep_axes=1.0, bits=16)
     group = found.groups[0]
     basis = group.basis(128, torch.device("cpu"), torch.float32)
     groups = LayerGroups(model, 4)
@@ -113,7 +130,8 @@ def test_calibrating_leaves_the_model_as_it_was():
 
 def test_the_same_text_gives_the_same_calibration(found):
     again = calibrate(tiny.model("llama"), layers=2)
-    assert all(torch.equal(a.axes, b.axes) for a, b in zip(found.groups, again.groups, strict=True))
+    for a, b in zip(found.groups, again.groups, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
 
 
 # ---- files
@@ -124,7 +142,8 @@ def test_a_file_gives_back_what_was_saved(found, saved):
     assert again.manifest == found.manifest
     for a, b in zip(found.groups, again.groups, strict=True):
         assert (a.layers, a.shapes) == (b.layers, b.shapes)
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mean", "weight", "axes", "energy"))
+        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+        assert torch.equal(a.axes.full(), b.axes.full())
     again.check(tiny.model("llama"))
     assert os.listdir(saved.parent) == [saved.name], "nothing partial is left"
 
@@ -143,6 +162,25 @@ def test_a_truncated_file_is_refused(saved, size):
     saved.write_bytes(saved.read_bytes()[:size])
     with pytest.raises(CalibrationError, match="damaged"):
         Calibration.load(saved)
+
+
+def test_a_file_of_version_0_1(found, saved):
+    """All axes, as halves."""
+    from kvstack.files import read_tensors, write_tensors
+
+    every = calibrate(tiny.model("llama"), layers=2, keep_axes=1.0, bits=16)
+    every.save(saved)
+    metadata, tensors = read_tensors(saved, CalibrationError, "calibration", "")
+    before = {name: x for name, x in tensors.items() if not name.endswith(("axes", "scale"))}
+    before |= {f"{i}.axes": group.axes.rows().half() for i, group in enumerate(every.groups)}
+    groups = '[{"layers": [0, 1], "shapes": [[2, 16, 16], [2, 16, 16]]}, '
+    groups += '{"layers": [2, 3], "shapes": [[2, 16, 16], [2, 16, 16]]}]'
+    write_tensors(saved, before, {**metadata, "format": "kvstack calibration 1", "groups": groups})
+    again = Calibration.load(saved)
+    for a, b in zip(every.groups, again.groups, strict=True):
+        assert torch.equal(a.energy, b.energy)
+        torch.testing.assert_close(a.axes.full(), b.axes.full(), atol=1e-3, rtol=1e-3)
+    KVStack([CommonKV(0.9, calibration=again)], model=tiny.model("llama"))
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -252,7 +290,7 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path, caplog):
 def test_stacks_share_one_copy_of_the_axes():
     model = tiny.model("llama")
     one, other = (KVStack([CommonKV(0.5)], model=model) for _ in range(2))
-    axes = [stack.batch.cohorts[0].stores[0].codecs[0].basis.axes for stack in (one, other)]
+    axes = [stack.batch.cohorts[0].stores[0].codecs[0].bases[0].axes for stack in (one, other)]
     assert axes[0] is axes[1]
     assert one.model_nbytes == other.model_nbytes > 0
     assert "that all caches of the model share" in str(one.report())
@@ -280,11 +318,11 @@ def test_axes_of_keys_and_of_values_apart(tmp_path):
     weights = torch.cat([group.weight for group in found.groups])
     assert torch.equal(weights, weights[:1].expand_as(weights))
     device = torch.device("cpu")
-    basis = [found.basis((2, 3), 64, device, torch.float32, part) for part in range(2)]
+    basis = [found.basis((2, 3), len(found.of((2, 3))[part].axes), device, torch.float32, part) for part in range(2)]
     assert basis[0].shapes == ((2, 16, 0),) * 2
     assert basis[1].shapes == ((2, 0, 16),) * 2
     assert torch.equal(basis[1].mean, found.groups[3].mean)
-    rows = ["keys 0 to 1", "keys 2 to 3", "values 0 to 1", "values 2 to 3"]
+    rows = ["0 to 1, keys", "0 to 1, values", "2 to 3, keys", "2 to 3, values"]
     assert list(spectra(found).columns[0].cells) == rows
     found.save(tmp_path / "axes")
     again = Calibration.load(tmp_path / "axes")
@@ -342,7 +380,7 @@ def test_more_axes_than_tokens():
     with pytest.raises(CalibrationError, match=message):
         calibrate(model, tokens=100, metric="variance")
     assert calibrate(model, tokens=100, layers=4, metric="variance").layers == 4
-    with pytest.raises(CalibrationError, match=r"cache 384 numbers .* Use tokens=1536 or more"):
+    with pytest.raises(CalibrationError, match=r"cache 384 numbers .* Use tokens=960 or more"):
         calibrate(tiny_model(num_hidden_layers=1, head_dim=192), tokens=100, metric="variance")
 
 
@@ -374,6 +412,89 @@ def test_command(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["calibrate", str(folder)])
     assert done.exit_code == 2
     assert "cannot be loaded as a model" in done.stderr
+
+
+# ---- blocks
+
+
+def test_a_block_is_bounded_and_heads_are_cut():
+    """A group of more numbers than a block holds: its kv heads are cut into runs, as few as do."""
+    model = tiny.model("llama")
+    joint, runs = calibrate(model, layers=2), calibrate(model, layers=2, block=64)
+    assert (joint.parts, runs.parts) == (1, 2)
+    assert [group.heads for group in runs.groups] == [((0, 1), (0, 1)), ((1, 2), (1, 2))] * 2
+    assert all(group.shapes == ((1, 16, 16),) * 2 for group in runs.groups)
+    # each run is what its numbers give alone: mean and weight are those of the joint block
+    of = torch.arange(128).view(2, 2, 2, 16)
+    for whole, parts in zip(joint.groups, (runs.groups[:2], runs.groups[2:]), strict=True):
+        for head, part in enumerate(parts):
+            torch.testing.assert_close(part.mean, whole.mean[of[:, :, head].flatten()])
+    assert next(iter(spectra(runs).columns[0].cells)) == "0 to 1, heads 0 to 0"
+
+
+def test_groups_are_as_large_as_a_block_allows():
+    model = tiny.model("llama")  # 64 numbers a layer
+    assert [calibrate(model, block=n).layers for n in (8192, 255, 128, 64)] == [4, 2, 2, 1]
+    assert [calibrate(model, block=n, metric="variance").layers for n in (128, 64, 32)] == [4, 2, 1]
+    with pytest.raises(
+        CalibrationError, match=r"2 layers of LlamaForCausalLM cache 128 .* Use layers= one of \[1\], or"
+    ):
+        calibrate(model, layers=2, block=48)
+    with pytest.raises(CalibrationError, match=r"Use block=32\."):
+        calibrate(model, block=16)
+
+
+def test_texts_are_read_again_where_sums_take_too_much():
+    """The same calibration, whatever memory the sums may take."""
+    model, seen = tiny.model("llama"), []
+    one = calibrate(model, layers=1, tokens=300)
+    few = calibrate(model, layers=1, tokens=300, memory=2 * 64 * 64 * 4 / 2**30, progress=lambda *at: seen.append(at))
+    for a, b in zip(one.groups, few.groups, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+    windows_read = (seen[-1][1] - 4) // 2
+    assert seen == [(done + 1, 2 * windows_read + 4) for done in range(2 * windows_read + 4)]
+
+
+def test_fewer_tokens_than_axes_are_refused():
+    with pytest.raises(CalibrationError, match=r"4 layers .* cache 256 numbers .* share axes, and 142 tokens"):
+        calibrate(tiny.model("llama"), tokens=100, layers=4)
+
+
+@pytest.mark.parametrize("setting", [{"keep_axes": 0.0}, {"keep_axes": 1.5}, {"bits": 4}, {"block": 0}, {"memory": 0}])
+def test_settings_that_mean_nothing(setting):
+    (name,) = setting
+    with pytest.raises(CalibrationError, match=f"{name}=.* Use "):
+        calibrate(tiny.model("llama"), **setting)
+
+
+# ---- budgets that want more axes
+
+
+def test_a_large_budget_gets_all_axes(monkeypatch, tmp_path):
+    """The default calibration keeps half of the axes; a stack that would lose by it gets one with all of them."""
+    model = tiny.model("mistral")
+    monkeypatch.setattr(keep, "folder", lambda: tmp_path)
+    keep.forget(model)
+    KVStack([CommonKV(0.5)], model=model)
+    assert len(list(tmp_path.glob("*-half.safetensors"))) == len(list(tmp_path.glob("*.safetensors"))) == 1
+    stack = KVStack([CommonKV(1.0)], model=model)
+    assert len(list(tmp_path.glob("*-all.safetensors"))) == 1
+    (basis,) = stack.batch.cohorts[0].stores[0].codecs[0].bases
+    assert basis.rank == 4 * 64
+    assert basis.axes.bits == 16
+    keep.forget(model)
+
+
+def test_a_given_calibration_that_is_too_small_is_refused(saved):
+    with pytest.raises(BindError, match=r"keeps 128 of 256 axes, and this stack has bits for more .* keep_axes=1\.0"):
+        KVStack([CommonKV(0.9, calibration=saved)], model=tiny.model("llama"))
+    with pytest.raises(BindError, match="this stack has bits for more of them"):
+        KVStack([CommonKV(0.6, calibration=saved), Quant(8)], model=tiny.model("llama"))
+
+
+def test_groups_are_those_of_the_calibration(found):
+    stack = KVStack([CommonKV(0.5, calibration=found)], model=tiny.model("llama"))
+    assert len(stack.batch.cohorts[0].stores) == 2
 
 
 # ---- sensitivity

@@ -25,19 +25,24 @@ COUNT = 10 * int(os.environ.get("KVSTACK_FUZZ", "4"))
 @pytest.fixture(scope="module")
 def made():
     with torch.no_grad():
-        return {metric: calibrate(tiny.model("llama"), tokens=400, layers=2, metric=metric) for metric in KINDS}
+        model, every = tiny.model("llama"), {"tokens": 400, "layers": 2, "keep_axes": 1.0}
+        return {
+            "fisher": calibrate(model, **every),
+            "variance": calibrate(model, tokens=400, layers=2, metric="variance"),
+            "fisher by heads": calibrate(model, block=64, **every),
+        }
 
 
-KINDS = ("fisher", "variance")
+KINDS = ("fisher", "variance", "fisher by heads")
 
 
-@pytest.mark.parametrize("metric", KINDS)
-def test_any_change_is_refused_or_fits(metric, made, tmp_path, monkeypatch):
-    model, path = tiny.model("llama"), tmp_path / "axes"
-    made[metric].save(path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_change_is_refused_or_fits(kind, made, tmp_path, monkeypatch):
+    model, path, metric = tiny.model("llama"), tmp_path / "axes", kind.split()[0]
+    made[kind].save(path)
     metadata, tensors = read_tensors(path, CalibrationError, "calibration", "")
     described = {**metadata, "groups": json.loads(metadata["groups"])}
-    chance, refused = random.Random(metric), 0
+    chance, refused = random.Random(kind), 0
     for _ in range(COUNT):
         what, (changed, held) = mutated((described, tensors), chance)
         groups = json.dumps(changed.pop("groups", None))
@@ -75,7 +80,7 @@ def damage(path, kind):
     elif kind == "no groups":
         groups = []
     elif kind == "NaN":
-        tensors["0.axes"] = tensors["0.axes"] * float("nan")
+        tensors["0.scale"] = tensors["0.scale"] * float("nan")
     elif kind == "cut":
         tensors["0.mean"] = tensors["0.mean"][:-1].clone()
     elif kind == "no axes":
@@ -109,5 +114,5 @@ def test_a_given_file_that_is_damaged_is_refused(made, tmp_path):
     path = tmp_path / "axes"
     made["fisher"].save(path)
     damage(path, "NaN")
-    with pytest.raises(CalibrationError, match=r"axes' is damaged: axes of layers \[0, 1\] hold NaN.* Make it again: "):
+    with pytest.raises(CalibrationError, match=r"is damaged: scales of layers \[0, 1\] hold NaN.* Make it again: "):
         KVStack([CommonKV(layers=2, calibration=str(path))], model=tiny.model("llama"))

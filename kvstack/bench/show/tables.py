@@ -13,7 +13,20 @@ from ..terminal import console
 from . import summary
 from .units import mib, nats, share
 
-__all__ = ["batch", "budgets", "decode", "device", "layers", "length", "matrix", "memory", "needles", "quality", "step"]
+__all__ = [
+    "axes",
+    "batch",
+    "budgets",
+    "decode",
+    "device",
+    "layers",
+    "length",
+    "matrix",
+    "memory",
+    "needles",
+    "quality",
+    "step",
+]
 
 Row = Mapping[str, Any]
 
@@ -247,6 +260,33 @@ def length(figures: Figures) -> None:
     )
     caption = f"{rows[0]['steps']} tokens decoded at each length; us: the mean, divided by the tokens held"
     _print(title, columns, lines, caption)
+
+
+def axes(figures: Figures) -> None:
+    """Bytes, products and errors of smaller blocks."""
+    rows = figures.rows
+    names = [name for name in rows[0] if name.startswith("error_")]
+    lines = [
+        [
+            row["variant"],
+            f"{row['block']:,}",
+            mib(row["axes_nbytes"]),
+            *("-" if row[name] is None else f"{row[name]:.2%}" for name in names),
+            f"{row['products_0.65'] / 1e6:.2f}",
+        ]
+        for row in rows
+    ]
+    budgets = [
+        f"of {int(name[9:]):,}" if name.startswith("error_at_") else f"keep {name.removeprefix('error_')}"
+        for name in names
+    ]
+    columns = ("block", "numbers", "MiB of axes", *budgets, "key products")
+    caption = (
+        "error left, as a share of the energy: with CommonKV(keep) and Quant(2), and of so many tokens with a tenth of "
+        "the bytes of a bf16 cache for cache and axes together; products: millions of multiply-adds to rebuild the "
+        "keys of a token at keep 0.65"
+    )
+    _print(f"axes of groups of {rows[0]['layers']} layers: {_where(figures)}", columns, lines, caption)
 
 
 def layers(figures: Figures) -> None:

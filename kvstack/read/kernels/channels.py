@@ -35,7 +35,7 @@ from .lanes import (
     unpack_rows,
     unpack_token,
 )
-from .memory import SIGNATURE, bytes_, floats, longs, thread_count, thread_number
+from .memory import SIGNATURE, bytes_, floats, halves, longs, thread_count, thread_number
 
 __all__ = ["choose", "dot", "face", "finish", "mix", "rescore"]
 
@@ -49,6 +49,32 @@ def readable(address, unit, units, size, copy):
     for i in range(size):
         copy[i] = codes[i]
     return copy
+
+
+# ---- axes
+
+
+@njit
+def axes_of(given, row, kv_head, rank, width, out):
+    """The axes of a kv head, rank rows of `width` numbers, and how far apart these are: where they lie, or unpacked
+    into `out`. `given`: axes, numbers from one channel and from one row to the next, bytes of a number, scales of codes
+    (rank, kv heads), from one channel to the next, units (kv heads, width)."""
+    stride, size = given[1], given[3]
+    at = given[0] + size * (row * given[2] + kv_head * width)
+    if size == 4:
+        return floats(at), stride
+    scales, units, unpacked = floats(given[4]), floats(given[6] + 4 * kv_head * width), floats(out)
+    for r in range(rank):
+        scale, begin = scales[r * given[5] + kv_head], r * width
+        if size == 1:
+            codes = bytes_(at + r * stride)
+            for d in range(width):
+                unpacked[begin + d] = types.float32(types.int8(codes[d])) * scale * units[d]
+        else:
+            words = halves(at + 2 * r * stride)
+            for d in range(width):
+                unpacked[begin + d] = types.float32(types.int16(words[d])) * scale * units[d]
+    return unpacked, width
 
 
 # ---- queries
@@ -127,27 +153,28 @@ def face(numbers):
     queries, room) each. And what queries make of the mean: (rows, heads, 2 * pairs) with the angles of a token, (rows,
     heads) with channels that do not turn. A task is a part of the blocks of a kv head.
 
-    tasks, parts, queries (rows, kv heads, queries, D), queries of each, D, kv heads, axes, numbers from one channel and
-    from one row to the next, leading channels, room, steps, scratch, bytes of it, mean (kv heads, D) or 0, pairs and
-    still channels (2 * pairs + still,), count of pairs, of still, what they make, what the still make; then for each
-    kind: vectors, blocks, channels, pairs, still, cos (rows, blocks, pairs), sin, rows of them
+    tasks, parts, queries (rows, kv heads, queries, D), queries of each, D, kv heads, 7 numbers of axes (`axes_of`),
+    leading channels, room, steps, scratch, bytes of it, mean (kv heads, D) or 0, pairs and still channels
+    (2 * pairs + still,), count of pairs, of still, what they make, what the still make; then for each kind: vectors,
+    blocks, channels, pairs, still, cos (rows, blocks, pairs), sin, rows of them
     """
     parts, queries, asked, width, kv_heads = numbers[1], floats(numbers[2]), numbers[3], numbers[4], numbers[5]
-    axes_at, channel_stride, row_stride, leading, room = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10]
-    steps, mean, known = floats(numbers[11]), floats(numbers[14]), longs(numbers[15])
-    pairs, still, turning, constant = numbers[16], numbers[17], floats(numbers[18]), floats(numbers[19])
+    given, leading, room = numbers_of(numbers, 6), numbers[13], numbers[14]
+    steps, mean, known = floats(numbers[15]), floats(numbers[18]), longs(numbers[19])
+    pairs, still, turning, constant = numbers[20], numbers[21], floats(numbers[22]), floats(numbers[23])
     mine, every = thread_number(), thread_count()
-    memory = numbers[12] + numbers[13] * mine
+    memory = numbers[16] + numbers[17] * mine
     turned, rows = floats(memory), floats(memory + 4 * ((width + LANES - 1) // LANES * LANES) * room)
+    unpacked = memory + 4 * (((width + LANES - 1) // LANES * LANES) * room + 5 * width)
     for task in range(mine, numbers[0], every):
         head, part = task // parts, task % parts
         row, kv_head = head // kv_heads, head % kv_heads
         # the axes of this head, times steps and on their sides
-        axes = floats(axes_at + 4 * (row * row_stride + kv_head * width))
-        on_its_side(axes, channel_stride, steps, leading, width, turned, room)
-        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 20))
-        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 28))
-        if part or not numbers[14]:
+        axes, stride = axes_of(given, row, kv_head, leading, width, unpacked)
+        on_its_side(axes, stride, steps, leading, width, turned, room)
+        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 24))
+        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 32))
+        if part or not numbers[18]:
             continue
         for query in range(asked):
             at, to = (head * asked + query) * width, (head * asked + query) * 2 * pairs
@@ -364,8 +391,8 @@ def rescore(numbers):
 
     kv heads of all rows, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units,
     bytes of codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places,
-    counts, exact, rank, steps, axes (rows, rank, kv heads, D), numbers from one channel and from one row to the next,
-    mean (kv heads, D) or 0, pairs (2, pairs), count of pairs, angles (rows, tokens, 2 * pairs), rows of angles
+    counts, exact, rank, steps, 7 numbers of axes (`axes_of`), mean (kv heads, D) or 0, pairs (2, pairs), count of
+    pairs, angles (rows, tokens, 2 * pairs), rows of angles
     """
     heads, scores, stride = numbers[0], floats(numbers[1]), numbers[2]
     runs, count, units, size, gain_size = longs(numbers[5]), numbers[6], numbers[7], numbers[8], numbers[9]
@@ -377,8 +404,8 @@ def rescore(numbers):
         numbers[19],
         floats(numbers[20]),
     )
-    channel_stride, row_stride, mean = numbers[22], numbers[23], floats(numbers[24])
-    first, second, turning = longs(numbers[25]), longs(numbers[25] + 8 * numbers[26]), numbers[26]
+    given, mean = numbers_of(numbers, 21), floats(numbers[28])
+    first, second, turning = longs(numbers[29]), longs(numbers[29] + 8 * numbers[30]), numbers[30]
     all_units, tokens = heads // kv_heads * units, units * LANES
     mine, every = thread_number(), thread_count()
     memory = numbers[10] + numbers[11] * mine
@@ -386,7 +413,8 @@ def rescore(numbers):
     latents, keys = floats(memory), floats(memory + 4 * 5 * ranked)
     padded = (width + PAIR - 1) // PAIR * PAIR
     packed = floats(memory + 4 * 5 * (ranked + padded))
-    copy = bytes_(memory + 4 * (5 * (ranked + padded) + rank * padded))
+    unpacked = memory + 4 * (5 * (ranked + padded) + rank * padded)
+    copy = bytes_(unpacked + 4 * rank * width)
     # this thread's groups, of all heads one after the other
     before, total = 0, 0
     for head in range(heads):
@@ -398,7 +426,7 @@ def rescore(numbers):
         before += groups
         if first_group >= last_group:
             continue
-        axes = floats(numbers[21] + 4 * (row * row_stride + kv_head * width))
+        axes, channel_stride = axes_of(given, row, kv_head, rank, width, unpacked)
         in_columns(axes, channel_stride, rank, width, packed)
         for group in range(first_group, last_group):
             some, chosen = min(5, counts[head] - 5 * group), head * exact + 5 * group
@@ -412,19 +440,19 @@ def rescore(numbers):
                 for i in range(some):
                     for d in range(PAIR):
                         at = i * padded + begin + d
-                        keys[at] = mean[kv_head * width + begin + d] if numbers[24] else types.float32(0)
+                        keys[at] = mean[kv_head * width + begin + d] if numbers[28] else types.float32(0)
                 product(keys, begin, padded, latents, 0, ranked, packed, begin * rank, PAIR, rank, some)
             for d in range(width // PAIR * PAIR, width):
                 for i in range(some):
-                    made = mean[kv_head * width + d] if numbers[24] else types.float32(0)
+                    made = mean[kv_head * width + d] if numbers[28] else types.float32(0)
                     for r in range(rank):
                         made += latents[i * ranked + r] * axes[r * channel_stride + d]
                     keys[i * padded + d] = made
             # rotate and score
             for i in range(some):
                 token = places[chosen + i]
-                at = ((row * tokens if numbers[28] > 1 else 0) + token) * 2 * turning
-                angles = floats(numbers[27] + 4 * at)
+                at = ((row * tokens if numbers[32] > 1 else 0) + token) * 2 * turning
+                angles = floats(numbers[31] + 4 * at)
                 for p in range(turning):
                     x, y = keys[i * padded + first[p]], keys[i * padded + second[p]]
                     keys[i * padded + first[p]] = angles[p] * x - angles[turning + p] * y
@@ -519,16 +547,17 @@ def finish(numbers):
     mean as far as weights of sealed tokens go, plus raw values. A task is a kv head.
 
     tasks, kv heads, queries of each, sums (rows, parts, heads, padded), parts, padded, places of channels, rank, steps,
-    axes, numbers from one channel and from one row to the next, D, mean (kv heads, D) or 0, weights (rows, heads,
-    stride), stride, tokens, raw values (rows, kv heads, raw of room, D), raw, room, out, scratch, bytes of it
+    7 numbers of axes (`axes_of`), D, mean (kv heads, D) or 0, weights (rows, heads, stride), stride, tokens, raw values
+    (rows, kv heads, raw of room, D), raw, room, out, scratch, bytes of it
     """
     kv_heads, asked, sums, parts, padded = numbers[1], numbers[2], floats(numbers[3]), numbers[4], numbers[5]
     places, rank, steps = longs(numbers[6]), numbers[7], floats(numbers[8])
-    channel_stride, row_stride, width, mean = numbers[10], numbers[11], numbers[12], floats(numbers[13])
-    weights, stride, tokens = floats(numbers[14]), numbers[15], numbers[16]
-    values, raw, room, out = floats(numbers[17]), numbers[18], numbers[19], floats(numbers[20])
+    given, width, mean = numbers_of(numbers, 9), numbers[16], floats(numbers[17])
+    weights, stride, tokens = floats(numbers[18]), numbers[19], numbers[20]
+    values, raw, room, out = floats(numbers[21]), numbers[22], numbers[23], floats(numbers[24])
     heads, mine, every = kv_heads * asked, thread_number(), thread_count()
-    latents = floats(numbers[21] + numbers[22] * mine)
+    memory = numbers[25] + numbers[26] * mine
+    latents, unpacked = floats(memory), memory + 4 * asked * rank
     for head in range(mine, numbers[0], every):
         row, kv_head = head // kv_heads, head % kv_heads
         for query in range(asked):
@@ -545,12 +574,13 @@ def finish(numbers):
             for t in range(tokens):
                 total += weights[at + t]
             for d in range(width):
-                out[to + d] = total * mean[kv_head * width + d] if numbers[13] else types.float32(0)
+                out[to + d] = total * mean[kv_head * width + d] if numbers[17] else types.float32(0)
             for t in range(raw):
                 weight = weights[at + tokens + t]
                 for d in range(width):
                     out[to + d] += weight * values[(head * room + t) * width + d]
-        axes, first = floats(numbers[9] + 4 * (row * row_stride + kv_head * width)), head * asked * width
+        axes, channel_stride = axes_of(given, row, kv_head, rank, width, unpacked)
+        first = head * asked * width
         for begin in range(0, width // PAIR * PAIR, PAIR):
             product(out, first + begin, width, latents, 0, rank, axes, begin, channel_stride, rank, asked)
         for d in range(width // PAIR * PAIR, width):

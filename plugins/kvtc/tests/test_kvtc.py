@@ -127,11 +127,11 @@ def test_latents_are_the_projections_in_plain_loops(model):
     latents = codec.forward(kvs)
     for kind, basis in zip(("keys", "values"), codec.bases, strict=True):
         found = latents[kind].data
-        assert found.shape == (2, 1, 16, len(basis.axes))
+        assert found.shape == (2, 1, 16, basis.rank)
         for row, token in ((0, 0), (1, 7)):
             x = [float(n) for kv in kvs for head in getattr(kv, kind)[row, :, token] for n in head]
             for channel in (0, 3):
-                axis, mean, weight = basis.axes[channel], basis.mean, basis.weight
+                axis, mean, weight = basis.full[channel], basis.mean, basis.weight
                 z = sum((x[n] - float(mean[n])) * float(weight[n]) * float(axis[n]) for n in range(len(x)))
                 assert float(found[row, 0, token, channel]) == pytest.approx(z, rel=1e-3, abs=1e-4)
 
@@ -147,8 +147,9 @@ def test_all_axes_without_codes_lose_nothing(model):
 
 
 def test_numbers_on_the_grid_survive(model):
-    """Latents that codes can say, gain 1, come back as they were."""
-    codec = codec_of(model, ratio=8)
+    """Latents that codes can say, gain 1, come back as they were: along axes in 16 bits, which are orthonormal."""
+    axes = calibrate(model, layers=4, metric="variance", keep_axes=1.0, bits=16)
+    codec = codec_of(model, ratio=8, calibration=axes)
     found = {}
     for kind, mine in codec.encoders.items():
         bits = mine.bits.long()
@@ -356,10 +357,15 @@ def test_a_ratio_that_leaves_nothing(model):
         KVStack([KVTC(2000)], model=model)
 
 
-def test_a_model_too_large_for_its_calibration(monkeypatch):
+def test_a_model_writes_as_much_as_its_axes_need(monkeypatch):
     monkeypatch.setattr("kvstack.calibration.windows.SAMPLED_TOKENS", 100)
+    bound = KVTC().bind(tiny_model(num_hidden_layers=8))
+    assert int(bound.calibration.manifest["tokens"]) > 256
+
+
+def test_more_axes_than_tokens_are_refused():
     with pytest.raises(CalibrationError, match=r"cache 256 numbers .* Use layers= one of \[1, 2, 4\]"):
-        KVStack([KVTC()], model=tiny_model(num_hidden_layers=8))
+        calibrate(tiny_model(num_hidden_layers=8), tokens=100, metric="variance")
 
 
 def test_layers_that_do_not_divide(model):
