@@ -1,4 +1,4 @@
-"""Axes of smaller blocks from those of a larger one: for ranks that hold some of the kv heads, and to see what it costs.
+"""Axes of smaller blocks from those of a larger one: for ranks that hold some kv heads, and to see what it costs.
 
 C = axes^T energy axes   the covariance (N, N) of a block, in units of sqrt(weight); what its axes do not hold is
                          spread evenly over all other directions
