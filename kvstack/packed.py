@@ -7,19 +7,74 @@ append, crop, evict and reorder encoded tokens without knowing the encoder:
     codes     |      u0     |      u1     | ...       one unit per granule
     scale     |      u0     |      u1     | ...
     (values)  | u0 u1 u2 u3 | u4 u5 u6 u7 | ...       one unit per token
+
+While decoding, tokens are sealed a few at a time. If all that are sealed were copied each time, a long text would cost
+the square of its length. So parts may be views of buffers with room for more tokens behind those of every head:
+
+    head 0  | u0 | u1 | room |  head 1  | u0 | u1 | room |        `apart`: tokens from one head to the next
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .types import take_tokens
 
-__all__ = ["Packed", "storage_bytes"]
+__all__ = ["Packed", "Room", "storage_bytes"]
+
+SPARE = 32
+"""A buffer that grows gets room for 1 / SPARE more tokens. So it never holds more than that share in reserve, and a new
+token costs at most about SPARE copies of a token: little, as all of them are read at every step."""
+
+
+class Room:
+    """Buffers with room for more tokens than are written. Parts of `Packed` are views of them.
+
+    What is written never changes. So a view of the first tokens stays right, whoever writes behind them; and only those
+    who hold all that is written may write (`takes`): of two caches that grow from the same tokens, one gets a copy.
+
+    Args:
+        like, newer: what will be written: shapes, and types that hold both (newer tokens may be too large for a half).
+        most: tokens that there is room for.
+    """
+
+    def __init__(self, like: Packed, newer: Packed, most: int) -> None:
+        self.written, self.most = 0, most
+        self.buffers = {
+            name: part.new_empty(
+                (*part.shape[:2], part.shape[2] * most // like.tokens, *part.shape[3:]),
+                dtype=torch.promote_types(part.dtype, newer.parts[name].dtype),
+            )
+            for name, part in like.parts.items()
+        }
+
+    def takes(self, packed: Packed, newer: Packed) -> bool:
+        """Whether `packed` is all that is written, and `newer` may be written behind it."""
+        if packed.tokens != self.written or self.written + newer.tokens > self.most:
+            return False
+        for name, buffer in self.buffers.items():
+            # a tensor made under inference_mode cannot be written to outside of it
+            frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+            wider = torch.promote_types(buffer.dtype, newer.parts[name].dtype) != buffer.dtype
+            if frozen or wider or packed.parts[name].data_ptr() != buffer.data_ptr():
+                return False
+        return True
+
+    def write(self, packed: Packed) -> dict[str, Tensor]:
+        """Write `packed` behind the others; returns views of all."""
+        total, parts = self.written + packed.tokens, {}
+        for name, buffer in self.buffers.items():
+            first, last = (buffer.shape[2] * tokens // self.most for tokens in (self.written, total))
+            buffer[:, :, first:last] = packed.parts[name]
+            parts[name] = buffer[:, :, :last]
+        self.written = total
+        return parts
 
 
 @dataclass(frozen=True)
@@ -32,6 +87,7 @@ class Packed:
         width: channels of the decoded tensor.
         dtype: type of the decoded tensor.
         exact: whether they are stored as they were, without an encoder.
+        room: the buffers that `parts` are views of, where they have room for more tokens.
     """
 
     parts: dict[str, Tensor]
@@ -39,20 +95,44 @@ class Packed:
     width: int
     dtype: torch.dtype
     exact: bool = False
+    room: Room | None = field(default=None, repr=False, compare=False)
 
     def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
         parts = {name: change(part) for name, part in self.parts.items()}
-        return replace(self, parts=parts, tokens=self.tokens if tokens is None else tokens)
+        return replace(self, parts=parts, tokens=self.tokens if tokens is None else tokens, room=None)
 
     def compact(self) -> Packed:
-        """With parts whose memory has the order of their axes, as readers want it."""
+        """With parts whose memory has the order of their axes."""
         return self._map(Tensor.contiguous)
 
-    def append(self, newer: Packed) -> Packed:
-        """This, followed by `newer` tokens of the same encoder."""
+    @cached_property
+    def apart(self) -> int:
+        """Tokens from one head to the next in memory, as kernels want them: as many for all parts, with the numbers of
+        a head side by side. 0: they lie in another way."""
+        found = {_apart(part) * self.tokens // max(1, part.shape[2]) for part in self.parts.values()}
+        return found.pop() if len(found) == 1 else 0
+
+    def apart_evenly(self) -> Packed:
+        """This, or a copy for kernels where it lies in another way (`apart`)."""
+        return self if self.apart else self.compact()
+
+    def append(self, newer: Packed, *, spare: bool = False) -> Packed:
+        """This, followed by `newer` tokens of the same encoder. `spare` (default False): where there are many tokens,
+        leave room behind those of every head for the next ones; readers must cope with it (`Encoder.reads_room`)."""
+        total, dtype = self.tokens + newer.tokens, torch.promote_types(self.dtype, newer.dtype)
+        if self.room is not None and self.room.takes(self, newer):
+            return replace(self, parts=self.room.write(newer), tokens=total, dtype=dtype)
+        # for as many blocks like this one as are a small share of all
+        left = total // SPARE // max(1, newer.tokens) * newer.tokens if spare else 0
+        if left:
+            return self.with_room(newer.tokens + left, newer).append(newer)
         parts = {name: torch.cat([part, newer.parts[name]], dim=2) for name, part in self.parts.items()}
-        dtype = torch.promote_types(self.dtype, newer.dtype)  # newer tokens may have been too large for a half
-        return replace(self, parts=parts, tokens=self.tokens + newer.tokens, dtype=dtype)
+        return replace(self, parts=parts, tokens=total, dtype=dtype, room=None)
+
+    def with_room(self, tokens: int, newer: Packed | None = None) -> Packed:
+        """A copy in buffers with room for so many more tokens, of the types of `newer`."""
+        room = Room(self, newer or self, self.tokens + tokens)
+        return replace(self, parts=room.write(self), room=room)
 
     def rows(self, index: Tensor) -> Packed:
         """Batch rows at `index`."""
@@ -73,6 +153,16 @@ class Packed:
             return take_tokens(part, index)
 
         return self._map(gather, granules.shape[-1] * size)
+
+
+def _apart(part: Tensor) -> int:
+    """Units from one head to the next in the memory of a part (B, H, units, ...); 0: these lie in another way."""
+    rows, heads, units = part.shape[:3]
+    if part.is_contiguous():
+        return units
+    unit, step = math.prod(part.shape[3:]), part.stride(1 if heads > 1 else 0)
+    even = rows == 1 or heads == 1 or part.stride(0) == heads * step
+    return step // unit if even and part[0, 0].is_contiguous() and step % unit == 0 and step >= units * unit else 0
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:

@@ -169,6 +169,13 @@ class Encoder:
 
     reads_with = "torch"
 
+    @property
+    def reads_room(self) -> bool:
+        """Whether `decode`, `dot`, `mix` and the `reader` take parts that are not contiguous: there is room for more
+        tokens behind those of every head. Operators of torch do, `view` and pointers may not. False (the default):
+        parts are contiguous, so all of them are copied for every block of new tokens."""
+        return False
+
     def reader(self, device: torch.device) -> Reader:
         """What answers a single query from tensors packed on `device`, chosen when a stack is bound: this encoder
         itself (the default), or something faster that agrees with it."""
@@ -237,6 +244,8 @@ class Codec:
     """Tokens that are transformed, and dropped, together: `forward` gets multiples of it."""
     latent_multiple: int = 1
     """A latent that an encoder packs holds all tokens of a granule, or a multiple of this number."""
+    reads_room: bool = False
+    """Whether latents that are stored exactly need not be contiguous, see `Encoder.reads_room`."""
     encoders: Mapping[str, Encoder] = {}
     """Encoders of its own by the name of the latent. Name all latents that are not exact, or none."""
     tensors: Sequence[Tensor] = ()

@@ -119,6 +119,8 @@ def check_encode(stage: Encoder) -> None:
             stage.decode(packed, role, out)
             assert torch.equal(out, whole), f"{stage!r}: decode(out=...) wrote something else ({role})"
             _check_moves(stage, packed, role, whole, granule)
+            if stage.reads_room:
+                _check_room(stage, packed, role, whole)
             again = stage.decode(stage.encode(whole, role), role)
             once, twice = (whole - x).norm(), (again - whole).norm()
             assert twice <= once + 1e-5 * x.norm(), f"{stage!r}: a second round loses more than the first ({role})"
@@ -145,6 +147,13 @@ def _check_moves(stage: Encoder, packed: Packed, role: str, whole: Tensor, granu
     assert torch.equal(taken, whole[:, :, index]), f"{stage!r}: take() changes tokens ({role})"
     rows = decode(packed.rows(torch.tensor([1, 1, 0])), role)
     assert torch.equal(rows, whole[[1, 1, 0]]), f"{stage!r}: rows() changes tokens ({role})"
+
+
+def _check_room(stage: Encoder, packed: Packed, role: str, whole: Tensor) -> None:
+    """What `reads_room` promises: heads may be further apart in memory than their tokens are."""
+    apart = packed.with_room(packed.tokens)
+    assert torch.equal(stage.decode(apart, role), whole), f"{stage!r}: room behind the tokens changes them ({role})"
+    _check_products(stage, apart, role, whole)
 
 
 def _check_products(stage: Encoder, packed: Packed, role: str, whole: Tensor) -> None:

@@ -83,6 +83,10 @@ class ChannelCodes(ChannelEncoder):
     def to(self, device: torch.device) -> ChannelCodes:
         return ChannelCodes(self.energy.to(device), self.bits.to(device))
 
+    @property
+    def reads_room(self) -> bool:
+        return True
+
     def granule(self, width: int) -> int:
         return GRANULE
 

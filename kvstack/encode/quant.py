@@ -94,6 +94,10 @@ class Quant(Encode):
         # both kinds of tensor are cut at the same tokens
         return max(self.coder.granule(width, "keys"), self.coder.granule(width, "values"))
 
+    @property
+    def reads_room(self) -> bool:
+        return isinstance(self.coder, Kivi)  # bitsandbytes reads codes that lie side by side
+
     def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[ChannelCodes] | None:
         if self.codec != "kivi":
             return None

@@ -104,7 +104,7 @@ class KernelCodes:
     def _reads(self, x: Tensor, packed: Packed) -> bool:
         if x.dtype != torch.float32 or packed.parts["scale"].dtype != torch.float16:
             return False
-        return all(part.device == x.device and part.is_contiguous() for part in packed.parts.values())
+        return packed.apart > 0 and all(part.device == x.device for part in packed.parts.values())
 
     def _dot(self, query: Tensor, packed: Packed, work: Workspace, raw: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -128,6 +128,7 @@ class CompiledCodes(KernelCodes):
         compiled.kernel("kivi.dot")(
             b * h * pieces, pieces, query.contiguous(), codes, scale, low, out, scratch, g, d, units,
             self.codec.bits, tokens, *((0, 0, 0) if raw is None else compiled.side_by_side(raw)),
+            packed.apart // tokens,
         )  # fmt: skip
         return out
 
@@ -141,6 +142,7 @@ class CompiledCodes(KernelCodes):
         compiled.kernel("kivi.mix")(
             b * h * pieces, pieces, weights.contiguous(), codes, scale, low, out, scratch, g, d, units,
             self.codec.bits, tokens, scale.shape[3], *((0, 0, 0) if raw is None else compiled.side_by_side(raw)),
+            packed.apart // tokens,
         )  # fmt: skip
         return out[:, :, 0] if pieces == 1 else out.sum(2)
 
@@ -157,7 +159,8 @@ class TritonCodes(KernelCodes):
         from .triton import kivi
 
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
-        out = kivi.dot(query, codes, scale, low, self.codec.bits, self.codec.group, 0 if raw is None else raw.shape[2])
+        bits, group, loose = self.codec.bits, self.codec.group, 0 if raw is None else raw.shape[2]
+        out = kivi.dot(query, codes, scale, low, bits, group, packed.apart // group, loose)
         if raw is not None:
             out[..., packed.tokens :] = query @ raw.to(query.dtype).mT
         return out
@@ -166,7 +169,8 @@ class TritonCodes(KernelCodes):
         from .triton import kivi
 
         codes, scale, low = (packed.parts[name] for name in ("codes", "scale", "low"))
-        out = kivi.mix(weights, codes, scale, low, self.codec.bits, self.codec.group)
+        bits, group = self.codec.bits, self.codec.group
+        out = kivi.mix(weights, codes, scale, low, bits, group, packed.apart // group)
         return out if raw is None else out + weights[..., packed.tokens :] @ raw.to(weights.dtype)
 
     def _reads(self, x: Tensor, packed: Packed) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..abilities import Linear, PackedAxes
-from ..encode.channel_codes import ChannelCodes
+from ..encode.channel_codes import GRANULE, ChannelCodes
 from ..packed import Packed
 from ..workspace import Workspace
 from . import compiled
@@ -31,9 +31,11 @@ class Codes:
     """A latent in codes of channels."""
 
     def __init__(self, encoder: ChannelCodes, packed: Packed) -> None:
+        packed = packed.apart_evenly()
         self.encoder, self.tokens = encoder, packed.tokens
-        self.codes, self.gains = (packed.parts[name].contiguous() for name in ("codes", "gains"))
+        self.codes, self.gains = packed.parts["codes"], packed.parts["gains"]
         self.rows, _, self.units = self.codes.shape[:3]
+        self.apart = packed.apart // GRANULE
         self.layout = _layout(encoder)
         self.rank = self.layout.places.shape[0]
 
@@ -120,8 +122,9 @@ class CodesReader(Reading):
         # where all keys are exact, so are the values
         least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
         compiled.kernel("channels.mix")(
-            b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width
-        )
+            b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width,
+            codes.apart,
+        )  # fmt: skip
         compiled.kernel("channels.finish")(
             b * h, h, g, sums, pieces, layout.width, layout.places, rank, layout.steps, *_axes(self.values), d,
             0 if mean is None else mean.float().contiguous(), weights, held, self.tokens, raw, *loose, out, *scratch,
@@ -152,6 +155,7 @@ class CodesReader(Reading):
         compiled.kernel("channels.dot")(
             b * pieces, pieces, scores, scores.shape[3], *codes.numbers, *scratch, h, g, self.rough, room, *fast, *slow,
             turning, constant, angles, 0 if mean is None else angles.shape[1], angles.shape[-1], angles.shape[0],
+            codes.apart,
         )  # fmt: skip
 
     def _rescore(
@@ -164,7 +168,7 @@ class CodesReader(Reading):
         compiled.kernel("channels.rescore")(
             b * h, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
             self.exact, rank, codes.layout.steps, *_axes(self.keys), 0 if mean is None else mean.float().contiguous(),
-            self.turns.pairs.every, self.turns.pairs.counts[0], rows, rows.shape[0],
+            self.turns.pairs.every, self.turns.pairs.counts[0], rows, rows.shape[0], codes.apart,
         )  # fmt: skip
 
     def _scratch(self, heads: int, width: int) -> tuple[Tensor, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..abilities import Linear
-from ..encode.channel_codes import ChannelCodes
+from ..encode.channel_codes import GRANULE, ChannelCodes
 from ..packed import Packed
 from .linear import Decoded, LatentReader
 from .sizes import padded
@@ -39,8 +39,9 @@ class DeviceCodes:
         """As kernels are given it."""
         from .triton import channels
 
-        codes, gains = (self.packed.parts[name].contiguous() for name in ("codes", "gains"))
-        return channels.Latent(codes, gains, channels.tables(self.encoder))
+        packed = self.packed.apart_evenly()
+        codes, gains = packed.parts["codes"], packed.parts["gains"]
+        return channels.Latent(codes, gains, packed.apart // GRANULE, channels.tables(self.encoder))
 
 
 class TritonReader(LatentReader):

@@ -55,9 +55,9 @@ class Sealed(Track):
     # ---- writing
 
     @abstractmethod
-    def append(self, block: Sequence[KV], positions: Tensor) -> None:
-        """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens that the model was
-        given `positions` for, (B or 1, H or 1, T) or (B, axes, H or 1, T)."""
+    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False) -> None:
+        """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens that the model was given `positions` for, (B or 1,
+        H or 1, T) or (B, axes, H or 1, T). `spare`: more such blocks will come, so room is left for them."""
 
     def needs(self, raw: Sequence[KV]) -> int:
         """How many tokens the first block must have."""
@@ -69,8 +69,16 @@ class Sealed(Track):
         except UseError as error:
             raise UseError(f"{payer!r} on layer {self.layers[0]}: {error}") from None
 
-    def _add(self, name: str, packed: Packed) -> None:
-        self.packed[name] = self.packed[name].append(packed) if name in self.packed else packed
+    def _add(self, name: str, packed: Packed, spare: bool) -> None:
+        if name in self.packed:
+            # the tokens of one head have room behind them that no reader sees
+            alone = all(part.shape[0] * part.shape[1] == 1 for part in packed.parts.values())
+            packed = self.packed[name].append(packed, spare=spare and (alone or self._reads_room(name, packed)))
+        self.packed[name] = packed
+
+    @abstractmethod
+    def _reads_room(self, name: str, packed: Packed) -> bool:
+        """Whether who reads a latent copes with room behind the tokens of every head."""
 
     # ---- reading
 
@@ -273,13 +281,16 @@ def _check_shape(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, w
 class LayerCodes(Sealed):
     """Sealed tokens of one layer."""
 
-    def append(self, block: Sequence[KV], positions: Tensor) -> None:
+    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False) -> None:
         (kv,) = block
         encode = self.plan.encode
         assert encode is not None
         for name, data in (("keys", kv.keys), ("values", kv.values)):
-            self._add(name, self._encode(name, encode, data, encode))
+            self._add(name, self._encode(name, encode, data, encode), spare)
         self.tokens += kv.tokens
+
+    def _reads_room(self, name: str, packed: Packed) -> bool:
+        return self.plan.encode is not None and self.plan.encode.reads_room
 
     def decode(self, layer: int, keys: Tensor, values: Tensor, where: Where) -> None:
         encode = self.plan.encode
@@ -355,13 +366,16 @@ class GroupLatents(Sealed):
     def needs(self, raw: Sequence[KV]) -> int:
         return self.codec.min_tokens(raw) if isinstance(self.codec, FitsText) else 0
 
-    def append(self, block: Sequence[KV], positions: Tensor) -> None:
+    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False) -> None:
         if self._unrotated:
             block = [replace(kv, keys=self._unrotate(i, kv.keys, positions)) for i, kv in enumerate(block)]
         new = block[0].tokens
         for name, packed in self._packed(self._fit(block)).items():
-            self._add(name, packed)
+            self._add(name, packed, spare)
         self.tokens += new
+
+    def _reads_room(self, name: str, packed: Packed) -> bool:
+        return self.codec.reads_room if self._exact(name, packed) else self._encoder(name).reads_room
 
     def _packed(self, latents: Mapping[str, Latent]) -> dict[str, Packed]:
         made = {}

@@ -210,7 +210,8 @@ class Store:
         # seal whole granules; a few new tokens wait until a block of them is there, if nothing was evicted
         enough = seals and self.middle >= self._first_block(granule) and bool(dropped or self.middle >= block)
         if enough and (count := self.middle // granule * granule):
-            self._seal(seen, count)
+            # after an eviction, the next one copies what is left anyway; after a prompt, maybe nothing follows
+            self._seal(seen, count, spare=not dropped and new <= plan.block)
         for queries in self.queries:
             queries.settled(bool(dropped) or (plan.evict is not None and not plan.evict.queries))
         self.close()
@@ -300,14 +301,14 @@ class Store:
         expand = self.expansions.get(self.layers[slot]) if evict is not None and evict.looks_at_queries else None
         return kv if expand is None else KV(*expand(kv.keys, kv.values))
 
-    def _seal(self, seen: int, count: int) -> None:
-        """Move the oldest `count` raw middle tokens into the sealed part."""
+    def _seal(self, seen: int, count: int, spare: bool) -> None:
+        """Move the oldest `count` raw middle tokens into the sealed part, with room left for more if `spare`."""
         first = self.sinks + self.sealed_tokens
         given = self.given.at(self.positions(seen)[..., first : first + count])
         block = [track.draw(self.sinks, count) for track in self.raw]
         size = self.plan.stored_together
         for i, part in enumerate(self.sealed):
-            part.append(block[i * size : (i + 1) * size], given)
+            part.append(block[i * size : (i + 1) * size], given, spare)
 
     # ---- reading
 

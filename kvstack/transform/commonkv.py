@@ -332,6 +332,8 @@ class Project(ReadsLinearly):
         apart: tokens of every `TOGETHER` that keep their plain keys and values; None where no group keeps any.
     """
 
+    reads_room = True
+
     def __init__(self, bases: Sequence[Basis], apart: int | None) -> None:
         self.bases, self.apart = bases, apart or 0
         self.names = [LATENT] if len(bases) == 1 else [f"{LATENT} {number}" for number in range(len(bases))]

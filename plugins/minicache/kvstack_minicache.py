@@ -122,6 +122,8 @@ class BoundMiniCache(BoundTransform):
 class Pair(ReadsDirectly):
     """The codec of two layers, or of one that is left over."""
 
+    reads_room = True
+
     def __init__(self, stage: MiniCache) -> None:
         self.granule = self.latent_multiple = TOGETHER if stage.retained else 1
 

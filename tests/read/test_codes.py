@@ -23,6 +23,7 @@ SIZES = {
     "queries": st.integers(1, 5),
     "units": st.integers(1, 7),
     "seed": st.integers(0, 99),
+    "apart": st.integers(0, 3),
 }
 
 
@@ -35,10 +36,16 @@ def numbers(*shape, seed=0, scale=1.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def encoded(codec, x, role, apart):
+    """In buffers with room for `apart` units more behind those of each head."""
+    packed = codec.encode(x, role)
+    return packed.with_room(apart * codec.group) if apart else packed
+
+
 @given(width=st.sampled_from([8, 16, 24, 64, 80, 128, 136]), scale=st.sampled_from([1e-2, 1.0, 300.0, 2e5]), **SIZES)
-def test_keys(bits, group, rows, heads, queries, units, width, scale, seed):
+def test_keys(bits, group, rows, heads, queries, units, width, scale, seed, apart):
     codec, work = Kivi(bits, group), Workspace()
-    packed = codec.encode(numbers(rows, heads, units * group, width, seed=seed, scale=scale), "keys")
+    packed = encoded(codec, numbers(rows, heads, units * group, width, seed=seed, scale=scale), "keys", apart)
     query = numbers(rows, heads, queries, width, seed=seed + 1)
     found = CompiledCodes(codec).dot(query, packed, "keys", work)
     assert_close(found, codec.dot(query, packed, "keys", work))
@@ -47,9 +54,9 @@ def test_keys(bits, group, rows, heads, queries, units, width, scale, seed):
 
 
 @given(channel_groups=st.integers(1, 5), **SIZES)
-def test_values(bits, group, rows, heads, queries, units, channel_groups, seed):
+def test_values(bits, group, rows, heads, queries, units, channel_groups, seed, apart):
     codec, work = Kivi(bits, group), Workspace()
-    packed = codec.encode(numbers(rows, heads, units * group, channel_groups * group, seed=seed), "values")
+    packed = encoded(codec, numbers(rows, heads, units * group, channel_groups * group, seed=seed), "values", apart)
     weights = numbers(rows, heads, queries, units * group, seed=seed + 1).softmax(-1)
     found = CompiledCodes(codec).mix(weights, packed, "values", work)
     assert_close(found, codec.mix(weights, packed, "values", work))
@@ -58,11 +65,12 @@ def test_values(bits, group, rows, heads, queries, units, channel_groups, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(raw=st.integers(0, 37), room=st.integers(0, 5), width=st.sampled_from([16, 64, 72]), **SIZES)
-def test_raw_tokens_come_last(dtype, bits, group, rows, heads, queries, units, width, raw, room, seed):
+def test_raw_tokens_come_last(dtype, bits, group, rows, heads, queries, units, width, raw, room, seed, apart):
     """In a buffer that has room for more, as a view of it."""
     codec, work, reader = Kivi(bits, 8), Workspace(), CompiledCodes(Kivi(bits, 8))
     keys, values = (
-        codec.encode(numbers(rows, heads, 8 * units, width, seed=seed), name) for name in ("keys", "values")
+        encoded(reader.codec, numbers(rows, heads, 8 * units, width, seed=seed), name, apart)
+        for name in ("keys", "values")
     )
     view = numbers(rows, heads, raw + room, width, seed=seed + 2).to(dtype)[:, :, :raw]
     query = numbers(rows, heads, queries, width, seed=seed + 1)
@@ -114,6 +122,21 @@ def test_what_kernels_do_not_know_the_codec_reads(dtype):
     huge = codec.encode(numbers(1, 2, 16, 16, scale=1e6), "keys")
     assert huge.parts["scale"].dtype == torch.float32
     assert torch.equal(CompiledCodes(codec).dot(query, huge, "keys", work), codec.dot(query, huge, "keys", work))
+
+
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_codes_with_room_behind_them_are_read_by_kernels(role, monkeypatch):
+    """Where the tokens of a head have room behind them, the codec is not asked either."""
+    codec, work = Kivi(4, 8), Workspace()
+    packed = encoded(codec, numbers(2, 3, 40, 16), role, 2)
+    assert not any(part.is_contiguous() for part in packed.parts.values())
+    query, weights = numbers(2, 3, 2, 16), numbers(2, 3, 2, 40)
+    expected = codec.dot(query, packed, role, work) if role == "keys" else codec.mix(weights, packed, role, work)
+    for name in ("dot", "mix", "decode"):
+        monkeypatch.setattr(Kivi, name, None)
+    reader = CompiledCodes(codec)
+    found = reader.dot(query, packed, role, work) if role == "keys" else reader.mix(weights, packed, role, work)
+    assert_close(found, expected)
 
 
 # ---- which one answers

@@ -65,15 +65,17 @@ def readers(codes, packed, linear, turns, exact, rough):
     exact=st.sampled_from([1, 6, 1000]),
     mean=st.booleans(),
     raw=st.integers(1, 9),
+    apart=st.integers(0, 2),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
 def test_kernels_read_as_plain_torch_does(
-    widths, rows, units, heads, queries, width, turning, rough, exact, mean, raw, seed
+    widths, rows, units, heads, queries, width, turning, rough, exact, mean, raw, apart, seed
 ):
     codes, tokens = encoder(widths, seed), 8 * units
     z = torch.randn(rows, 1, tokens, len(widths), generator=draw(seed)) * codes.deviation
     packed = codes.encode(z, "latent")
+    packed = packed.with_room(8 * apart) if apart else packed
     linear = [
         Linear(
             "latent",
@@ -151,6 +153,14 @@ def test_weights_that_do_not_count_are_left_out():
     assert 1e-5 < float(apart.max()) < 0.01 * float(plain.for_values.z.abs().max())
     even = torch.full((1, 1, 3, 800), 1 / 800)
     assert_close(fast.mix(even, nothing), plain.mix(even, nothing))
+
+
+def test_latents_with_room_behind_them_are_not_copied():
+    codes = encoder([4] * 20)
+    packed = codes.encode(torch.randn(3, 1, 48, 20, generator=draw(1)), "latent").with_room(16)
+    opened = Codes(codes, packed)
+    assert not opened.codes.is_contiguous()
+    assert opened.codes is packed.parts["codes"]
 
 
 # ---- turning queries instead of keys

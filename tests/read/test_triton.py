@@ -68,12 +68,14 @@ SIZES = [  # group, rows, heads, queries, units, width
 ]
 
 
-@pytest.mark.parametrize("raw", [None, 0, 13])
+@pytest.mark.parametrize(("raw", "apart"), [(None, 0), (0, 0), (13, 0), (13, 2)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("group", "rows", "heads", "queries", "units", "width"), SIZES)
-def test_keys_and_values(group, rows, heads, queries, units, width, bits, raw, unchecked):
+def test_keys_and_values(group, rows, heads, queries, units, width, bits, raw, apart, unchecked):
     codec, work, tokens = Kivi(bits, group), Workspace(), group * units
     keys, values = (codec.encode(numbers(rows, heads, tokens, width, seed=i), ("keys", "values")[i]) for i in (0, 1))
+    if apart:
+        keys, values = (packed.with_room(apart * group) for packed in (keys, values))
     query = numbers(rows, heads, queries, width, seed=2)
     # in a buffer that has room for more, as a view of it
     loose = None if raw is None else numbers(rows, heads, raw + 4, width, seed=3).bfloat16()[:, :, :raw]
@@ -192,6 +194,7 @@ LATENTS = {  # widths, rows, heads, queries, units, width, pairs
 )
 def test_latents(widths, rows, heads, queries, units, width, pairs, rotates, mean, unchecked):
     encoder, packed = a_latent(widths, rows, 8 * units)
+    packed = packed if mean else packed.with_room(24)
     turns = turns_of(pairs if rotates else 0, width, 8 * units, rows)
     query, raw = numbers(rows, heads, queries, width, seed=4), numbers(rows, heads, 7, width, seed=5)
     assert_reads(encoder, packed, *linears(len(widths), heads, width, mean), turns, query, raw)

@@ -214,7 +214,8 @@ def dot(numbers):
     tasks, parts, out, stride, codes, gains, runs, count of runs, units, bytes of codes and of gains in a unit, scratch,
     bytes of it, kv heads, queries of each, leading channels, room; fast vectors (rows, kv heads, blocks, queries, room)
     or 0, blocks, units in each, the same of slow vectors; mean vectors (rows, heads, angles), still (rows, heads),
-    angles (rows, angles, tokens), count of angles, numbers in a row of them, rows of angles
+    angles (rows, angles, tokens), count of angles, numbers in a row of them, rows of angles, units from one row to the
+    next
     """
     tasks, parts, out, stride = numbers[0], numbers[1], floats(numbers[2]), numbers[3]
     runs, count, units = longs(numbers[6]), numbers[7], numbers[8]
@@ -225,7 +226,8 @@ def dot(numbers):
     means, still, angles, turning, angle_stride = numbers[23], numbers[24], numbers[25], numbers[26], numbers[27]
     heads, mine, every = kv_heads * asked, thread_number(), thread_count()
     memory = numbers[11] + numbers[12] * mine
-    all_units = tasks // parts * units
+    apart = numbers[29]
+    all_units = (tasks // parts - 1) * apart + units
     tile, sums = floats(memory), floats(memory + 4 * PAIR * (TILE + LANES))
     gain = floats(memory + 4 * PAIR * (TILE + LANES + heads))
     vectors = floats(memory + 4 * PAIR * (TILE + LANES + heads + 1))
@@ -257,7 +259,7 @@ def dot(numbers):
                 while first < wanted:
                     some = min(TILE - held, wanted - first)
                     for second in range(2):
-                        unit = row * units + min(2 * pair + second, units - 1)
+                        unit = row * apart + min(2 * pair + second, units - 1)
                         unit_codes = readable(numbers[4], unit, all_units, size, copy)
                         store(gain, 0, gains_of(bytes_(numbers[5] + unit * gain_size), run, count))
                         unpack_columns(
@@ -392,7 +394,7 @@ def rescore(numbers):
     kv heads of all rows, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units,
     bytes of codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places,
     counts, exact, rank, steps, 7 numbers of axes (`axes_of`), mean (kv heads, D) or 0, pairs (2, pairs), count of
-    pairs, angles (rows, tokens, 2 * pairs), rows of angles
+    pairs, angles (rows, tokens, 2 * pairs), rows of angles, units from one row to the next
     """
     heads, scores, stride = numbers[0], floats(numbers[1]), numbers[2]
     runs, count, units, size, gain_size = longs(numbers[5]), numbers[6], numbers[7], numbers[8], numbers[9]
@@ -406,7 +408,8 @@ def rescore(numbers):
     )
     given, mean = numbers_of(numbers, 21), floats(numbers[28])
     first, second, turning = longs(numbers[29]), longs(numbers[29] + 8 * numbers[30]), numbers[30]
-    all_units, tokens = heads // kv_heads * units, units * LANES
+    apart, tokens = numbers[33], units * LANES
+    all_units = (heads // kv_heads - 1) * apart + units
     mine, every = thread_number(), thread_count()
     memory = numbers[10] + numbers[11] * mine
     ranked = rank + SLACK
@@ -431,7 +434,7 @@ def rescore(numbers):
         for group in range(first_group, last_group):
             some, chosen = min(5, counts[head] - 5 * group), head * exact + 5 * group
             for i in range(some):
-                unit = row * units + places[chosen + i] // LANES
+                unit = row * apart + places[chosen + i] // LANES
                 codes = readable(numbers[3], unit, all_units, size, copy)
                 gains = bytes_(numbers[4] + unit * gain_size)
                 latent_of(codes, gains, runs, count, places[chosen + i] % LANES, steps, keys, latents, i * ranked)
@@ -481,7 +484,8 @@ def mix(numbers):
     channels padded to whole pairs. Units of weights below `least` are left out.
 
     tasks, parts, weights (rows, heads, stride), stride, least in units of 1 / ONE, out, codes, gains, runs, count of
-    runs, units, bytes of codes and of gains in a unit, scratch, bytes of it, heads, padded
+    runs, units, bytes of codes and of gains in a unit, scratch, bytes of it, heads, padded, units from one row to the
+    next
     """
     tasks, parts, weights, stride, least = (
         numbers[0],
@@ -492,7 +496,8 @@ def mix(numbers):
     )
     out, runs, count, units = floats(numbers[5]), longs(numbers[8]), numbers[9], numbers[10]
     size, gain_size, heads, padded = numbers[11], numbers[12], numbers[15], numbers[16]
-    all_units = tasks // parts * units
+    apart = numbers[17]
+    all_units = (tasks // parts - 1) * apart + units
     mine, every = thread_number(), thread_count()
     memory = numbers[13] + numbers[14] * mine
     tile, near = floats(memory), floats(memory + 4 * CHUNK * LANES * TILE)
@@ -528,7 +533,7 @@ def mix(numbers):
                     taken = min(TILE, channels - first)
                     wide = (taken + PAIR - 1) // PAIR * PAIR
                     for i in range(some):
-                        here = row * units + chosen[i]
+                        here = row * apart + chosen[i]
                         codes = readable(numbers[6], here, all_units, size, copy)
                         store(gain, 0, gains_of(bytes_(numbers[7] + here * gain_size), run, count))
                         unpack_rows(bits, codes, at + first, channels, wide, gain, tile, i * LANES * TILE, TILE)

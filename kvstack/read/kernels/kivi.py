@@ -112,13 +112,14 @@ def dot(numbers):
     """Products of queries (heads, G, D) with keys (heads, units * tokens, D), then with raw ones (heads, raw of room,
     D): (heads, G, units * tokens + raw). A task is a part of the units of a head; the last part has the raw keys, too.
 
-    tasks, parts, queries, codes, scale, low, out, scratch, G, D, units, bits, tokens, raw keys, raw, room
+    tasks, parts, queries, codes, scale, low, out, scratch, G, D, units, bits, tokens, raw keys, raw, room, units from
+    one head to the next
     """
     tasks, parts = numbers[0], numbers[1]
     queries, codes, scale, low = floats(numbers[2]), bytes_(numbers[3]), halves(numbers[4]), halves(numbers[5])
     out = floats(numbers[6])
     asked, width, units, bits, tokens = numbers[8], numbers[9], numbers[10], numbers[11], numbers[12]
-    keys, raw, room = floats(numbers[13]), numbers[14], numbers[15]
+    keys, raw, room, apart = floats(numbers[13]), numbers[14], numbers[15], numbers[16]
     mine, every = thread_number(), thread_count()
     rows = floats(numbers[7] + 4 * (tokens + 1) * width * mine)
     scaled = floats(numbers[7] + 4 * (tokens + 1) * width * mine + 4 * tokens * width)
@@ -126,7 +127,7 @@ def dot(numbers):
     for task in range(tasks * mine // every, tasks * (mine + 1) // every):
         head, part = task // parts, task % parts
         for unit in range(units * part // parts, units * (part + 1) // parts):
-            here = head * units + unit
+            here = head * apart + unit
             unpack(codes, here * size, bits, tokens, width, rows)
             for g in range(asked):
                 query, base = (head * asked + g) * width, types.float32(0)
@@ -169,7 +170,7 @@ def mix(numbers):
     (heads, raw of room, D), one for each part of the units: (heads, parts, G, D).
 
     tasks, parts, weights, codes, scale, low, out, scratch, G, D, units, bits, tokens, groups of channels, raw values,
-    raw, room
+    raw, room, units from one head to the next
     """
     tasks, parts = numbers[0], numbers[1]
     weights, codes, scale, low = floats(numbers[2]), bytes_(numbers[3]), halves(numbers[4]), halves(numbers[5])
@@ -182,7 +183,7 @@ def mix(numbers):
         numbers[12],
         numbers[13],
     )
-    values, raw, room = floats(numbers[14]), numbers[15], numbers[16]
+    values, raw, room, apart = floats(numbers[14]), numbers[15], numbers[16], numbers[17]
     mine, every = thread_number(), thread_count()
     rows = floats(numbers[7] + 4 * tokens * width * mine)
     size, each, sealed = tokens * bits // 8 * width, width // groups, units * tokens
@@ -192,8 +193,9 @@ def mix(numbers):
         for i in range(asked * width):
             out[first + i] = types.float32(0)
         for unit in range(units * part // parts, units * (part + 1) // parts):
-            unpack(codes, (head * units + unit) * size, bits, tokens, width, rows)
-            scale_values(rows, scale, low, (head * sealed + unit * tokens) * groups, tokens, groups, each)
+            here = head * apart + unit
+            unpack(codes, here * size, bits, tokens, width, rows)
+            scale_values(rows, scale, low, here * tokens * groups, tokens, groups, each)
             for g in range(asked):
                 at = (head * asked + g) * (sealed + raw) + unit * tokens
                 add_all(out, first + g * width, weights, at, rows, 0, tokens, width)

@@ -71,10 +71,12 @@ def tables(encoder: ChannelCodes) -> Tables:
 
 
 class Latent(NamedTuple):
-    """Codes (B, 1, T/8, bytes) and gains (B, 1, T/8, 2 * runs), contiguous, and the tables of their encoder."""
+    """Codes (B, 1, T/8, bytes) and gains (B, 1, T/8, 2 * runs), the units from one row to the next, and the tables of
+    their encoder."""
 
     codes: Tensor
     gains: Tensor
+    apart: int
     known: Tables
 
     @property
@@ -92,7 +94,7 @@ class Latent(NamedTuple):
         known = self.known
         return (
             self.codes, self.gains, known.channels, known.steps, known.planes, known.runs, self.codes.shape[3],
-            self.tokens, self.padded,
+            self.tokens, self.apart, self.padded,
         )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def _plane(codes, first, count, bits, i, there, W: tl.constexpr):
 
 
 @triton.jit
-def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, row, t, r0, R: tl.constexpr):
+def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded, row, t, r0, R: tl.constexpr):
     """Latents (len(t), R) of the tokens `t` of one row, in R channels from `r0` on. What is behind the tokens comes
     back as some finite number."""
     r, i = r0 + tl.arange(0, R), (t % 8)[:, None]
@@ -114,7 +116,7 @@ def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, 
     count = tl.load(channels + padded + r)[None, :]
     run = tl.load(channels + 2 * padded + r)[None, :]
     bits = tl.load(channels + 3 * padded + r)[None, :]
-    at = row * (tokens // 8) + (t // 8)[:, None]  # the unit, of all rows
+    at = row * apart + (t // 8)[:, None]  # the unit, of all rows
     widths = tl.load(planes + r0 // R)
     code = tl.full((t.shape[0], R), 0, tl.int32)
     for turn in tl.static_range(4):
@@ -132,7 +134,7 @@ def _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, 
 @triton.jit
 def _scores(
     query, axes, mean, every, angles, places, out,
-    codes, gains, channels, steps, planes, runs, unit, tokens, padded,
+    codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded,
     count, rank, heads, queries, width, pairs, axes_row, axes_channel, axes_head, angles_row, held,
     PLACES: tl.constexpr, MEAN: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
@@ -155,7 +157,7 @@ def _scores(
         kept = tl.full((T, S), 0.0, tl.float32)
     mine = axes + row * axes_row + head * axes_head
     for r0 in range(0, padded, R):
-        z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, row, t, r0, R)
+        z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded, row, t, r0, R)
         r = (r0 + tl.arange(0, R))[:, None]
         turning = (r < rank) & (p < pairs)[None, :]
         axis = tl.load(mine + r * axes_channel + first[None, :], mask=turning, other=0.0).to(tl.float32)
@@ -234,7 +236,7 @@ def scores(
 @triton.jit
 def _project(
     vectors, out,
-    codes, gains, channels, steps, planes, runs, unit, tokens, padded,
+    codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded,
     rank, heads, queries, blocks, size, held,
     T: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +246,7 @@ def _project(
     vector_at = (((row * heads + g // queries) * blocks + mine) * queries + g % queries) * rank
     found = tl.full((T, G), 0.0, tl.float32)
     for r0 in range(0, rank, R):
-        z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, row, t, r0, R)
+        z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded, row, t, r0, R)
         r = (r0 + tl.arange(0, R))[:, None]
         inside = (r < rank) & (g < heads * queries)[None, :]
         vector = tl.load(vectors + vector_at[None, :] + r, mask=inside, other=0.0)
@@ -259,7 +261,7 @@ def _project(
 @triton.jit
 def _mix(
     weights, out,
-    codes, gains, channels, steps, planes, runs, unit, tokens, padded,
+    codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded,
     tiles, queries, held,
     T: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +273,7 @@ def _mix(
     total = tl.full((G, R), 0.0, tl.float32)
     for tile in range(piece * tiles, (piece + 1) * tiles):
         t = tile * T + tl.arange(0, T)
-        z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, padded, row, t, r0, R)
+        z = _decoded(codes, gains, channels, steps, planes, runs, unit, tokens, apart, padded, row, t, r0, R)
         weight = tl.load(
             weights + (row * queries + g[:, None]) * held + t[None, :],
             mask=(g < queries)[:, None] & (t < tokens)[None, :],

@@ -1,6 +1,7 @@
 """Kernels for KIVI's codes of 2, 4 and 8 bits, whose codes lie in one plane.
 
-    bytes (B, H, units, rows, D)      rows = group * bits / 8;  row j of a head is row j % rows of unit j // rows
+    bytes (B, H, units, rows, D)      rows = group * bits / 8;  row j of a head is row j % rows of unit j // rows;
+                                      from one head to the next are `apart` units or, in kernels, rows
     codes of row j                    (byte >> place * bits) & (2^bits - 1)
     their token                       unit * group + place * rows + j % rows
 
@@ -33,14 +34,14 @@ def _decoded(codes, scale, low, at, scales, inside, BITS: tl.constexpr, place: t
 
 @triton.jit
 def _dot(
-    query, codes, scale, low, out, rows, queries, width, held,
+    query, codes, scale, low, out, rows, apart, queries, width, held,
     BITS: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Scores of the tokens in J rows of bytes of one head."""
     EACH: tl.constexpr = GROUP * BITS // 8
     head = tl.program_id(1).to(tl.int64)
     j, g = tl.program_id(0) * J + tl.arange(0, J), tl.arange(0, G)
-    unit = head * (rows // EACH) + j[:, None] // EACH
+    unit = head * (apart // EACH) + j[:, None] // EACH
     for place in tl.static_range(8 // BITS):
         found = tl.full((J, G), 0.0, tl.float32)
         for first in range(0, width, D):
@@ -50,7 +51,7 @@ def _dot(
                 mask=(g[None, :] < queries) & (d[:, None] < width),
                 other=0.0,
             )  # (D, G)
-            at, scales = (head * rows + j[:, None]) * width + d[None, :], unit * width + d[None, :]
+            at, scales = (head * apart + j[:, None]) * width + d[None, :], unit * width + d[None, :]
             inside = (j[:, None] < rows) & (d[None, :] < width)
             keys = _decoded(codes, scale, low, at, scales, inside, BITS, place)
             found = tl.dot(keys, asked, found, input_precision="tf32x3")
@@ -64,14 +65,14 @@ def _dot(
 
 @triton.jit
 def _mix(
-    weights, codes, scale, low, out, rows, tiles, queries, width, scales, held,
+    weights, codes, scale, low, out, rows, apart, tiles, queries, width, scales, held,
     BITS: tl.constexpr, GROUP: tl.constexpr, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The weighted sums of D channels of the values in `tiles` times J rows of bytes of one head."""
     EACH: tl.constexpr = GROUP * BITS // 8
     head, piece = tl.program_id(1).to(tl.int64), tl.program_id(0)
     g, d = tl.arange(0, G), tl.program_id(2) * D + tl.arange(0, D)
-    tokens, share = rows // EACH * GROUP, width // scales
+    tokens, share = apart // EACH * GROUP, width // scales
     total = tl.full((G, D), 0.0, tl.float32)
     for tile in range(piece * tiles, (piece + 1) * tiles):
         j = tile * J + tl.arange(0, J)
@@ -79,7 +80,7 @@ def _mix(
         for place in tl.static_range(8 // BITS):
             token = j // EACH * GROUP + place * EACH + j % EACH
             known = (head * tokens + token[:, None]) * scales + d[None, :] // share
-            at = (head * rows + j[:, None]) * width + d[None, :]
+            at = (head * apart + j[:, None]) * width + d[None, :]
             values = _decoded(codes, scale, low, at, known, inside, BITS, place)
             weight = tl.load(
                 weights + (head * queries + g[:, None]) * held + token[None, :],
@@ -91,20 +92,22 @@ def _mix(
     tl.store(out + at, total, mask=(g[:, None] < queries) & (d[None, :] < width))
 
 
-def dot(query: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int, loose: int) -> Tensor:
+def dot(
+    query: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int, apart: int, loose: int
+) -> Tensor:
     """`query` (B, H, G, D) times keys: (B, H, G, T + loose), the scores of `loose` tokens not yet written."""
     b, h, g, d = query.shape
     rows = codes.shape[2] * codes.shape[3]
     out = torch.empty(b, h, g, codes.shape[2] * group + loose, device=query.device)
     with on(query):
         _dot[(-(-rows // ROWS), b * h)](
-            query.contiguous(), codes, scale, low, out, rows, g, d, out.shape[3],
+            query.contiguous(), codes, scale, low, out, rows, apart * codes.shape[3], g, d, out.shape[3],
             BITS=bits, GROUP=group, J=ROWS, G=block(g), D=min(block(d), CHANNELS), **FUSED,
         )  # fmt: skip
     return out
 
 
-def mix(weights: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int) -> Tensor:
+def mix(weights: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int, apart: int) -> Tensor:
     """`weights` (B, H, G, T or more) times T values: (B, H, G, D)."""
     (b, h, g, held), d = weights.shape, codes.shape[4]
     rows, channels = codes.shape[2] * codes.shape[3], min(block(d), CHANNELS)
@@ -114,7 +117,7 @@ def mix(weights: Tensor, codes: Tensor, scale: Tensor, low: Tensor, bits: int, g
     out = torch.empty(b, h, parts, g, d, device=weights.device)
     with on(weights):
         _mix[(parts, b * h, columns)](
-            weights.contiguous(), codes, scale, low, out, rows, each, g, d, scale.shape[3], held,
-            BITS=bits, GROUP=group, J=ROWS, G=block(g), D=channels, **FUSED,
+            weights.contiguous(), codes, scale, low, out, rows, apart * codes.shape[3], each, g, d, scale.shape[3],
+            held, BITS=bits, GROUP=group, J=ROWS, G=block(g), D=channels, **FUSED,
         )  # fmt: skip
     return out.sum(2)

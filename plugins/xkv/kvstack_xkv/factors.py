@@ -45,6 +45,8 @@ class Factors(RefitsText, ReadsLinearly):
             empty before `fit`.
     """
 
+    reads_room = True
+
     def __init__(self, stage: XKV, caches_latents: bool = False, fitted: Mapping[str, Tensor] | None = None) -> None:
         self.stage, self.caches_latents, self.fitted = stage, caches_latents, fitted or {}
         self.exact, self.rough = stage.exact, stage.rough
