@@ -12,7 +12,7 @@ from .packed import storage_bytes
 from .report import Part
 from .workspace import Workspace
 
-__all__ = ["dense_bytes", "held", "model_bytes", "parts", "tensors_in"]
+__all__ = ["dense_bytes", "devices", "held", "model_bytes", "parts", "tensors_in"]
 
 STACK = "stack"
 """Who pays for what no stage asked for."""
@@ -60,6 +60,12 @@ def parts(batch: Batch, others: Sequence[Any], work: Workspace) -> list[Part]:
     for payer, name, nbytes in (*spent, *rest, (STACK, "scratch", storage_bytes(work.tensors()))):
         sums[payer, name] = sums.get((payer, name), 0) + nbytes
     return [Part(payer, name, nbytes) for (payer, name), nbytes in sums.items() if nbytes]
+
+
+def devices(tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Bytes on each device."""
+    places = sorted({str(x.device) for x in tensors})
+    return {place: storage_bytes([x for x in tensors if str(x.device) == place]) for place in places}
 
 
 def model_bytes(batch: Batch) -> int:

@@ -107,11 +107,10 @@ class Attention:
         binding = self._bound
         if not binding.reuses:
             self._promises.kept(call.layer)
-        if not self.batch.recording:
-            with exactly(call):
-                for group, end in enumerate(binding.ends):
-                    if end == call.layer:
-                        self.batch.settle(group, self.learned.scaling)
+        with exactly(call):
+            for group, end in enumerate(binding.ends):
+                if end == call.layer:
+                    self.batch.complete(group, self.learned.scaling)
         if call.layer == binding.last:
             self.batch.end_forward()
             self.batch.running = False

@@ -232,6 +232,14 @@ class Batch:
             if store.dirty:
                 store.settle(cohort.seen, cohort.unsettled, [scaling.get(i, 1.0) for i in store.layers], self.work)
 
+    def complete(self, group: int, scaling: Mapping[int, float]) -> None:
+        """All layers that read a group have run: compress it, unless its tokens may be taken back, and drop what was
+        decoded or fetched for it."""
+        if not self.recording:
+            self.settle(group, scaling)
+        for cohort in self.cohorts:
+            cohort.stores[group].close()
+
     def catch_up(self, scaling: Mapping[int, float]) -> None:
         """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended. Whoever
         goes on has accepted them."""

@@ -372,7 +372,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         ample = bound.ample(allotments)
         bound = ample.allotted(allotments if ample is bound else _allotments(ample, encode))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
-    return Plan(evict, bound, encode, *spans, codecs)
+    return Plan(evict, bound, encode, *spans, codecs=codecs)
 
 
 def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:

@@ -26,7 +26,8 @@ from . import accounting, disk
 from .attend import Attention, Learned
 from .batch import Batch
 from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound
-from .errors import BindError, StageError, UseError
+from .devices import usable
+from .errors import BindError, KVStackError, StageError, UseError
 from .model.adapters import in_words, unwrapped
 from .model.arming import arm
 from .model.head import with_head
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 __all__ = ["KVStack"]
 
 
+AS_SAVED = "as saved"
+"""No device has this name."""
+
+
 class NoLength(UseError, AttributeError):
     """A `UseError` that `hasattr` takes for a missing attribute, as it is missing on a DynamicCache."""
 
@@ -64,6 +69,9 @@ class KVStack(Cache):
         window: newest tokens that always stay as they are (default 64).
         block: while decoding, tokens are compressed this many at a time (default 32; at least what the encoder
             packs together).
+        device: where compressed tokens are stored, such as `"cpu"` for a model on a GPU. When a layer is read, they are
+            copied to the layer's device, and the copy is dropped when its group of layers is done. None (the default):
+            where the layers are. Sinks, window and tokens not yet compressed always stay with the model.
         fused: let attention read packed codes for a single query (default True). False always hands it decoded
             tensors; the two agree up to rounding.
 
@@ -88,6 +96,7 @@ class KVStack(Cache):
         sinks: int = 4,
         window: int = 64,
         block: int = 32,
+        device: str | torch.device | None = None,
         fused: bool = True,
     ) -> None:
         super().__init__(layers=[])
@@ -97,6 +106,7 @@ class KVStack(Cache):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise StageError(f"KVStack({name}={value!r}): {name} is a number of tokens, {least} or more.")
         self.sinks, self.window, self.block, self._fused = sinks, window, block, fused
+        self.device = _device(device)
         self.binding: Binding | None = None
         self._unhook: Callable[[], Any] | None = None
         self._work = Workspace()
@@ -125,7 +135,12 @@ class KVStack(Cache):
 
     @property
     def _spans(self) -> Spans:
-        return Spans(self.sinks, self.window, self.block)
+        return Spans(self.sinks, self.window, self.block, self.device)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The stack's own settings as plain data."""
+        return {**self._spans._asdict(), "device": _name(self.device), "fused": self.fused}
 
     # ---- what it is
 
@@ -137,8 +152,7 @@ class KVStack(Cache):
     def _changed(self) -> dict[str, Any]:
         """The stack's own settings that are not the default."""
         defaults = inspect.signature(KVStack.__init__).parameters
-        settings = {**self._spans._asdict(), "fused": self.fused}
-        return {name: value for name, value in settings.items() if value != defaults[name].default}
+        return {name: value for name, value in self._settings.items() if value != defaults[name].default}
 
     def __bool__(self) -> bool:
         # Cache has a length, so an unbound stack (no layers yet) would count as "no cache"
@@ -159,7 +173,7 @@ class KVStack(Cache):
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, for JSON."""
         stages = [to_dict(stage) for stage in self.stages]
-        return {"stages": stages, **self._spans._asdict(), "fused": self.fused}
+        return {"stages": stages, **self._settings}
 
     # ---- binding
 
@@ -482,7 +496,7 @@ class KVStack(Cache):
             self.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
-        other = KVStack(self.stages, fused=self.fused, **self._spans._asdict())
+        other = KVStack(self.stages, **self._settings)
         memo[id(self)] = other
         other._learned = replace(self._learned, scaling=dict(self._learned.scaling), direct=set(self._learned.direct))
         if self.binding is not None:
@@ -528,18 +542,27 @@ class KVStack(Cache):
 
     @classmethod
     @torch.no_grad()
-    def load(cls, path: str | os.PathLike[str], *, model: PreTrainedModel) -> Self:
+    def load(
+        cls, path: str | os.PathLike[str], *, model: PreTrainedModel, device: str | torch.device | None = AS_SAVED
+    ) -> Self:
         """A stack that goes on where the one that was saved to `path` stopped.
 
         The model reads one token first: what it caches tells how large every tensor of the file must be. Tensors go
-        where the layers of `model` are, wherever they were saved.
+        where the layers of `model` are, wherever they were saved; compressed ones go to `device`.
+
+        Args:
+            path: the file.
+            model: the one that the cache was saved with.
+            device: the setting `device` of the stack, in place of the saved one (the default).
 
         Raises:
             UseError: no such file, damaged, saved with another model or calibration, or by a newer kvstack.
+            StageError: no such device.
         """
+        changed = {} if device == AS_SAVED else {"device": _name(_device(device))}
         saved = disk.load(path)
         saved.check(model)
-        stack = saved.stack(lambda settings: cls.from_spec(settings, model=model))
+        stack = saved.stack(lambda settings: cls.from_spec({**settings, **changed}, model=model))
         try:
             saved.fill(repr(stack), stack.batch, stack._learned, stack._others)
         except BaseException:
@@ -583,6 +606,18 @@ class KVStack(Cache):
         """Bytes by stage and part; prints as a table, `to_dict()` for data."""
         parts = accounting.parts(self.batch, self._others, self._work)
         reads_with = list(self.binding.reads_with) if self.binding is not None and self.fused else []
-        return Report(
-            repr(self), self.seen, self.held, self.nbytes, self.dense_nbytes, parts, self.model_nbytes, reads_with
-        )
+        totals = self.nbytes, self.dense_nbytes
+        devices = accounting.devices(self.tensors() + self._work.tensors())
+        return Report(repr(self), self.seen, self.held, *totals, parts, self.model_nbytes, reads_with, devices)
+
+
+def _device(given: object) -> torch.device | None:
+    """The setting `device` of a stack, checked."""
+    try:
+        return None if given is None else usable(given)
+    except KVStackError as error:
+        raise StageError(f"KVStack(device={given!r}): {error} Use 'cpu', a GPU of this machine, or None.") from None
+
+
+def _name(device: torch.device | None) -> str | None:
+    return None if device is None else str(device)

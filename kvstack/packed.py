@@ -54,15 +54,18 @@ class Room:
             for name, part in like.parts.items()
         }
 
+    def holds(self, packed: Packed) -> bool:
+        """Whether the parts are views of these buffers: nobody has put others in their place."""
+        return all(packed.parts[name].data_ptr() == buffer.data_ptr() for name, buffer in self.buffers.items())
+
     def takes(self, packed: Packed, newer: Packed) -> bool:
         """Whether `packed` is all that is written, and `newer` may be written behind it."""
-        if packed.tokens != self.written or self.written + newer.tokens > self.most:
+        if packed.tokens != self.written or self.written + newer.tokens > self.most or not self.holds(packed):
             return False
         for name, buffer in self.buffers.items():
             # a tensor made under inference_mode cannot be written to outside of it
             frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
-            wider = torch.promote_types(buffer.dtype, newer.parts[name].dtype) != buffer.dtype
-            if frozen or wider or packed.parts[name].data_ptr() != buffer.data_ptr():
+            if frozen or torch.promote_types(buffer.dtype, newer.parts[name].dtype) != buffer.dtype:
                 return False
         return True
 
@@ -88,6 +91,7 @@ class Packed:
         dtype: type of the decoded tensor.
         exact: whether they are stored as they were, without an encoder.
         room: the buffers that `parts` are views of, where they have room for more tokens.
+        home: where `parts` are read, if they are stored on another device.
     """
 
     parts: dict[str, Tensor]
@@ -96,10 +100,29 @@ class Packed:
     dtype: torch.dtype
     exact: bool = False
     room: Room | None = field(default=None, repr=False, compare=False)
+    home: torch.device | None = None
 
     def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
         parts = {name: change(part) for name, part in self.parts.items()}
         return replace(self, parts=parts, tokens=self.tokens if tokens is None else tokens, room=None)
+
+    def stored(self, device: torch.device | None) -> Packed:
+        """This on `device`, until it is `fetched`; None: where it is."""
+        home = next(iter(self.parts.values())).device
+        if device is None or device == home:
+            return self
+        return replace(self._map(lambda part: part.to(device)), home=home)
+
+    def fetched(self) -> Packed:
+        """This where it is read: a copy, if it is stored elsewhere."""
+        home, room = self.home, self.room
+        if home is None:
+            return self
+        if room is not None and room.holds(self):  # whole buffers: to leave out their room would be one more copy
+            parts = {name: room.buffers[name].to(home)[:, :, : part.shape[2]] for name, part in self.parts.items()}
+        else:
+            parts = {name: part.to(home) for name, part in self.parts.items()}
+        return replace(self, parts=parts, room=None, home=None)
 
     def compact(self) -> Packed:
         """With parts whose memory has the order of their axes."""
@@ -167,5 +190,5 @@ def _apart(part: Tensor) -> int:
 
 def storage_bytes(tensors: list[Tensor]) -> int:
     """Bytes of the storages behind `tensors`; storage that several tensors share counts once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

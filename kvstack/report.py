@@ -40,6 +40,9 @@ class Report:
     """What answers a single query from sealed tokens: `torch`, or a faster reader. Empty where nothing is sealed, or
     everything is decoded."""
 
+    devices: dict[str, int] = field(default_factory=dict)
+    """Bytes on each device; they add up to `nbytes`."""
+
     @property
     def compression(self) -> float:
         """Share of the dense bytes that is saved."""
@@ -59,6 +62,9 @@ class Report:
 
     def table(self) -> Table:
         caption = f"{self.held:,} of {self.seen:,} tokens held"
+        if len(self.devices) > 1:
+            places = (f"{nbytes / 2**20:,.1f} MiB on {device}" for device, nbytes in self.devices.items())
+            caption += f"; {' and '.join(places)}"
         if self.model_nbytes:
             caption += f"; beside it {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
             if self.break_even is not None:

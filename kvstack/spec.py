@@ -24,8 +24,14 @@ from .stage import Score, Settings, Stage
 
 __all__ = ["SETTINGS", "check_types", "from_dict", "make_score", "parse", "to_dict", "to_spec"]
 
-SETTINGS = ("sinks", "window", "block", "fused")
-"""Settings of a stack that its dict holds beside the stages."""
+SETTINGS: Mapping[str, tuple[Any, str]] = {
+    "sinks": (int, "a number of tokens"),
+    "window": (int, "a number of tokens"),
+    "block": (int, "a number of tokens"),
+    "device": (str | None, "the name of a device, such as 'cpu'"),
+    "fused": (bool, "True or False"),
+}
+"""Settings of a stack that its dict holds beside the stages: their types, in words too."""
 WRITABLE = (bool, int, float, str, tuple, list, type(None))
 """Types that a setting can have to be written down."""
 LONGEST = 10_000
@@ -75,9 +81,8 @@ def _known(settings: Mapping[Any, Any], spec: object) -> dict[str, Any]:
         which = f"{spec!r}: a stack" if isinstance(spec, str) else "a stack"
         raise SpecError(f"{which} has no setting {', '.join(unknown)}. It has: {', '.join(SETTINGS)}.")
     for name, value in settings.items():
-        wanted = bool if name == "fused" else int
+        wanted, what = SETTINGS[name]
         if not _fits(value, wanted):
-            what = "True or False" if wanted is bool else "a number of tokens"
             raise SpecError(f"{spec!r}: {name}={value!r}, and {name} is {what}.")
     return dict(settings)
 

@@ -72,7 +72,7 @@ SPECS = [
     ("commonkv:calibration=out/axes.safetensors", "a number nor a word. A path is quoted: 'out/file'"),
     ({"quant": 2}, "is no spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict()."),
     ({"stages": [{"bits": 2}]}, "describes no stage: it needs a name and its settings."),
-    ({"stages": [], "speed": 3}, "a stack has no setting speed. It has: sinks, window, block, fused."),
+    ({"stages": [], "speed": 3}, "a stack has no setting speed. It has: sinks, window, block, device, fused."),
 ]
 
 

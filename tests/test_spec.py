@@ -107,7 +107,7 @@ STAGE = st.builds(lambda name, settings: {"name": name, **settings}, st.sampled_
 
 
 @given(
-    st.dictionaries(st.sampled_from(["window", "sinks", "block", "fused"]), LEAVES, max_size=2),
+    st.dictionaries(st.sampled_from(["window", "sinks", "block", "device", "fused"]), LEAVES, max_size=2),
     st.lists(STAGE | LEAVES, max_size=2),
 )
 def test_any_dict(settings, stages):
@@ -117,6 +117,7 @@ def test_any_dict(settings, stages):
 WRITTEN = {
     "quant:bits=2@window=16": lambda: KVStack([Quant(2)], window=16),
     "evict:keep=0.2@sinks=0,fused=False": lambda: KVStack([Evict(0.2)], sinks=0, fused=False),
+    "quant:bits=2@device='cpu'": lambda: KVStack([Quant(2)], device="cpu"),
     "@block=64": lambda: KVStack(block=64),
 }
 

@@ -157,11 +157,9 @@ def _stack(spec: str, settings: dict[str, int]) -> KVStack:
 def _device(name: str | None) -> torch.device:
     import torch
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
-        raise KVStackError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    from ..devices import usable
+
+    return usable(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @app.command()

@@ -20,12 +20,13 @@ __all__ = ["Plan", "Spans"]
 
 
 class Spans(NamedTuple):
-    """The stack's own settings, in tokens: how many stay as they are at both ends, and how many are compressed at a
-    time while decoding."""
+    """The stack's own settings: how many tokens stay as they are at both ends, how many are compressed at a time while
+    decoding, and the device of sealed ones (None: that of their layers)."""
 
     sinks: int
     window: int
     block: int
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Plan:
     sinks: int
     window: int
     block: int
+    device: torch.device | None = None
     codecs: Sequence[Codec] = ()
     _granules: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -70,6 +70,7 @@ class Sealed(Track):
             raise UseError(f"{payer!r} on layer {self.layers[0]}: {error}") from None
 
     def _add(self, name: str, packed: Packed, spare: bool) -> None:
+        packed = packed.stored(self.plan.device)
         if name in self.packed:
             # the tokens of one head have room behind them that no reader sees
             alone = all(part.shape[0] * part.shape[1] == 1 for part in packed.parts.values())
@@ -220,7 +221,7 @@ class Sealed(Track):
             parts[part] = get(key, f"{name}: {part}", shape, model.dtype, *wider)
         packed = replace(like, parts=parts, tokens=like.tokens * times)
         self._check_channels(name, packed, entry["channels"], get)
-        return packed
+        return packed.stored(self.plan.device)
 
     def _check_channels(self, name: str, packed: Packed, channels: Any, get: Get) -> None:
         """Refuse codes of other channels than there are here."""
@@ -295,25 +296,25 @@ class LayerCodes(Sealed):
     def decode(self, layer: int, keys: Tensor, values: Tensor, where: Where) -> None:
         encode = self.plan.encode
         assert encode is not None
-        encode.decode(self.packed["keys"], "keys", keys)
-        encode.decode(self.packed["values"], "values", values)
+        for name, out in (("keys", keys), ("values", values)):
+            encode.decode(self.packed[name].fetched(), name, out)
 
     def dot(self, layer: int, query: Tensor, where: Where, work: Workspace) -> Tensor:
-        return self.plan.reader(query.device).dot(query, self.packed["keys"], "keys", work)
+        return self.plan.reader(query.device).dot(query, self.packed["keys"].fetched(), "keys", work)
 
     def mix(self, layer: int, weights: Tensor, work: Workspace) -> Tensor:
-        return self.plan.reader(weights.device).mix(weights, self.packed["values"], "values", work)
+        return self.plan.reader(weights.device).mix(weights, self.packed["values"].fetched(), "values", work)
 
     def logits(self, layer: int, query: Tensor, raw: Tensor, where: Where, work: Workspace) -> Tensor:
         reader = self.plan.reader(query.device)
         if isinstance(reader, KernelCodes):
-            return reader.dot(query, self.packed["keys"], "keys", work, raw)
+            return reader.dot(query, self.packed["keys"].fetched(), "keys", work, raw)
         return super().logits(layer, query, raw, where, work)
 
     def output(self, layer: int, weights: Tensor, raw: Tensor, work: Workspace) -> Tensor:
         reader = self.plan.reader(weights.device)
         if isinstance(reader, KernelCodes):
-            return reader.mix(weights, self.packed["values"], "values", work, raw)
+            return reader.mix(weights, self.packed["values"].fetched(), "values", work, raw)
         return super().output(layer, weights, raw, work)
 
     def payer(self, packed: Packed) -> object:
@@ -339,7 +340,7 @@ class LayerCodes(Sealed):
             ("values", layout.value_width, layout.value_dtype),
         ):
             shape = (get.rows, layout.heads, self.tokens, width)
-            _check_shape(encode.decode(self.packed[name], name), shape, dtype, get.where(name))
+            _check_shape(encode.decode(self.packed[name].fetched(), name), shape, dtype, get.where(name))
 
 
 class GroupLatents(Sealed):
@@ -356,7 +357,8 @@ class GroupLatents(Sealed):
         self._forget()
 
     def _forget(self) -> None:
-        """What was decoded or opened for one forward."""
+        """What was fetched, decoded or opened for one forward."""
+        self._fetched: dict[str, Packed] = {}
         self._decoded: dict[str, Tensor] = {}
         self._opened: dict[str, Opened] = {}
         self._readers: dict[int, LinearReader] = {}
@@ -458,17 +460,23 @@ class GroupLatents(Sealed):
     def _open(self, name: str) -> Opened:
         """A latent, once per forward for all layers."""
         if name not in self._opened:
-            self._opened[name] = opened(self._encoder(name), self.packed[name], lambda: self._latents()[name])
+            self._opened[name] = opened(self._encoder(name), self._here(name), lambda: self._latents()[name])
         return self._opened[name]
 
     def _latents(self) -> Mapping[str, Tensor]:
         """Decoded once per forward for all layers."""
         if not self._decoded:
             self._decoded = {
-                name: (EXACT if packed.exact else self._encoder(name)).decode(packed, name)
+                name: (EXACT if packed.exact else self._encoder(name)).decode(self._here(name), name)
                 for name, packed in self.packed.items()
             }
         return self._decoded
+
+    def _here(self, name: str) -> Packed:
+        """A packed latent on the device where it is read, fetched once per forward."""
+        if name not in self._fetched:
+            self._fetched[name] = self.packed[name].fetched()
+        return self._fetched[name]
 
     def _rotated(self, layer: int, keys: Tensor, where: Where) -> Tensor:
         """Rebuilt keys as attention wants them."""

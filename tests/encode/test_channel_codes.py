@@ -157,7 +157,7 @@ def test_a_latent_is_packed_by_its_own_encoder_whatever_the_stack_has():
     x = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     packed = []
     for encode in (EXACT, Quant(2)):
-        plan = Plan(None, BoundTransform(FiveBits(), 1, codec=codec), encode, 0, 0, 1, (codec,))
+        plan = Plan(None, BoundTransform(FiveBits(), 1, codec=codec), encode, 0, 0, 1, codecs=(codec,))
         sealed = GroupLatents(plan, [0], codec, [None])
         sealed.append([KV(x, x)], torch.arange(16)[None, None])
         packed.append(sealed.packed["both"])
@@ -167,7 +167,7 @@ def test_a_latent_is_packed_by_its_own_encoder_whatever_the_stack_has():
     expected = codec.encoders["both"].encode(codec.forward([KV(x, x)])["both"].data, "both")
     assert all(torch.equal(part, expected.parts[name]) for name, part in packed[0].parts.items())
     plain = Codec()
-    assert Plan(None, BoundTransform(FiveBits(), 1, codec=plain), EXACT, 0, 0, 1, (plain,)).granule(24) == 1
+    assert Plan(None, BoundTransform(FiveBits(), 1, codec=plain), EXACT, 0, 0, 1, codecs=(plain,)).granule(24) == 1
 
 
 def test_a_transform_that_gives_its_channels_bits():
