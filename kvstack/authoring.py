@@ -4,7 +4,8 @@ contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Reader, 
 abilities     NeedsHidden, ReadsDirectly, ReadsLinearly, FitsText, RefitsText, Budgeted
 values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread, nearly_best and the figures behind them
-the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe
+the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe,
+              heads_of
 calibration   calibrated_groups, calibration_for, Basis, PackedAxes, flat, load_or_make, windows_of, tokenizer_of,
               write_bytes
 """
@@ -38,6 +39,7 @@ from .model.attention import device_of, expands
 from .model.fingerprint import fingerprint, is_of, kv_fingerprint
 from .model.layers import LayerGroups
 from .model.probing import at_rest, cached_shapes, observe
+from .model.ranks import heads_of
 from .packed import Packed, storage_bytes
 from .select.attention import attention_received
 from .stage import (
@@ -111,6 +113,7 @@ __all__ = [
     "fingerprint",
     "fitting",
     "flat",
+    "heads_of",
     "is_of",
     "kv_fingerprint",
     "load_or_make",

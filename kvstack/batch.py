@@ -274,6 +274,7 @@ class Batch:
                 continue
             # one count for all layers: one attention mask serves them all
             stay = min(store.older_than(cohort.seen - gone, cohort.seen) for store in cohort.stores)
+            stay = min(self.binding.plan.heads.gathered(stay))
             for store in cohort.stores:
                 store.crop(cohort.seen, gone, stay)
             cohort.seen -= gone

@@ -20,10 +20,12 @@ from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .encode.waterfilling import leading
 from .errors import BindError, KVStackWarning, StageError
+from .heads import Heads
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
 from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
 from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
+from .model.ranks import heads_of, split_among
 from .model.rope import find_ropes
 from .model.rotation import Rope
 from .select.evict import Evict
@@ -119,10 +121,11 @@ class Binding:
 
     @property
     def query_heads(self) -> int:
-        """Query heads of a layer; 1 where the model does not say."""
+        """Query heads of a layer that are computed here; 1 where the model does not say."""
         config = None if self.model is None else self.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_attention_heads", 1)
-        return heads if isinstance(heads, int) else 1
+        split = not set(self.places) <= self.plan.heads.whole
+        return (heads // self.plan.heads.size if split else heads) if isinstance(heads, int) else 1
 
     @property
     def last(self) -> int:
@@ -176,12 +179,14 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             f"the rows of this batch have an adapter each ({in_words(adapters)}), and {who} is fitted to one. Use one "
             "adapter for all rows, or stages that are not fitted to a model, such as Quant and Evict."
         )
-    plan, shares, ropes = Plan(None, None, None, *spans), dict[int, int](), dict[int, Rope | None]()
+    heads = heads_of(model)
+    plan, shares, ropes = Plan(None, None, None, *spans, heads=heads), dict[int, int](), dict[int, Rope | None]()
     if stages and not full:
         _check_takes_cache(name, model)
         warnings.warn(_nothing_to_do(who, name, layers), KVStackWarning, stacklevel=4)
     elif stages:
         _check_model(who, stages, name, full, modules)
+        _check_whole(_of_kind(stages, Transform), model)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             evict, transform = (_of_kind(stages, kind) for kind in (Evict, Transform))
@@ -189,7 +194,8 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
                 ropes = find_ropes(model, {i: modules[i] for i in full})
                 _check_ropes(transform and transform.unrotated and transform, evict, name, ropes)
             shares = _shares(stages, model, full, modules)
-            plan = _plan(stages, model, [i for i in full if i not in shares], spans)
+            plan = _plan(stages, model, [i for i in full if i not in shares], spans, heads)
+            _check_agreed(who, plan, shares)
             if plan.transform and plan.transform.unrotated and not ropes:
                 ropes = find_ropes(model, {i: modules[i] for i in full})
                 _check_ropes(plan.transform.stage, evict, name, ropes)
@@ -327,6 +333,39 @@ def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full
         )
 
 
+def _check_whole(transform: Transform | None, model: PreTrainedModel) -> None:
+    """Refuse calibrated axes, which are of all heads, where a process holds some of them. The one place to lift
+    this."""
+    calibrated = hasattr(transform, "calibration") and getattr(transform, "basis", "calibrated") == "calibrated"
+    if calibrated and (size := split_among(model)) > 1:
+        raise BindError(
+            f"{transform!r} stores tokens along calibrated axes of all heads, and the heads of this "
+            f"{type(model).__name__} are split among {size} processes. Use stages without a calibration, such as Quant "
+            "and Evict, or load the whole model in one process."
+        )
+
+
+def _check_agreed(who: str, plan: Plan, shares: Mapping[int, int]) -> None:
+    """Refuse processes that would choose differently, and then wait for each other for ever."""
+    evict = plan.evict
+    here = [
+        [
+            type(stage).__name__
+            for stage in (evict and evict.score, plan.transform and plan.transform.stage, plan.encode)
+        ],
+        evict and (evict.keep, evict.pool, plan.share_heads),
+        (plan.layers, plan.stored_together, plan.sinks, plan.window, plan.block),
+        sorted(shares.items()),
+    ]
+    others = plan.heads.gathered(here)
+    for rank, there in enumerate(others):
+        if there != here:
+            raise BindError(
+                f"{who} is another stack in process {rank} than in process {plan.heads.rank}, which hold heads of one "
+                f"model: {there}, and here {here}. Give every process the same stages and settings."
+            )
+
+
 def _shares(
     stages: Sequence[Stage], model: PreTrainedModel, full: Sequence[int], modules: Mapping[int, nn.Module]
 ) -> dict[int, int]:
@@ -352,12 +391,12 @@ def _shares(
     return shares
 
 
-def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], spans: Spans) -> Plan:
+def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], spans: Spans, heads: Heads) -> Plan:
     """Bind the encoder, then the transform, which may take a minute to fit to the `layers` that hold something."""
     evict, encode, transform = (_of_kind(stages, kind) for kind in (Evict, Encode, Transform))
     encode = encode and encode.bind(model)
     if transform is None:
-        return Plan(evict, None, encode, *spans)
+        return Plan(evict, None, encode, *spans, heads=heads)
     bound: BoundTransform = transform.bind(model, layers)
     _check_nesting(transform, bound.layers, evict)
     if len(layers) % bound.layers and not bound.remainder:
@@ -372,7 +411,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         ample = bound.ample(allotments)
         bound = ample.allotted(allotments if ample is bound else _allotments(ample, encode))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
-    return Plan(evict, bound, encode, *spans, codecs=codecs)
+    return Plan(evict, bound, encode, *spans, codecs=codecs, heads=heads)
 
 
 def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:

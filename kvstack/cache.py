@@ -32,6 +32,7 @@ from .model.adapters import in_words, unwrapped
 from .model.arming import arm
 from .model.head import with_head
 from .model.hooks import install, running
+from .model.ranks import heads_of
 from .packed import storage_bytes
 from .report import Report
 from .spec import parse, to_dict, to_spec
@@ -528,6 +529,9 @@ class KVStack(Cache):
             compress: deflate every tensor that gets smaller by it (zlib, level 9), which takes longer. `load` reads
                 both, and gives back the same bits.
 
+        Where processes share the heads of a model, each of them writes a file of its own: the first of two writes
+        `cache-0-of-2.safetensors` for `cache.safetensors`.
+
         A file that was there stays as it is until the new one is complete, keeps its permissions, and is replaced where
         `path` is a symbolic link to it.
 
@@ -538,6 +542,7 @@ class KVStack(Cache):
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
         self._check_adapters("saved")
         self._catch_up()
+        path = disk.own_file(path, self.binding.plan.heads)
         disk.write(path, self.to_dict(), self.batch, self._learned, self._others, compress)
 
     @classmethod
@@ -559,8 +564,10 @@ class KVStack(Cache):
             UseError: no such file, damaged, saved with another model or calibration, or by a newer kvstack.
             StageError: no such device.
         """
+        heads = heads_of(unwrapped(model))
         changed = {} if device == AS_SAVED else {"device": _name(_device(device))}
-        saved = disk.load(path)
+        saved = disk.load(disk.own_file(path, heads))
+        saved.check_part(heads)
         saved.check(model)
         stack = saved.stack(lambda settings: cls.from_spec({**settings, **changed}, model=model))
         try:

@@ -4,6 +4,7 @@ Nothing is decoded: what is packed stays packed, so the file is about as large a
 the bytes of each tensor are deflated where that makes them fewer; "deflated" in the description has its type and shape.
 
     description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
+                   heads: which process of how many, where they share a model
                    cohorts: rows, seen, columns, given (positions, where not the tokens' indices), stores: one entry
                    per track of the store, "sealed" by (slot, role)
                    others:  layers that transformers caches
@@ -33,6 +34,7 @@ from .checks import Get, Misfit, Tensors, count, entries, items, misfit, pairs
 from .columns import Columns
 from .errors import KVStackError, UseError
 from .files import DTYPES, MOST_NUMBERS, parsed_json, read_tensors, write_tensors
+from .heads import Heads
 from .model.adapters import unwrapped
 from .model.attention import expands, gives_queries
 from .model.fingerprint import is_of, kv_fingerprint
@@ -44,7 +46,7 @@ from .types import Layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Saved", "Writer", "load", "write"]
+__all__ = ["Saved", "Writer", "load", "own_file", "write"]
 
 FORMAT = "kvstack cache 1"
 
@@ -100,6 +102,7 @@ def write(
         "scaling": list(learned.scaling.items()),
         "direct": sorted(learned.direct),
         "shares": list(binding.shares.items()),
+        **_part_of(binding.plan.heads),
         "cohorts": [
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
@@ -127,6 +130,19 @@ def _describe_store(store: Store, writer: Writer) -> dict[str, Any]:
         "bases": [part["bases"] for part in parts if "bases" in part],
         "fitted": _fitted(store),
     }
+
+
+def _part_of(heads: Heads) -> dict[str, list[int]]:
+    """What is said of a file that holds the heads of one process among several."""
+    return {"heads": [heads.rank, heads.size]} if heads.size > 1 else {}
+
+
+def own_file(path: str | os.PathLike[str], heads: Heads) -> str | os.PathLike[str]:
+    """The file of this process: all of those that share a model are told the same path, and hold different heads."""
+    if heads.size == 1:
+        return path
+    path = Path(path)
+    return path.with_name(f"{path.stem}-{heads.rank}-of-{heads.size}{path.suffix}")
 
 
 def _fitted(store: Store) -> list[str]:
@@ -158,6 +174,14 @@ class Saved:
         if described["dtype"] != str(model.dtype):
             raise UseError(
                 f"{self.name!r} was saved with a model in {described['dtype']}, and this one is in {model.dtype}."
+            )
+
+    def check_part(self, heads: Heads) -> None:
+        """Refuse a file of other heads than those of this process."""
+        if self.described.get("heads") != _part_of(heads).get("heads"):
+            raise UseError(
+                f"{self.name!r} does not hold the heads of process {heads.rank} of {heads.size}. Load the model in as "
+                "many processes as it was in, and let each of them load what it saved."
             )
 
     @contextmanager
@@ -294,7 +318,7 @@ S = TypeVar("S")
 COHORT = ("rows", "seen", "stores")
 """What is said of a cohort."""
 NEEDED = ("stack", "model", "dtype", "batch", "columns", "shapes", "scaling", "direct", "cohorts", "others")
-LATER = ("shares", "deflated")
+LATER = ("shares", "deflated", "heads")
 """What is said of a cache, and what the first versions did not say."""
 STORE = ("sealed_tokens", "fitted")
 """What is said of a store beside its tracks; the first versions said nothing of `bases`."""

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from .heads import ALONE, Heads
+
 if TYPE_CHECKING:
     from .turns import Turns
 
@@ -108,6 +110,8 @@ class Context:
         rope: rotates and un-rotates keys of this layer, or None where it has no rotary embedding. It takes indices
             such as `positions`, and goes through the positions that the model was given for them.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
+        heads: the kv heads that other processes hold (tensor parallelism). A score that looks at several heads at once
+            takes their mean or maximum with it.
     """
 
     layer: int
@@ -119,6 +123,7 @@ class Context:
     rope: TokenRotation | None = None
     sinks: int = 0
     window: int = 0
+    heads: Heads = ALONE
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from filelock import FileLock
 
 from ..errors import KVStackError
+from ..heads import Heads
+from ..model.ranks import heads_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +61,9 @@ def load_or_make(
         notice: logged before it is made; or what writes it then.
     """
     known: dict[str, F] = _known.setdefault(model, {})
+    heads = heads_of(model)
+    if file not in known and heads.size > 1:
+        known[file] = _shared(heads, file, read, make, notice)
     fitted = known.get(file) or _kept(file, read, make, notice)
     if fitted is None:
         fitted = make()
@@ -66,11 +71,31 @@ def load_or_make(
     return fitted
 
 
+def _shared(heads: Heads, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F:
+    """What the first of the processes that share a model finds, or what they make now, together: one that waited for
+    a lock would keep the others waiting in the middle of a forward."""
+    found, path = None, None
+    if heads.rank == 0:
+        try:
+            path = _path(file)
+            found = _read(path, read) if path.exists() else None
+        except (OSError, RuntimeError) as error:
+            log.warning(NOT_KEPT, error)
+    found = heads.gathered(found)[0]
+    if found is None:
+        found = heads.gathered(make() if path is None else _made(path, make, notice))[0]
+    return found
+
+
+def _path(file: str) -> Path:
+    # a model may call its type anything, and the file stays in the folder
+    return folder() / re.sub(r"[^\w.-]", "_", file)
+
+
 def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F | None:
     """What the file holds, or what is made now and kept there; None where nothing can be kept."""
     try:
-        # a model may call its type anything, and the file stays in the folder
-        path = folder() / re.sub(r"[^\w.-]", "_", file)
+        path = _path(file)
         if path.exists() and (fitted := _read(path, read)) is not None:
             return fitted
         path.parent.mkdir(parents=True, exist_ok=True)

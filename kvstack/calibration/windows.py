@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..model.attention import device_of
 from ..model.probing import at_rest
+from ..model.ranks import split_among
 from .texts import mixed
 
 if TYPE_CHECKING:
@@ -50,8 +51,23 @@ def windows_of(
     tokens: int,
     tokenizer: PreTrainedTokenizerBase | None,
     least: int = 0,
+    *,
+    may_be_split: bool = False,
 ) -> tuple[Windows, str]:
-    """What is read, and what that is: `tokens` of the texts, or fewer of what the model writes, but `least` of them."""
+    """What is read, and what that is.
+
+    Args:
+        least: tokens that are read however few the model would write.
+        may_be_split: whether who reads it can do with a part of the heads in each of several processes.
+
+    Raises:
+        CalibrationError: there is nothing to read, or the heads of `model` are split.
+    """
+    if not may_be_split and (size := split_among(model)) > 1:
+        raise CalibrationError(
+            f"calibration is for all heads, and those of this {type(model).__name__} are split among {size} processes. "
+            "Calibrate the whole model in one process."
+        )
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     if tokenizer is not None:
         kinds = _kinds(texts)
@@ -166,5 +182,5 @@ def draw(model: PreTrainedModel, logits: Tensor, generator: torch.Generator) -> 
 
 def sample_ids(model: PreTrainedModel) -> Tensor:
     """Token ids (1, T) of one window of the usual texts."""
-    (ids, _), *_ = windows_of(model, None, PROMPT, None)[0]
+    (ids, _), *_ = windows_of(model, None, PROMPT, None, may_be_split=True)[0]
     return ids

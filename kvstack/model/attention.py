@@ -8,6 +8,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,14 +43,20 @@ CROSS = re.compile(r"(cross_?att|encoder_att|encoder_decoder_att|encdec_?att)", 
 
 def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Of a module's forward, known once for each class: a model has hundreds of modules, and is searched often."""
-    if "forward" in vars(module):  # of this module alone: accelerate puts one around it
-        return inspect.signature(module.forward).parameters
+    if "forward" in vars(
+        module
+    ):  # of this module alone: accelerate puts one around it, and so do plans of transformers
+        own = inspect.signature(module.forward).parameters
+        if any(known.kind not in _ANYTHING for known in own.values()):
+            return own
     forward = type(module).forward
     known = _known.get(type(module))
     if known is None or known[0] is not forward:  # someone has put another one into the class
-        known = _known[type(module)] = forward, inspect.signature(module.forward).parameters
+        known = _known[type(module)] = forward, inspect.signature(partial(forward, module)).parameters
     return known[1]
 
+
+_ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 _known: weakref.WeakKeyDictionary[type[nn.Module], tuple[Any, Mapping[str, inspect.Parameter]]] = (
     weakref.WeakKeyDictionary()

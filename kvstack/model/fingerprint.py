@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import BindError
 from .adapters import adapter_layers, in_use, is_merged, unwrapped
 from .attention import decoder_of, offload_hooks
+from .shards import every
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +34,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A fingerprint of a model's config and weights, whatever folder it came from, the same in
     float32 and bfloat16.
 
-    Weights are sampled, 4,096 of each tensor, so that a large model is recognised in a moment. Adapters (PEFT) count
-    while they are at work: with all of them disabled a model has the fingerprint it had before it got them.
+    Weights are sampled, 4,096 of each tensor, so that a large model is recognised in a moment. Where processes share
+    the weights, each of them must ask, and all get the fingerprint of the whole model. Adapters (PEFT) count while they
+    are at work: with all of them disabled a model has the fingerprint it had before it got them.
     """
     return _fingerprint(unwrapped(model))
 
@@ -130,9 +132,6 @@ def _there(module: nn.Module, name: str, x: Tensor) -> Tensor:
 
         plain: Tensor = functional._convert_weight_packed_for_cpu_inverse(x.data, copy.copy(state))[0]
         return plain
-    if hasattr(x, "full_tensor"):  # a shard of a DTensor: the same fingerprint on every rank
-        whole: Tensor = x.full_tensor()
-        return whole
     if x.device.type != "meta":
         return x
     for hook in offload_hooks(module):
@@ -147,9 +146,6 @@ def sampled(tensors: Mapping[Any, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {tuple(x.shape)}".encode())
-        flat = x.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // MANY)]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16)
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sample = every(max(1, x.numel() // MANY), x.detach())
+        digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,10 +19,13 @@ from .rest import at_rest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SINKS", "at_rest", "cached_layers", "cached_shapes", "observe", "token_shapes"]
+__all__ = ["SINKS", "at_rest", "cached_keys", "cached_layers", "cached_shapes", "observe", "token_shapes"]
 
 SINKS = 4
 """First tokens of a text, which are unlike all others and stay raw in any stack."""
+
+SOME = 8
+"""Tokens that tell heads apart: one alone may be padding, whose embedding is zero."""
 
 
 def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[int, KV]:
@@ -62,15 +65,22 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
     return observed
 
 
-def cached_layers(model: PreTrainedModel) -> list[Any]:
-    """The layers of transformers' own cache after one token was run through the model: what each of them holds."""
+def cached_layers(model: PreTrainedModel, tokens: int = 1) -> list[Any]:
+    """The layers of transformers' own cache after the first `tokens` of its vocabulary were run through the model: what
+    each of them holds."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     with at_rest(model):
-        ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
+        ids = torch.arange(tokens, device=device_of(model))[None]
         model.base_model(ids, past_key_values=cache, use_cache=True)
     return cast(list[Any], cache.layers)
+
+
+def cached_keys(model: PreTrainedModel, full: Sequence[int]) -> dict[int, Tensor]:
+    """Layer of `full` -> the keys (1, H, T, D) that it caches of some tokens."""
+    layers = cached_layers(model, SOME) if full else []
+    return {i: layers[i].keys for i in full}
 
 
 _shapes: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, int, int]]] = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from ..heads import ALONE, Heads
 from ..registry import score_names
 from ..spec import make_score
 from ..stage import Score, Stage, check
@@ -111,11 +112,12 @@ class Evict(Stage):
     def looks_at_queries(self) -> bool:
         return self.queries != 0 or self.tracks
 
-    def pooled(self, scores: Sequence[Tensor]) -> Tensor:
-        """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree."""
-        heads = torch.cat(list(scores), dim=1)  # (B, heads of all layers, T)
+    def pooled(self, scores: Sequence[Tensor], heads: Heads = ALONE) -> Tensor:
+        """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree, and for those
+        that other processes hold (`heads`)."""
+        each = torch.cat(list(scores), dim=1)  # (B, heads of all layers, T)
         # scores of one head are comparable with each other, those of two heads are not: some are attention
         # weights that sum to one, some are distances
-        spread = heads.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
-        heads = (heads - heads.mean(-1, keepdim=True)) / spread
-        return heads.amax(1, keepdim=True) if self.pool == "max" else heads.mean(1, keepdim=True)
+        spread = each.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
+        each = (each - each.mean(-1, keepdim=True)) / spread
+        return heads.max(each) if self.pool == "max" else heads.mean(each)

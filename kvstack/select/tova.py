@@ -29,4 +29,4 @@ class TOVA(Score):
     def score(self, kv: KV, context: Context) -> Tensor:
         assert context.queries is not None
         received = attention_received(context.queries[:, :, -1:], kv.keys, context.scaling, "mean")
-        return received.mean((1, 2)).unsqueeze(1).expand(kv.keys.shape[:3])
+        return context.heads.mean(received.flatten(1, 2)).expand(kv.keys.shape[:3])

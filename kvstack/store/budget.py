@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..heads import ALONE, Heads
+
 __all__ = ["Choice", "allowance", "choose", "how_many"]
 
 
@@ -51,7 +53,7 @@ class Choice:
     raw: Tensor
 
 
-def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Choice:
+def choose(scores: Tensor, packed: int, granule: int, drop: int, heads: Heads = ALONE) -> Choice:
     """Which tokens stay when `drop` of them go.
 
     Args:
@@ -60,6 +62,7 @@ def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Choice:
         granule: encoded tokens go in runs of this many; a run is worth the sum of its scores.
         drop: how many go. The mix of runs and single tokens is the one that loses the least score, the same
             for all rows and heads, since a tensor has one length.
+        heads: those of other processes, which drop the same mix.
 
     Ties go to the newer token: `sort` is stable, so padding cannot change what stays.
     """
@@ -71,8 +74,9 @@ def choose(scores: Tensor, packed: int, granule: int, drop: int) -> Choice:
     most = min(runs.shape[-1], drop // granule)
     n = fewest
     if most > fewest:
-        run_loss = torch.nn.functional.pad(run_order.values.sum((0, 1)).cumsum(-1), (1, 0))
-        single_loss = torch.nn.functional.pad(single_order.values.sum((0, 1)).cumsum(-1), (1, 0))
+        losses = [order.values.sum((0, 1)) for order in (run_order, single_order)]
+        parts = heads.sum(torch.cat(losses)).split([len(loss) for loss in losses])
+        run_loss, single_loss = (torch.nn.functional.pad(loss.cumsum(-1), (1, 0)) for loss in parts)
         counts = torch.arange(fewest, most + 1, device=scores.device)
         n = int(counts[(run_loss[counts] + single_loss[drop - counts * granule]).argmin()])
     return Choice(

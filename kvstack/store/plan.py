@@ -12,6 +12,7 @@ import torch
 
 from ..abilities import FitsText, NeedsHidden, ReadsLinearly, RefitsText
 from ..encode.exact import EXACT, Exact
+from ..heads import ALONE, Heads
 from ..read import latents
 from ..select.evict import Evict
 from ..stage import BoundTransform, Codec, Encode, Encoder, Reader, check
@@ -35,6 +36,7 @@ class Plan:
 
     Attributes:
         codecs: one for each group of layers that a transform stores together, in the order of the layers.
+        heads: the kv heads that other processes hold.
     """
 
     evict: Evict | None
@@ -45,6 +47,7 @@ class Plan:
     block: int
     device: torch.device | None = None
     codecs: Sequence[Codec] = ()
+    heads: Heads = ALONE
     _granules: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -250,6 +250,7 @@ class Store:
             rope=None if rope is None else Placed(rope, self.given),
             sinks=self.sinks,
             window=self.plan.window,
+            heads=self.plan.heads,
         )
 
     def _first_block(self, granule: int) -> int:
@@ -268,9 +269,9 @@ class Store:
         for slot in range(len(self.layers)):
             score = self._scores(slot, seen, scalings[slot], work)
             scores.append(score.to(scores[0].device) if scores else score)
-        pooled = evict.pooled(scores) if self.plan.share_heads or self.mixes_heads else scores[0]
+        pooled = evict.pooled(scores, self.plan.heads) if self.plan.share_heads or self.mixes_heads else scores[0]
         sinks, sealed, middle = self.sinks, self.sealed_tokens, self.middle
-        choice: Choice = choose(pooled, sealed, granule, drop)
+        choice: Choice = choose(pooled, sealed, granule, drop, self.plan.heads)
         positions = self.positions(seen)[..., sinks : sinks + sealed + middle]
         return Cut(sinks, sealed, middle, granule, choice.granules, choice.raw, positions)
 
@@ -293,7 +294,8 @@ class Store:
                 "Check the model's dtype (float16 overflows) and its input."
             )
         # all heads of latent attention read one latent of a token
-        return evict.pooled([score]) if score.shape[1] != self.raw[slot].kv.keys.shape[1] else score
+        one = score.shape[1] != self.raw[slot].kv.keys.shape[1]
+        return evict.pooled([score], self.plan.heads) if one else score
 
     def _attended(self, slot: int, seen: int, work: Workspace) -> KV:
         """What a score compares: with queries, the keys that these attend to, where latents are held in their place."""

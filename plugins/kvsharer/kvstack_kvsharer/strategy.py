@@ -29,6 +29,7 @@ from kvstack.authoring import (
     at_rest,
     cached_shapes,
     device_of,
+    heads_of,
     is_of,
     kv_fingerprint,
     tokenizer_of,
@@ -187,7 +188,9 @@ def search(
     shares: dict[int, int] = {}
     taken: list[tuple[int, int, float, float]] = []
     with at_rest(model):
-        apart = _distances(_averages(model, samples, list(kinds)), kinds)
+        # processes that hold heads of one model take the same pairs, or each would wait in another forward
+        heads = heads_of(model)
+        apart = _mean(heads.gathered(_distances(_averages(model, samples, list(kinds)), kinds)))
         dense = _last_hidden(model, samples, {})
         for layer, read in _ranked(apart, rank, seed):
             if len(shares) == wanted:
@@ -195,7 +198,7 @@ def search(
             if layer in shares:
                 continue
             trial = resolved(shares | {layer: read})
-            cosine = _cosine(_last_hidden(model, samples, trial), dense)
+            cosine = heads.gathered(_cosine(_last_hidden(model, samples, trial), dense))[0]
             if cosine > threshold:
                 shares = trial
                 taken.append((layer, read, apart[layer, read], cosine))
@@ -224,7 +227,7 @@ def _samples(
 ) -> tuple[list[Tensor], str]:
     """Token ids, one batch (B, T) for each length, and what they were made of."""
     if texts is None:
-        windows, source = windows_of(model, None, READ, tokenizer)
+        windows, source = windows_of(model, None, READ, tokenizer, may_be_split=True)
         each = -(-TEXTS // len(windows))
         samples = []
         for ids, _ in windows:
@@ -283,6 +286,11 @@ def _distances(averages: Mapping[int, KV], kinds: Mapping[int, Kind]) -> dict[tu
             values = (one.values - other.values).norm(dim=-1).mean()
             apart[deeper, earlier] = float(keys + values) / 2
     return apart
+
+
+def _mean(each: Sequence[Mapping[tuple[int, int], float]]) -> dict[tuple[int, int], float]:
+    """The distances over all heads, of those over the heads of each process."""
+    return {pair: sum(apart[pair] for apart in each) / len(each) for pair in each[0]}
 
 
 def _ranked(apart: Mapping[tuple[int, int], float], rank: str, seed: int) -> list[tuple[int, int]]:
