@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BindError
-from ..model.attention import tensors_of
-from ..model.fingerprint import kv_fingerprint
+from ..model.attention import device_of, tensors_of
+from ..model.fingerprint import kv_fingerprint, numbers_of
 from ..model.probing import observe
 from ..types import KV
 from .axes import Basis
@@ -156,10 +156,9 @@ def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tup
         biases = (None, None, None) if bias is None else bias.split(sizes)
         return heads, width, ((parts[1], biases[1]), (parts[2], biases[2]))
     if hasattr(attention, "query_key_value") and "gpt_neox" in sys.modules[type(attention).__module__].__name__:
-        heads = config.num_attention_heads
         weight, bias = matrix(attention.query_key_value, config)  # each head: its query, key and value
-        by_head = weight.view(heads, 3, width, -1)
-        halves = None if bias is None else bias.view(heads, 3, width)
+        by_head = weight.view(-1, 3, width, weight.shape[1])
+        heads, halves = len(by_head), None if bias is None else bias.view(-1, 3, width)
         keys, values = (
             (by_head[:, i].flatten(0, 1), None if halves is None else halves[:, i].flatten()) for i in (1, 2)
         )
@@ -173,13 +172,15 @@ def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tup
 def matrix(linear: Any, config: Any) -> Pair:
     """Weight and bias of a linear layer. One whose weight is no plain matrix (4 or 8 bits, adapters, shards) is asked
     what it does to unit vectors."""
-    bias = getattr(linear, "bias", None)
-    bias = None if bias is None else bias.detach().float()
+    device, bias = device_of(linear), getattr(linear, "bias", None)
     if type(linear) is nn.Linear and type(linear.weight.data) is Tensor:
-        return linear.weight.detach().float(), bias
+        names = ("weight",) if bias is None else ("weight", "bias")
+        own = [numbers_of(linear, name, getattr(linear, name)).detach().to(device).float() for name in names]
+        return own[0], own[1] if len(own) > 1 else None
     weight = next(tensors_of(linear))
     dtype = weight.dtype if weight.is_floating_point() else getattr(linear, "compute_dtype", None) or torch.float32
-    units = torch.eye(config.hidden_size, dtype=dtype, device=weight.device)
+    units = torch.eye(config.hidden_size, dtype=dtype, device=device)
     with torch.no_grad():
-        columns = linear(units).float() - linear(torch.zeros_like(units[:1])).float()
-    return columns.T.contiguous(), bias
+        constant = linear(torch.zeros_like(units[:1])).float()
+        columns = linear(units).float() - constant
+    return columns.T.contiguous(), None if bias is None else constant[0]

@@ -20,7 +20,7 @@ from .shards import every
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["fingerprint", "is_of", "kv_fingerprint", "sampled"]
+__all__ = ["fingerprint", "is_of", "kv_fingerprint", "numbers_of", "sampled"]
 
 MANY = 4096
 """Numbers of each tensor that go into a fingerprint."""
@@ -76,7 +76,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
             if adapted:
                 full = _as_without(adapted, full)
             if full is not None:
-                by_name[full] = _there(module, name, x)
+                by_name[full] = numbers_of(module, name, x)
     return by_name
 
 
@@ -119,8 +119,8 @@ def _factors(model: nn.Module) -> str:
     return " ".join(sorted(found))
 
 
-def _there(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """The numbers of a weight, wherever they are kept.
+def numbers_of(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """The numbers of `x`, the weight `name` of `module`, wherever they are kept.
 
     Raises:
         BindError: they are nowhere.

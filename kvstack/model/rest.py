@@ -24,10 +24,10 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients for weights, and gradients possible whatever the caller has switched off. The
     model is left as it was."""
     before = [(module, _plain(vars(module)), dict(module._buffers)) for module in model.modules()]
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asked = [(module, name) for module in model.modules() for name, x in _parameters(module) if x.requires_grad]
     model.eval()
-    for parameter in asked:
-        parameter.requires_grad_(False)
+    for module, name in asked:
+        module._parameters[name].requires_grad_(False)
     for module, attributes, _ in before:
         if attributes.get(OFFSETS) is not None:
             setattr(module, OFFSETS, None)
@@ -35,11 +35,16 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
+        for module, name in asked:  # weights that accelerate keeps elsewhere are other objects after each forward
+            module._parameters[name].requires_grad_(True)
         for module, attributes, buffers in before:
             vars(module).update(attributes)
             module._buffers.update(buffers)
+
+
+def _parameters(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Those that are the module's own."""
+    return ((name, x) for name, x in module._parameters.items() if x is not None)
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
