@@ -43,9 +43,7 @@ CROSS = re.compile(r"(cross_?att|encoder_att|encoder_decoder_att|encdec_?att)", 
 
 def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Of a module's forward, known once for each class: a model has hundreds of modules, and is searched often."""
-    if "forward" in vars(
-        module
-    ):  # of this module alone: accelerate puts one around it, and so do plans of transformers
+    if "forward" in vars(module):  # of this module alone: accelerate and plans of transformers put one around it
         own = inspect.signature(module.forward).parameters
         if any(known.kind not in _ANYTHING for known in own.values()):
             return own
