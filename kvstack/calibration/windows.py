@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..model.attention import device_of
 from ..model.probing import at_rest
-from ..model.ranks import split_among
+from ..model.ranks import heads_of
 from .texts import mixed
 
 if TYPE_CHECKING:
@@ -58,15 +58,15 @@ def windows_of(
 
     Args:
         least: tokens that are read however few the model would write.
-        may_be_split: whether who reads it can do with a part of the heads in each of several processes.
+        may_be_split: whether who reads it can do with a part of the model in each of several processes.
 
     Raises:
-        CalibrationError: there is nothing to read, or the heads of `model` are split.
+        CalibrationError: there is nothing to read, or `model` is split.
     """
-    if not may_be_split and (size := split_among(model)) > 1:
+    if not may_be_split and (size := heads_of(model).size) > 1:
         raise CalibrationError(
-            f"calibration is for all heads, and those of this {type(model).__name__} are split among {size} processes. "
-            "Calibrate the whole model in one process."
+            f"calibration is for a whole model, and this {type(model).__name__} is split among {size} processes. "
+            "Calibrate it in one process."
         )
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     if tokenizer is not None:

@@ -44,7 +44,7 @@ SAME = [
 OTHERS = {
     "granite_swa": "evict:0.2",
     "minicpm3": "evict:0.2,score=tova",
-    "phi3": "evict:0.2",
+    "phi3": "commonkv+quant:4",
     "qwen2": "commonkv:1.0,layers=1,basis=weights+evict:0.5",
 }
 """Models whose plans differ: attention that runs on local parameters, latents that all heads share, whole heads,

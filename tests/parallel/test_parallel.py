@@ -17,6 +17,8 @@ import torch
 from transformers import GraniteSWAConfig, GraniteSWAForCausalLM, MiniCPM3Config, MiniCPM3ForCausalLM
 
 from kvstack import KVStack, UseError, calibrate
+from kvstack.calibration import keep
+from kvstack.calibration.calibrate import default_path
 from tests import tiny
 
 from .jobs import JOBS, OTHERS, SAME, model_in
@@ -53,6 +55,9 @@ def folder(tmp_path_factory):
     write_models(folder)
     model = model_in(folder, "llama")
     calibrate(model, tokens=300).save(folder / "calibration.safetensors")
+    whole = model_in(folder, "phi3")
+    made = calibrate(whole, tokens=300)
+    made.save(folder / "cache" / "calibrations" / default_path(whole, made.layers).name)
     kvsharer = pytest.importorskip("kvstack_kvsharer")
     with torch.no_grad():
         kvsharer.search(model, share=0.5, threshold=-1.0).save(folder / "strategy.json")
@@ -93,7 +98,9 @@ def ranks(folder):
 def alone(folder):
     """What comes out of a job in one process, with the whole model."""
     model = model_in(folder, "llama")
-    return functools.cache(lambda job: JOBS[job](model, folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keep, "folder", lambda: folder / "cache" / "calibrations")
+        yield functools.cache(lambda job: JOBS[job](model, folder))
 
 
 def by_head(positions: torch.Tensor, rank: int, whole: torch.Tensor) -> torch.Tensor:
@@ -214,7 +221,7 @@ def test_calibrated_stages_are_refused(ranks, job):
 @pytest.mark.parametrize("metric", ["fisher", "variance"])
 def test_nothing_is_calibrated_on_a_part_of_the_heads(ranks, metric):
     for told in ranks[f"calibrate {metric}"]:
-        assert told.startswith("CalibrationError: calibration is for all heads, and those of this LlamaForCausalLM are")
+        assert told.startswith("CalibrationError: calibration is for a whole model, and this LlamaForCausalLM is split")
 
 
 def test_processes_with_different_settings_are_refused(ranks):
