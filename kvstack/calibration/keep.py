@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import weakref
@@ -72,19 +73,36 @@ def load_or_make(
 
 
 def _shared(heads: Heads, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F:
-    """What the first of the processes that share a model finds, or what they make now, together: one that waited for
-    a lock would keep the others waiting in the middle of a forward."""
-    found, path = None, None
-    if heads.rank == 0:
-        try:
-            path = _path(file)
-            found = _read(path, read) if path.exists() else None
-        except (OSError, RuntimeError) as error:
-            log.warning(NOT_KEPT, error)
-    found = heads.gathered(found)[0]
+    """What all of the processes that share a model find, or what they make now, together: each waits for the others
+    wherever the model runs or is asked for its fingerprint, so none may wait for a lock, or read alone."""
+    digests = heads.gathered(_digest(file))
+    found = _read(_path(file), read) if digests[0] and len(set(digests)) == 1 else None
     if found is None:
-        found = heads.gathered(make() if path is None else _made(path, make, notice))[0]
+        if heads.rank == 0:
+            log.warning("%s", notice if isinstance(notice, str) else notice())
+        found = heads.gathered(make())[0]
+        for rank in range(heads.size):  # one after the other: they may have one folder, or several
+            digests = heads.gathered(_digest(file))
+            if heads.rank == rank and (rank == 0 or digests[rank] != digests[0]):
+                _save(file, found)
     return found
+
+
+def _digest(file: str) -> str:
+    """Of what the file holds; empty where there is none."""
+    try:
+        return hashlib.sha256(_path(file).read_bytes()).hexdigest()
+    except (OSError, RuntimeError):
+        return ""
+
+
+def _save(file: str, fitted: Fitted) -> None:
+    try:
+        path = _path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fitted.save(path)
+    except (OSError, RuntimeError) as error:
+        log.warning(NOT_KEPT, error)
 
 
 def _path(file: str) -> Path:

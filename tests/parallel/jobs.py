@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvstack
 from kvstack import KVStack
+from kvstack.calibration import keep
 from kvstack.errors import KVStackError
 from kvstack.heads import Heads
 from kvstack.model.fingerprint import fingerprint, kv_fingerprint
@@ -165,9 +166,13 @@ def sharer(model: Any, folder: Path) -> Any:
 
 def sharer_by_default(model: Any, folder: Path) -> Any:
     """A strategy that is found in the cache folder, or searched for and kept there."""
-    before = kvstack.calibration.keep.folder()
-    out = with_spec("kvsharer:0.5,threshold=-1.0,rank=similar+quant:4")(model, folder)
-    return {**out, "files": sorted(x.suffix for x in before.glob("*-kvsharer-*"))}
+    spec = "kvsharer:0.5,threshold=-1.0,rank=similar+quant:4"
+    out = with_spec(spec)(model, folder)
+    files = {x: x.stat().st_mtime_ns for x in keep.folder().glob("*-kvsharer-*.json")}
+    keep.forget(model)
+    KVStack.from_spec(spec, model=model)
+    left = {x: x.stat().st_mtime_ns for x in keep.folder().glob("*-kvsharer-*.json")}
+    return {**out, "files": len(files), "found again": left == files}
 
 
 def strategy_of_one_process(model: Any, folder: Path) -> Any:
