@@ -138,6 +138,11 @@ def _cut(kinds: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, tokens: i
             ids[name] = tokenized
     if not ids:
         raise CalibrationError(f"no text has {length} tokens, which one window of calibration takes. Give longer ones.")
+    if all(bool((tokenized == tokenized[0, 0]).all()) for tokenized in ids.values()):
+        raise CalibrationError(
+            "the tokenizer makes the texts one token, again and again: it does not know their words. Pass texts= that "
+            "it does know, or tokenizer= the model's own."
+        )
     names = list(ids)
     each = {name: len(range(i, count, len(names))) for i, name in enumerate(names)}
     windows = []
