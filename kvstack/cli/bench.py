@@ -66,7 +66,10 @@ Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False)]
 
 def _options(
     model: Annotated[
-        str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
+        str | None,
+        typer.Option(
+            help="Folder or name of a causal model, gemma-3-270m for one; SmolLM2-135M-Instruct if not given."
+        ),
     ] = None,
     contexts: Annotated[
         str | None, typer.Option(callback=_lengths, help="Numbers of tokens, separated by commas.")

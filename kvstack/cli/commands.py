@@ -66,7 +66,8 @@ class Dtype(StrEnum):
 EXAMPLE = "commonkv+quant:2+evict:0.2"
 
 Model = Annotated[
-    str | None, typer.Option(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
+    str | None,
+    typer.Option(help="Folder or name of a causal model, gemma-3-270m for one; SmolLM2-135M-Instruct if not given."),
 ]
 Stack = Annotated[str, typer.Option(help="What compresses the cache: stages joined by +. `kvstack stages` lists them.")]
 
@@ -189,7 +190,7 @@ def calibrate(
     from ..calibration.calibrate import TOKENS, calibrate, default_path
 
     given = None if texts is None else _texts(texts)
-    lm, tokenizer = models.load(None if model == models.DEFAULT_MODEL else model)
+    lm, tokenizer = models.load(model)
     lm = lm.to(_device(device))
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading", total=None)

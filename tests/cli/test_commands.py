@@ -7,7 +7,6 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
@@ -268,26 +267,5 @@ def test_default_model_without_its_packages(package, fix, tmp_path, monkeypatch)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     line = failed("generate", "hello")
-    assert line.startswith("error: the default model SmolLM2-135M-Instruct ")
+    assert line.startswith("error: the model SmolLM2-135M-Instruct ")
     assert line.endswith(f"Run: {fix}")
-
-
-# ---- the converted model
-
-
-def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVSTACK_CACHE", str(tmp_path))
-    (tmp_path / "models" / f".{kvmodels.DEFAULT_MODEL}.partial").mkdir(parents=True)  # one that was killed
-    monkeypatch.setattr(kvmodels, "_gguf_dir", lambda: tmp_path)  # where no weights are
-    with pytest.raises(OSError, match=r"gguf"):
-        kvmodels.default_model_dir()
-    assert [path.name for path in (tmp_path / "models").iterdir()] == [f".{kvmodels.DEFAULT_MODEL}.lock"]
-
-
-def test_converted_model_is_used_as_it_is(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("KVSTACK_CACHE", str(tmp_path))
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / kvmodels.DEFAULT_MODEL).symlink_to(folder)
-    model, _ = kvmodels.load(dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16
-    assert not model.training

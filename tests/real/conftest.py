@@ -18,3 +18,10 @@ def smollm2():
     from kvstack.models import load
 
     return load()
+
+
+@pytest.fixture(scope="package")
+def gemma3():
+    from kvstack.models import GEMMA_MODEL, load
+
+    return load(GEMMA_MODEL)

@@ -16,7 +16,7 @@ def text(tokenizer, length, topic="classes"):
 def divergence(model, ids, prompt, stack):
     """Mean KL (nats) from the dense model to the stack over the tokens behind the prompt, and top-1 agreement."""
     found = []
-    for cache in (DynamicCache(), stack):
+    for cache in (DynamicCache(config=model.config), stack):
         model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
         found.append(model(ids[:, prompt:], past_key_values=cache).logits[0].log_softmax(-1))
     dense, given = found
@@ -24,8 +24,8 @@ def divergence(model, ids, prompt, stack):
     return float(kl), float((dense.argmax(-1) == given.argmax(-1)).float().mean())
 
 
-def check_quality(smollm2, stages, most_kl, least_agreement):
-    model, tokenizer = smollm2
+def check_quality(loaded, stages, most_kl, least_agreement):
+    model, tokenizer = loaded
     kl, agreement = divergence(model, text(tokenizer, 1280), 1024, KVStack(stages))
     assert kl <= most_kl
     assert agreement >= least_agreement

@@ -9,14 +9,14 @@ from transformers import AutoTokenizer
 
 from kvstack.bench.measure.texts import documentation
 from kvstack.bench.tasks import TASKS, make
-from kvstack.models import default_model_dir
+from kvstack.models import source
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
 def count() -> Callable[[str], int]:
-    tokenizer = AutoTokenizer.from_pretrained(default_model_dir())
+    tokenizer = AutoTokenizer.from_pretrained(source())
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -51,7 +51,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def run(run: Run, decode: int, peak: bool) -> Iterator[Figures]:
     """Bytes at each context, `decode` tokens later too; with `peak`, each cache is measured in a process of its own."""
     caches = variants.available(variants.parse(run.stacks), caches_only=True)
-    name = models.DEFAULT_MODEL if run.model is None else run.model
+    name = run.model or models.DEFAULT_MODEL
     results = Results("memory", run.out, environment(run, "tiny random llama" if run.tiny else name))
     with terminal.steps("memory", len(run.contexts) * len(caches)) as progress:
         for context in run.contexts:

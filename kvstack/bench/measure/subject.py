@@ -135,9 +135,8 @@ def _loaded(run: Run, ends: ExitStack) -> Subject:
     with working("loading the model"):
         model, tokenizer = models.load(run.model, dtype=getattr(torch, run.dtype))
         model.to(run.device)
-    folder = run.model or str(models.default_model_dir())
-    name = run.model or models.DEFAULT_MODEL
-    return Subject(name, model, tokenizer, _outside(run, folder, ends), fingerprint(model))
+    outside = _outside(run, models.source(run.model), ends)
+    return Subject(run.model or models.DEFAULT_MODEL, model, tokenizer, outside, fingerprint(model))
 
 
 def _outside(run: Run, folder: str, ends: ExitStack) -> KvPress | None:
