@@ -613,9 +613,18 @@ class KVStack(Cache):
         """Bytes by stage and part; prints as a table, `to_dict()` for data."""
         parts = accounting.parts(self.batch, self._others, self._work)
         reads_with = list(self.binding.reads_with) if self.binding is not None and self.fused else []
-        totals = self.nbytes, self.dense_nbytes
-        devices = accounting.devices(self.tensors() + self._work.tensors())
-        return Report(repr(self), self.seen, self.held, *totals, parts, self.model_nbytes, reads_with, devices)
+        return Report(
+            stack=repr(self),
+            seen=self.seen,
+            held=self.held,
+            nbytes=self.nbytes,
+            dense_nbytes=self.dense_nbytes,
+            parts=parts,
+            model_nbytes=self.model_nbytes,
+            reads_with=reads_with,
+            devices=accounting.devices(self.tensors() + self._work.tensors()),
+            rows=max(1, self.batch_size),
+        )
 
 
 def _device(given: object) -> torch.device | None:

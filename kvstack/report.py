@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-__all__ = ["Part", "Report"]
+__all__ = ["Part", "Report", "break_even"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,14 @@ class Part:
     payer: str
     part: str
     nbytes: int
+
+
+def break_even(model_nbytes: int, tokens: int, saved: float) -> int | None:
+    """From how many tokens on, of all texts together, bytes that were fitted to the model are saved again, where
+    `tokens` of them save `saved` bytes. 0 where nothing was fitted, None where nothing is saved."""
+    if not model_nbytes:
+        return 0
+    return int(-(-model_nbytes * tokens // saved)) if saved > 0 else None
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Report:
 
     devices: dict[str, int] = field(default_factory=dict)
     """Bytes on each device; they add up to `nbytes`."""
+    rows: int = 1
+    """Texts in the batch, each of which has seen `seen` tokens."""
 
     @property
     def compression(self) -> float:
@@ -50,12 +60,9 @@ class Report:
 
     @property
     def break_even(self) -> int | None:
-        """How many tokens, of all texts together, must be seen until `model_nbytes` are saved too, at the bytes that a
+        """How many tokens, of all texts and rows, must be seen until `model_nbytes` are saved too, at the bytes that a
         token takes now. 0 where nothing was fitted to the model, None where nothing is saved."""
-        saved = self.dense_nbytes - self.nbytes
-        if not self.model_nbytes:
-            return 0
-        return -(-self.model_nbytes * self.seen // saved) if saved > 0 else None
+        return break_even(self.model_nbytes, self.seen * self.rows, self.dense_nbytes - self.nbytes)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "compression": self.compression, "break_even": self.break_even}
@@ -66,9 +73,9 @@ class Report:
             places = (f"{nbytes / 2**20:,.1f} MiB on {device}" for device, nbytes in self.devices.items())
             caption += f"; {' and '.join(places)}"
         if self.model_nbytes:
-            caption += f"; beside it {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
+            caption += f"; beside them {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
             if self.break_even is not None:
-                caption += f", and that are saved again from {self.break_even:,} tokens on"
+                caption += f": less than a dense cache with these, too, from {self.break_even:,} tokens on"
         if self.reads_with:
             caption += f"; read with {' and '.join(self.reads_with)}"
         table = Table(title=self.stack, caption=caption, title_justify="left")

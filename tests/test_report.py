@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstack import CommonKV, KVStack, Quant
 from kvstack.report import Report
+from tests import tiny
 
 
 def report(seen=100, nbytes=40, dense_nbytes=100, model_nbytes=600):
@@ -23,11 +25,31 @@ def test_from_break_even_on_a_stack_saves_what_was_fitted_too(seen, nbytes, save
 
 def test_break_even_is_said_where_there_is_one():
     assert report().break_even == 1000
-    assert "saved again from 1,000 tokens on" in " ".join(str(report()).split())
+    assert "less than a dense cache with these, too, from 1,000 tokens on" in " ".join(str(report()).split())
     assert report(nbytes=100).break_even is None
-    assert "saved again" not in str(report(nbytes=100))
+    assert "less than" not in str(report(nbytes=100))
     assert report(model_nbytes=0).break_even == 0
     assert report().to_dict()["break_even"] == 1000
+
+
+@given(st.integers(1, 64))
+def test_break_even_counts_the_tokens_of_all_rows(rows):
+    """Of many texts, each saves its part."""
+    many = Report("a stack", 100, 100, 40 * rows, 100 * rows, [], 600, rows=rows)
+    assert many.break_even == report().break_even
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_from_break_even_on_a_stack_is_smaller_with_all_that_was_fitted(rows):
+    """Told at a short text, where sinks and window weigh most, and looked at in one as long."""
+    model = tiny.model()
+    stack = KVStack([CommonKV(), Quant(4)], model=model)
+    model(tiny.tokens(rows, 120), past_key_values=stack)
+    tokens = stack.report().break_even
+    assert tokens > 120 * rows
+    stack.reset()
+    model(tiny.tokens(rows, -(-tokens // rows)), past_key_values=stack)
+    assert stack.nbytes + stack.model_nbytes <= stack.dense_nbytes
 
 
 @pytest.mark.parametrize("seen", [0, 1])

@@ -131,4 +131,5 @@ def measure(
         "of_alone": statistics.median(x / y for x, y in zip(own.bursts, apart, strict=True)),
         "nbytes": sizes.held_bytes(own.cache),
         "dense_nbytes": sizes.held_bytes(beside.cache),
+        **sizes.fitted(own.cache),
     }

@@ -161,6 +161,7 @@ def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dic
         "speed_mean": statistics.mean(dense.bursts) / statistics.mean(lane.bursts),
         "nbytes": sizes.held_bytes(lane.cache),
         "share": sizes.share_of_bfloat16(lane.cache, model),
+        **sizes.fitted(lane.cache),
         "reader": _reader(lane.cache),
         **lane.peaks,
         "prefills_ms": [seconds * 1e3 for seconds in lane.first],

@@ -89,6 +89,7 @@ def measure(
             "ms_read": reading / (length - before) * 1e3,
             "held": tokens,
             "nbytes": sizes.held_bytes(held),
+            **sizes.fitted(held),
         }
 
 

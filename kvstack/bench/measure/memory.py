@@ -83,7 +83,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
     held = cache.cache(subject.model)
     token = prefill(subject.model, ids, held)
     grown = None if before is None else _resident("VmHWM") - before
-    prefilled = sizes.held_bytes(held)
+    prefilled, fitted = sizes.held_bytes(held), sizes.fitted(held)
     dense = _dense_bytes(subject, held)
     if before is not None:
         gc.collect()
@@ -92,6 +92,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
         token = step(subject.model, token, held)
     return {
         "nbytes_prefill": prefilled,
+        **fitted,
         "dense_nbytes_prefill": dense,
         "nbytes": sizes.held_bytes(held),
         "dense_nbytes": _dense_bytes(subject, held),

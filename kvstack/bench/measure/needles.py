@@ -149,10 +149,8 @@ def _digest(sample: Sample) -> str:
 def ask(subject: Subject, cache: Variant, sample: Sample, mode: Mode, answer_tokens: int) -> dict[str, Any]:
     """Figures of one sample in one cache: answers, scores, and the mean share of bytes held when they were given."""
     text = subject.ids(sample.text, first=True)
-    answers, shares = [], []
-    for answer, share in _answers(subject, cache, text, sample, mode, answer_tokens):
-        answers.append(answer)
-        shares.append(share)
+    told = list(_answers(subject, cache, text, sample, mode, answer_tokens))
+    answers, held = [answer for answer, _ in told], [nbytes for _, nbytes in told]
     scores = [tasks.score(q.metric, answer, q) for q, answer in zip(sample.questions, answers, strict=True)]
     return {
         "kind": cache.kind,
@@ -161,14 +159,15 @@ def ask(subject: Subject, cache: Variant, sample: Sample, mode: Mode, answer_tok
         "score": sum(scores) / len(scores),
         "scores": scores,
         "answers": answers,
-        "share": sum(shares) / len(shares),
+        **held[-1],
+        "share": sum(nbytes["share"] for nbytes in held) / len(held),
     }
 
 
 def _answers(
     subject: Subject, cache: Variant, text: Tensor, sample: Sample, mode: Mode, answer_tokens: int
-) -> Iterator[tuple[str, float]]:
-    """Each answer, and the bytes held when it was given."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each answer, and figures of the bytes held when it was given."""
     if cache.press is not None:
         yield from _answers_of_peer(subject, cache, text, sample, mode, answer_tokens)
         return
@@ -184,7 +183,7 @@ def _answers(
         used = copy.deepcopy(held) if mode == "agnostic" and not last else held
         ids = torch.cat([so_far if mode == "turns" else text, subject.ids(question.text)], dim=1)
         out = _generate(subject, ids, used, question, answer_tokens)
-        yield _words(subject, out[0, ids.shape[1] :]), sizes.share_of_bfloat16(used, model)
+        yield _words(subject, out[0, ids.shape[1] :]), sizes.of_bfloat16(used, model)
         so_far = out.cpu()
 
 
@@ -216,9 +215,9 @@ def _limit(question: Question, answer_tokens: int) -> int:
 
 def _answers_of_peer(
     subject: Subject, cache: Variant, text: Tensor, sample: Sample, mode: Mode, answer_tokens: int
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     assert subject.kvpress is not None and cache.press is not None  # noqa: PT018
     for question in sample.questions:
         asked, limit = subject.ids(question.text), _limit(question, answer_tokens)
         answer = subject.kvpress.answer(text, asked, limit, cache.press, blind=mode == "agnostic")
-        yield _words(subject, answer.ids), answer.share
+        yield _words(subject, answer.ids), {"share": answer.share, "model_nbytes": 0, "break_even": 0}

@@ -75,6 +75,10 @@ class Reading:
     """Bytes held while the tokens were scored, as a share of a bfloat16 dense cache's."""
     simulated: bool = False
     """Whether the bytes are what the method claims and not what is held."""
+    model_nbytes: int = 0
+    """Bytes that were fitted to the model and serve all its caches."""
+    break_even: int | None = 0
+    """From how many tokens on they are saved too (`sizes.of_bfloat16`)."""
 
 
 def run(run: Run, windows: int, score: int, feed: int | None = None) -> Iterator[Figures]:
@@ -145,8 +149,8 @@ def read(subject: Subject, cache: Variant, ids: Tensor, context: int, feed: int 
         return Reading(*subject.kvpress.read(ids, context, cache.press))
     held = cache.cache(subject.model)
     prefill(subject.model, ids[:, :context], held)
-    share = sizes.share_of_bfloat16(held, subject.model)
-    return Reading(_log_probs(subject.model, ids[:, context:-1], held, context, feed), share)
+    nbytes = sizes.of_bfloat16(held, subject.model)
+    return Reading(_log_probs(subject.model, ids[:, context:-1], held, context, feed), **nbytes)
 
 
 def _log_probs(model: PreTrainedModel, fed: Tensor, cache: Any, start: int, feed: int | None) -> Tensor:
@@ -167,6 +171,8 @@ def compare(reading: Reading, dense: Tensor, targets: Tensor) -> dict[str, Any]:
     return {
         "share": reading.share,
         "simulated": reading.simulated,
+        "model_nbytes": reading.model_nbytes,
+        "break_even": reading.break_even,
         "kl": _numbers(kl),
         "same": (own.argmax(-1) == dense.argmax(-1)).int().tolist(),
         "nll": _numbers(-own.gather(-1, targets[:, None])[:, 0]),

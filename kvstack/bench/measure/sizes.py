@@ -11,17 +11,36 @@ from transformers import Cache, DynamicCache
 from ...accounting import STACK
 from ...cache import KVStack
 from ...packed import storage_bytes
+from ...report import break_even
 from ..peers.caches import tensors_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["dense_bfloat16", "held_bytes", "share_of_bfloat16"]
+__all__ = ["dense_bfloat16", "fitted", "held_bytes", "of_bfloat16", "share_of_bfloat16"]
 
 
 def held_bytes(cache: Cache) -> int:
     """Bytes of the storages of all tensors a cache holds, scales and zeros included."""
     return cache.nbytes if isinstance(cache, KVStack) else storage_bytes(tensors_in(cache.layers))
+
+
+def fitted(cache: Cache) -> dict[str, Any]:
+    """Figures of what was fitted to the model and serves all its caches: its bytes, and the tokens from which on a
+    stack with it holds less than a dense cache, in the model's dtype. Other caches have nothing of the kind."""
+    if not isinstance(cache, KVStack):
+        return {"model_nbytes": 0, "break_even": 0}
+    report = cache.report()
+    return {"model_nbytes": report.model_nbytes, "break_even": report.break_even}
+
+
+def of_bfloat16(cache: Cache, model: PreTrainedModel) -> dict[str, Any]:
+    """Figures of `share_of_bfloat16` and of what was fitted to the model, which counts what it is."""
+    share = share_of_bfloat16(cache, model)
+    nbytes = cache.model_nbytes if isinstance(cache, KVStack) else 0
+    tokens = _rows(cache) * cache.get_seq_length()
+    saved = (1 - share) * dense_bfloat16(cache, model)
+    return {"share": share, "model_nbytes": nbytes, "break_even": break_even(nbytes, tokens, saved)}
 
 
 OF_THE_MODEL = ("recent queries", "uncompressed layers", "bases")
@@ -50,9 +69,17 @@ def share_of_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
 
 def dense_bfloat16(cache: Cache, model: PreTrainedModel) -> float:
     """Bytes of a dense bfloat16 cache of the same tokens; layers with a sliding window hold no more than that."""
-    rows, seen = max(1, cache.batch_size), cache.get_seq_length()
+    rows, seen = _rows(cache), cache.get_seq_length()
     held = (numbers * (seen if window is None else min(seen, window - 1)) for numbers, window in _per_token(model))
     return float(rows * sum(held) * 2)
+
+
+def _rows(cache: Cache) -> int:
+    """Texts that a cache holds: transformers' dense layers know only by their tensors."""
+    if isinstance(cache, KVStack):
+        return max(1, cache.batch_size)
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return max([1, *(x.shape[0] for x in keys if x is not None)])
 
 
 def _views(cache: Cache, model: PreTrainedModel) -> float:

@@ -12,7 +12,7 @@ from ...errors import KVStackError
 from ..results import Record, load
 from . import page, pictures, summary
 from .page import Cell, Section, Table
-from .units import mib, nats, share
+from .units import FITTED, FITTED_CAPTION, fitted, mib, nats, share
 
 __all__ = ["write"]
 
@@ -37,7 +37,8 @@ def write(folder: Path) -> Path:
             drawings = {name: pictures.svg(figure) for name, figure in drawn.items()}
             for name, drawing in drawings.items():
                 (folder / f"{_file_name(name)}.svg").write_text(drawing, encoding="utf-8")
-            said = f"{text} Measured with {environment['dtype']} weights at {environment['commit'] or 'no commit'}."
+            measured = f"Measured with {environment['dtype']} weights at {environment['commit'] or 'no commit'}."
+            said = f"{text} {FITTED_CAPTION[0].upper()}{FITTED_CAPTION[1:]}. {measured}"
             sections.append(Section(heading, said, tables, list(drawings.values())))
     if not sections:
         raise KVStackError(f"{folder} holds no figures. Run a benchmark first: kvstack bench all --out {folder}")
@@ -70,6 +71,7 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
                 row["cache"],
                 row["family"],
                 Cell(share(row["share"]) + (" (claimed)" if row["simulated"] else ""), row["share"]),
+                *_fitted(row),
                 *(_nats(row["domains"].get(name)) for name in domains),
                 Cell(nats(row["kl"]), row["kl"]),
                 Cell(f"{nats(row['kl_low'])} - {nats(row['kl_high'])}", row["kl_low"]),
@@ -79,7 +81,8 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
             ]
             for row in mine
         ]
-        columns = ["cache", "whose", "bytes", *(f"KL, {d}" for d in domains), "KL, all", "95 %", "q99", "top-1", "NLL"]
+        drift = [*(f"KL, {name}" for name in domains), "KL, all", "95 %", "q99", "top-1", "NLL"]
+        columns = ["cache", "whose", "bytes", *FITTED, *drift]
         tables.append(Table(f"{context:,} tokens compressed", columns, lines))
         drawn[f"quality-{context}"] = pictures.quality(mine)
     tables.append(_budgets(records, seed))
@@ -90,6 +93,14 @@ def _quality(records: Rows, seed: int, folder: Path) -> Drawn:
     return "Quality", text, tables, drawn
 
 
+def _fitted(row: Mapping[str, Any]) -> tuple[Cell, Cell]:
+    """The cells of `FITTED`; a stack that never holds less comes behind all others."""
+    held, tokens = fitted(row)
+    if not held:
+        return Cell(""), Cell("")
+    return Cell(held, row["model_nbytes"]), Cell(tokens, 1e18 if row["break_even"] is None else row["break_even"])
+
+
 def _nats(x: float | None) -> Cell:
     return Cell("" if x is None else nats(x), x)
 
@@ -98,17 +109,19 @@ def _budgets(records: Rows, seed: int) -> Table:
     lines = []
     for row in summary.budgets(records, seed=seed):
         cells: list[Any] = [f"{row['context']:,}", Cell(f"{row['budget']:.4g}", row["budget"])]
-        for best in (row["stack"], row["peer"]):
+        for kind in ("stack", "peer"):
+            best = row[kind]
             known = best is not None
             cells += [
                 best["cache"] if known else "-",
                 Cell(share(best["share"]) if known else "", best["share"] if known else 2.0),
                 Cell(nats(best["kl"]) if known else "", best["kl"] if known else 1e9),
+                *(_fitted(best or {}) if kind == "stack" else ()),
             ]
         ratio = row["ratio"]
         said = "" if ratio is None else f"{ratio:.2g} ({row['ratio_low']:.2g} - {row['ratio_high']:.2g})"
         lines.append([*cells, Cell(said, 1e9 if ratio is None else ratio)])
-    columns = ["context", "budget", "best stack", "bytes", "KL", "best peer", "bytes", "KL", "KL stack / peer"]
+    columns = ["context", "budget", "best stack", "bytes", "KL", *FITTED, "best peer", "bytes", "KL", "KL stack / peer"]
     return Table("At equal bytes: no cache of a row holds more than the budget", columns, lines)
 
 
@@ -124,10 +137,11 @@ def _needles(records: Rows, seed: int, folder: Path) -> Drawn:
             f"{row['low']:.2f} - {row['high']:.2f}",
             row["samples"],
             Cell(share(row["share"]), row["share"]),
+            *_fitted(row),
         ]
         for row in rows
     ]
-    columns = ["context", "task", "question", "cache", "found", "95 %", "texts", "bytes"]
+    columns = ["context", "task", "question", "cache", "found", "95 %", "texts", "bytes", *FITTED]
     cells, drawn = summary.heat(records), {}
     for task, mode in dict.fromkeys((cell["task"], cell["mode"]) for cell in cells):
         mine = [cell for cell in cells if (cell["task"], cell["mode"]) == (task, mode)]
@@ -144,6 +158,7 @@ def _memory(rows: Rows, seed: int, folder: Path) -> Drawn:
             Cell(mib(row["nbytes_prefill"]), row["nbytes_prefill"]),
             Cell(f"{row['nbytes_prefill'] / row['dense_nbytes_prefill']:.1%}", row["nbytes_prefill"]),
             Cell(f"{row['nbytes_prefill'] / row['context']:,.0f}", row["nbytes_prefill"] / row["context"]),
+            *_fitted(row),
             *(
                 Cell("-" if row[name] is None else mib(row[name]), row[name] or 0)
                 for name in ("peak_prefill", "peak_decode")
@@ -151,10 +166,11 @@ def _memory(rows: Rows, seed: int, folder: Path) -> Drawn:
         ]
         for row in rows
     ]
-    columns = ["context", "cache", "MiB", "of dense", "bytes a token", "peak of prefill, MiB", "peak of decoding, MiB"]
+    columns = ["context", "cache", "MiB", "of dense", "bytes a token", *FITTED]
+    peaks = ["peak of prefill, MiB", "peak of decoding, MiB"]
     drawn = {"memory": pictures.memory(rows), "memory-growth": pictures.growth(rows)}
     text = "Bytes of the tensors held after the prompt, by stage, and what the process grew by at most."
-    return "Memory", text, [Table("Bytes held", columns, lines)], drawn
+    return "Memory", text, [Table("Bytes held", [*columns, *peaks], lines)], drawn
 
 
 def _decode(rows: Rows, seed: int, folder: Path) -> Drawn:
@@ -170,12 +186,13 @@ def _decode(rows: Rows, seed: int, folder: Path) -> Drawn:
             f"{row['speed_low']:.2f} - {row['speed_high']:.2f}",
             Cell(f"{row['speed_mean']:.2f}x", row["speed_mean"]),
             Cell(share(row["share"]), row["share"]),
+            *_fitted(row),
         ]
         for row in rows
     ]
     columns = ["context", "cache", "first token, ms", "cost", "ms a token, typical", "ms, mean", "speed", "quartiles"]
     text = "The caches take turns; speeds are the dense cache's time over the own, above 1 is faster than dense."
-    tables = [Table("Speed", [*columns, "speed, mean", "bytes"], lines)]
+    tables = [Table("Speed", [*columns, "speed, mean", "bytes", *FITTED], lines)]
     return "Speed", text, tables, {"decode": pictures.decode(rows)}
 
 
@@ -188,6 +205,7 @@ def _matrix(speeds: Rows, seed: int, folder: Path) -> Drawn:
             row["encode"],
             row["evict"],
             Cell(share(row["share"]), row["share"]),
+            *_fitted(row),
             Cell(nats(row["kl"]), row["kl"]),
             Cell(f"{row['top1']:.1%}", row["top1"]),
             Cell("" if row["speed"] is None else f"{row['speed']:.2f}x", row["speed"] or 0.0),
@@ -195,7 +213,7 @@ def _matrix(speeds: Rows, seed: int, folder: Path) -> Drawn:
         ]
         for row in rows
     ]
-    columns = ["transform", "encode", "evict", "bytes", "KL", "top-1", "speed", "front"]
+    columns = ["transform", "encode", "evict", "bytes", *FITTED, "KL", "top-1", "speed", "front"]
     text = "Every combination of a grid; on the front, no other holds fewer bytes and drifts less."
     return "Mix and match", text, [Table("All combinations", columns, lines)], {"matrix": pictures.matrix(rows)}
 

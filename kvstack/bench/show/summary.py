@@ -41,6 +41,7 @@ def _quality(context: int, cache: str, mine: Sequence[Mapping[str, Any]], seed: 
         "family": mine[0]["family"],
         "share": float(np.mean([record["share"] for record in mine])),
         "simulated": any(record["simulated"] for record in mine),
+        **_fitted(mine),
         "kl": float(kl.mean()),
         "kl_low": low,
         "kl_high": high,
@@ -117,6 +118,7 @@ def needles(records: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Row]:
                 "high": high,
                 "samples": len(mine),
                 "share": float(np.mean([record["share"] for record in mine])),
+                **_fitted(mine),
             }
         )
     return rows
@@ -161,6 +163,16 @@ def matrix(records: Sequence[Mapping[str, Any]], speeds: Sequence[Mapping[str, A
         for row, best in zip(here, pareto([(row["share"], row["kl"]) for row in here]), strict=True):
             row["pareto"] = best
     return rows
+
+
+def _fitted(records: Sequence[Mapping[str, Any]]) -> Row:
+    """What was fitted to the model, which is the same in all records, and the latest of the tokens from which on a
+    stack holds less with it; nothing where the figures are of a time that did not tell."""
+    if any("model_nbytes" not in record for record in records):
+        return {}
+    tokens = [record["break_even"] for record in records]
+    latest = None if None in tokens else max(tokens)
+    return {"model_nbytes": max(record["model_nbytes"] for record in records), "break_even": latest}
 
 
 # ---- statistics

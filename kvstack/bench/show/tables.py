@@ -11,7 +11,7 @@ from ...report import Part, Report
 from ..results import Figures
 from ..terminal import console
 from . import summary
-from .units import mib, nats, share
+from .units import FITTED, FITTED_CAPTION, fitted, mib, nats, share
 
 __all__ = [
     "axes",
@@ -39,6 +39,7 @@ def quality(figures: Figures) -> None:
         [
             row["cache"],
             share(row["share"]) + (" *" if row["simulated"] else ""),
+            *fitted(row),
             *(nats(row["domains"][name]) for name in domains),
             nats(row["kl"]),
             f"{nats(row['kl_low'])} - {nats(row['kl_high'])}" if row["kl"] else "",
@@ -50,7 +51,17 @@ def quality(figures: Figures) -> None:
     ]
     scored = figures.rows[0]["score"]
     title = f"{rows[0]['context']:,} tokens compressed, the next {scored} scored: {_where(figures)}"
-    columns = ("cache", "bytes", *(f"KL, {name}" for name in domains), "KL, all", "95 %", "q99", "top-1", "NLL")
+    columns = (
+        "cache",
+        "bytes",
+        *FITTED,
+        *(f"KL, {name}" for name in domains),
+        "KL, all",
+        "95 %",
+        "q99",
+        "top-1",
+        "NLL",
+    )
     caption = (
         f"{rows[0]['scored']:,} tokens scored; bytes as a share of a bfloat16 dense cache's"
         + (" (*: as the method counts them; they are not freed)" if any(row["simulated"] for row in rows) else "")
@@ -67,13 +78,15 @@ def budgets(figures: Sequence[Figures]) -> None:
             f"{row['context']:,}",
             f"{row['budget']:.4g}",
             *_best(row["stack"]),
+            *fitted(row["stack"] or {}),
             *_best(row["peer"]),
             "" if row["ratio"] is None else f"{row['ratio']:.2g} ({row['ratio_low']:.2g} - {row['ratio_high']:.2g})",
         ]
         for row in rows
     ]
-    columns = ("context", "budget", "best stack", "bytes", "KL", "best peer", "bytes", "KL", "KL stack / peer")
-    _print("at equal bytes", columns, lines, "no cache of a row holds more than the budget, a share of dense bytes")
+    columns = ("context", "budget", "best stack", "bytes", "KL", *FITTED, "best peer", "bytes", "KL", "KL stack / peer")
+    caption = "no cache of a row holds more than the budget, a share of dense bytes"
+    _print("at equal bytes", columns, lines, caption)
 
 
 def _best(row: Row | None) -> tuple[str, str, str]:
@@ -88,12 +101,18 @@ def needles(figures: Figures) -> None:
     if not rows:
         return
     lines = [
-        [row["cache"], f"{row['score']:.2f}", f"{row['low']:.2f} - {row['high']:.2f}", share(row["share"])]
+        [
+            row["cache"],
+            f"{row['score']:.2f}",
+            f"{row['low']:.2f} - {row['high']:.2f}",
+            share(row["share"]),
+            *fitted(row),
+        ]
         for row in rows
     ]
     title = f"{rows[0]['task']}, {rows[0]['mode']}, {rows[0]['context']:,} tokens: {_where(figures)}"
     caption = f"share of the answers found in {rows[0]['samples']} texts, bootstrap interval"
-    _print(title, ("cache", "found", "95 %", "bytes of a bf16 cache"), lines, caption)
+    _print(title, ("cache", "found", "95 %", "bytes of a bf16 cache", *FITTED), lines, caption)
 
 
 def memory(figures: Figures) -> None:
@@ -107,13 +126,24 @@ def memory(figures: Figures) -> None:
             f"{row['nbytes_prefill'] / row['context']:,.0f}",
             mib(row["nbytes"]),
             f"{row['nbytes'] / row['dense_nbytes']:.1%}",
+            *fitted(row),
             *("-" if row[name] is None else mib(row[name]) for name in ("peak_prefill", "peak_decode")),
         ]
         for row in rows
     ]
     title = f"memory at {rows[0]['context']:,} tokens: {_where(figures)}"
     later = f"MiB, {rows[0]['decode']} later"
-    columns = ("cache", "MiB", "of dense", "bytes a token", later, "of dense", "peak of prefill", "of decoding")
+    columns = (
+        "cache",
+        "MiB",
+        "of dense",
+        "bytes a token",
+        later,
+        "of dense",
+        *FITTED,
+        "peak of prefill",
+        "of decoding",
+    )
     caption = (
         "peaks in MiB: what the process grew by at most, activations and what the allocator keeps included; later: "
         "tokens decoded"
@@ -123,7 +153,7 @@ def memory(figures: Figures) -> None:
         if row["report"] is not None:
             parts = [Part(**part) for part in row["report"]["parts"]]
             totals = {name: row["report"][name] for name in ("stack", "seen", "held", "nbytes", "dense_nbytes")}
-            console().print(Report(parts=parts, **totals))
+            console().print(Report(parts=parts, model_nbytes=row.get("model_nbytes", 0), **totals))
 
 
 def decode(figures: Figures) -> None:
@@ -140,6 +170,7 @@ def decode(figures: Figures) -> None:
             *_speed(row),
             f"{row['speed_mean']:.2f}x",
             *_size(row, dense),
+            *fitted(row),
             "" if row.get("peak_decode") is None else mib(row["peak_decode"]),
             row.get("reader", ""),
         ]
@@ -152,7 +183,7 @@ def decode(figures: Figures) -> None:
         "with each cache; the mean includes the occasional slow steps that seal or quantize a block; ms: those of the "
         "dense cache, divided by the speed; peak: what the process grew by, less the model"
     )
-    _print(title, (*columns, "MiB", "of dense", "peak, MiB", "reader"), lines, caption)
+    _print(title, (*columns, "MiB", "of dense", *FITTED, "peak, MiB", "reader"), lines, caption)
 
 
 def device(figures: Figures) -> None:
@@ -165,6 +196,7 @@ def device(figures: Figures) -> None:
             f"{row['ms_typical']:.1f}",
             *_speed(row),
             *_size(row, dense),
+            *fitted(row),
             *(mib(row[name]) if row.get(name) is not None else "-" for name in ("peak_prefill", "peak_decode")),
             row["reader"] or "-",
             "-" if row["differs"] is None else f"{row['differs']:.1e}",
@@ -173,13 +205,14 @@ def device(figures: Figures) -> None:
     ]
     where = figures.environment["hardware"]
     title = f"{dense['context']:,} tokens: {_where(figures)}, {where}"
-    columns = ("cache", "first, ms", "ms", "speed", "quartiles", "MiB", "of dense", "peak of prefill", "of decoding")
+    columns = ("cache", "first, ms", "ms", "speed", "quartiles", "MiB", "of dense", *FITTED)
+    peaks = ("peak of prefill", "of decoding")
     caption = (
         f"first: time to the first token, median of {len(dense['prefills_ms'])}; ms: of a token, the median of "
         f"{len(dense['bursts_ms'])} bursts; peaks in MiB, the cache with what is needed beside it, on a GPU; differs: "
         "the largest difference of a logit to reading in plain torch, as a share of the largest logit"
     )
-    _print(title, (*columns, "reader", "differs"), lines, caption)
+    _print(title, (*columns, *peaks, "reader", "differs"), lines, caption)
 
 
 def matrix(qualities: Figures, speeds: Figures) -> None:
@@ -191,6 +224,7 @@ def matrix(qualities: Figures, speeds: Figures) -> None:
             row["encode"],
             row["evict"],
             share(row["share"]),
+            *fitted(row),
             nats(row["kl"]),
             f"{nats(row['kl_low'])} - {nats(row['kl_high'])}",
             f"{row['top1']:.1%}",
@@ -200,7 +234,7 @@ def matrix(qualities: Figures, speeds: Figures) -> None:
         for row in sorted(rows, key=lambda row: -row["share"])
     ]
     title = f"{qualities.rows[0]['context']:,} tokens: {_where(qualities)}"
-    columns = ("transform", "encode", "evict", "bytes", "KL", "95 %", "top-1", "speed", "front")
+    columns = ("transform", "encode", "evict", "bytes", *FITTED, "KL", "95 %", "top-1", "speed", "front")
     _print(title, columns, lines, "front: no other combination holds fewer bytes and drifts less")
 
 
@@ -216,12 +250,13 @@ def batch(figures: Figures) -> None:
             f"{row['of_alone']:.2f}",
             mib(row["nbytes"]),
             f"{row['nbytes'] / row['dense_nbytes']:.1%}",
+            *fitted(row),
         ]
         for row in rows
     ]
     first = rows[0]
     title = f"{first['rows']} rows, {first['texts']}, up to {first['context']:,} tokens: {_where(figures)}"
-    columns = ("cache", "ms a step", "tokens a second", "speed", "of rows alone", "MiB", "of dense")
+    columns = ("cache", "ms a step", "tokens a second", "speed", "of rows alone", "MiB", "of dense", *FITTED)
     caption = (
         f"{first['steps']} steps; speed: the dense cache's time over the own; of rows alone: the own time over that of "
         "the same rows, one after the other"
@@ -243,6 +278,7 @@ def length(figures: Figures) -> None:
             f"{row['ms_read']:.2f}",
             mib(row["nbytes"]),
             f"{row['nbytes'] / row['held']:,.0f}",
+            *fitted(row),
         ]
         for row in rows
     ]
@@ -257,6 +293,7 @@ def length(figures: Figures) -> None:
         "ms to read one",
         "MiB",
         "bytes each",
+        *FITTED,
     )
     caption = f"{rows[0]['steps']} tokens decoded at each length; us: the mean, divided by the tokens held"
     _print(title, columns, lines, caption)
@@ -321,10 +358,15 @@ def _where(figures: Figures) -> str:
 
 
 def _print(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], caption: str = "") -> None:
-    """A table whose first column is text and whose others are numbers."""
+    """A table whose first column is text and whose others are numbers. What was fitted to the model has columns only
+    where a row tells of it."""
+    empty = {i for i, column in enumerate(columns) if column in FITTED and not any(line[i] for line in lines)}
+    shown = [i for i in range(len(columns)) if i not in empty]
+    if set(FITTED) <= {columns[i] for i in shown}:
+        caption = "; ".join(filter(None, [caption, FITTED_CAPTION]))
     table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+    for i in shown:
+        table.add_column(columns[i], justify="right" if i else "left")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(line[i] for i in shown))
     console().print(table)

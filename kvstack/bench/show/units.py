@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["mib", "nats", "share"]
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["FITTED", "FITTED_CAPTION", "fitted", "mib", "nats", "share"]
+
+FITTED = ("of model, MiB", "less from")
+FITTED_CAPTION = (
+    "of model: what was fitted to the model and serves all its caches, beside the bytes of each; less from: tokens of "
+    "all texts from which on both together are less than a dense cache"
+)
 
 
 def mib(nbytes: float) -> str:
@@ -18,3 +27,10 @@ def share(x: float) -> str:
 def nats(x: float) -> str:
     """A divergence: 0.0023, 0.123."""
     return f"{x:.2g}" if x < 0.1 else f"{x:.3f}"
+
+
+def fitted(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The cells of `FITTED`: empty where nothing was fitted, or where the figures are of a time that did not tell."""
+    if not row.get("model_nbytes"):
+        return "", ""
+    return mib(row["model_nbytes"]), "never" if row["break_even"] is None else f"{row['break_even']:,}"

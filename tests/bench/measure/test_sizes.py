@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvstack import Evict, KVStack, Quant
+from kvstack import CommonKV, Evict, KVStack, Quant
 from kvstack.bench.measure import sizes
 from kvstack.testing import tiny_model
 from tests import tiny
@@ -42,3 +42,19 @@ def test_dense_bytes_of_a_sliding_layer_end_with_its_window():
     stack = KVStack([], model=model)
     model(ids, past_key_values=stack)
     assert sizes.share_of_bfloat16(stack, model) == pytest.approx(1, rel=0.01)
+
+
+def test_what_was_fitted_to_the_model_is_told_beside_the_bytes():
+    model = tiny.model()
+    dense, stack = DynamicCache(), KVStack([CommonKV(), Quant(4)], model=model)
+    for cache in (dense, stack):
+        model(tiny.tokens(2, 200), past_key_values=cache)
+    assert sizes.fitted(dense) == {"model_nbytes": 0, "break_even": 0}
+    assert sizes.of_bfloat16(dense, model) == {"share": 1.0, "model_nbytes": 0, "break_even": 0}
+    assert sizes.fitted(stack) == {"model_nbytes": stack.model_nbytes, "break_even": stack.report().break_even}
+    told = sizes.of_bfloat16(stack, model)
+    saved = (1 - told["share"]) * 2 * 200 * 256 * 2  # 2 rows, 256 numbers a token, of 2 bytes
+    assert told["model_nbytes"] == stack.model_nbytes > 0
+    assert told["break_even"] == pytest.approx(stack.model_nbytes * 400 / saved, abs=1)
+    # half the bytes of float32 are saved, and what was fitted is as large as before
+    assert told["break_even"] > stack.report().break_even
