@@ -39,6 +39,8 @@ class Shape(StrEnum):
     smollm2 = "135m"
     llama3_1b = "1b"
     llama3_8b = "8b"
+    qwen3 = "qwen3-1.7b"
+    deepseek = "deepseek-1b"
 
 
 Shaped = Annotated[Shape | None, typer.Option(help="A random model of these sizes instead, which needs no download.")]

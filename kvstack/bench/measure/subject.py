@@ -91,26 +91,36 @@ class Letters:
         return bytes(torch.as_tensor(ids).tolist()).decode("ascii", errors="replace")
 
 
-SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "small": {
+SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "small": ("llama", {
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512,
-    },
-    "135m": {
+    }),
+    "135m": ("llama", {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152,
-    },
-    "1b": {
+    }),
+    "1b": ("llama", {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64,
-    },
-    "8b": {
+    }),
+    "8b": ("llama", {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256,
-    },
+    }),
+    "qwen3-1.7b": ("qwen3", {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 151936, "head_dim": 128,
+    }),
+    "deepseek-1b": ("deepseek_v3", {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": 102400, "q_lora_rank": None, "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "first_k_dense_replace": 16,
+    }),
 }  # fmt: skip
-"""Sizes of a small model, of SmolLM2 135M, Llama 3.2 1B and Llama 3 8B, for random ones: what they cost does not depend
-on what they have learned."""
+"""Architectures and sizes of a small model, of SmolLM2 135M, Llama 3.2 1B, Llama 3 8B and Qwen3 1.7B, for random ones:
+what they cost does not depend on what they have learned. No DeepSeek is so small: the last one has the attention of
+DeepSeek V2 Lite, whose latents are cached, in sixteen layers without experts."""
 
 
 @contextmanager
@@ -168,15 +178,17 @@ def _tiny(run: Run, ends: ExitStack) -> Subject:
 
 
 def _shaped(run: Run, shape: str) -> Subject:
-    """A random llama, made where it runs."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random model, made where it runs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, rope_parameters={"rope_theta": 500000.0})
+    family, sizes = SHAPES[shape]
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    config = AutoConfig.for_model(family, **sizes, max_position_embeddings=131072, rope_parameters=rope)
     config.dtype = getattr(torch, run.dtype)
     with working(f"drawing the weights of a model like {shape}"), torch.random.fork_rng(), torch.device(run.device):
         torch.manual_seed(run.seed)
-        model = LlamaForCausalLM._from_config(config, dtype=config.dtype).eval()
-    return Subject(f"random llama, {shape}", model, Letters())
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+    return Subject(f"random {family}, {shape}", model, Letters())
 
 
 def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
