@@ -46,6 +46,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "calibrate",
+    "calibration_plan",
     "sensitivity",
 ]
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .cache import KVStack
     from .calibration.calibrate import calibrate
     from .calibration.calibration import Calibration
+    from .calibration.plan import calibration_plan
     from .calibration.sensitivity import sensitivity
     from .encode.quant import Quant
     from .errors import (
@@ -84,6 +86,7 @@ else:
         "cache": ("KVStack",),
         "calibration.calibrate": ("calibrate",),
         "calibration.calibration": ("Calibration",),
+        "calibration.plan": ("calibration_plan",),
         "calibration.sensitivity": ("sensitivity",),
         "errors": (
             "BindError",

@@ -24,9 +24,10 @@ from .abilities import (
     RefitsText,
 )
 from .calibration.axes import Basis, flat
-from .calibration.calibrate import calibrated_groups, calibration_for
+from .calibration.calibrate import calibration_for
 from .calibration.calibration import Calibration
 from .calibration.keep import load_or_make
+from .calibration.plan import calibrated_groups
 from .calibration.windows import sample_ids, tokenizer_of, windows_of
 from .checks import check_places
 from .encode.bits import pack, unpack

@@ -8,8 +8,7 @@ second order, the KL divergence that error causes. So errors in keys and values,
 weighed in one unit, nats, and one budget can be spent over all of them.
 
 Windows are added up as they come (sums.py), so memory does not grow with the number of tokens. It grows with the square
-of the numbers that share axes: a group has as many layers as `block` numbers allow, and a layer that is wider alone is
-cut into runs of kv heads. Where the sums of all blocks are more than `memory`, the texts are read again for the rest.
+of the numbers that share axes, which plan.py bounds.
 
 With `metric="variance"` all numbers weigh the same, and keys and values are apart: two groups of axes for the same
 layers, first those of the keys, then those of the values. No gradients are taken.
@@ -35,11 +34,12 @@ from ..model.adapters import unwrapped
 from ..model.attention import device_of, expands
 from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
-from ..model.probing import at_rest, observe, token_shapes
+from ..model.probing import at_rest, observe
 from ..types import KV
 from . import keep
 from .backward import OTHERWISE, differentiable, slopes
-from .calibration import Calibration, Heads, Metric, loaded
+from .calibration import Calibration, Metric, loaded
+from .plan import BLOCK, EACH, KEPT, MEMORY, Block, CalibrationPlan, calibration_plan, check_tokens
 from .sums import Found, OneKind, Sums, leading_axes
 from .windows import Windows, draw, own_text, windows_of
 
@@ -48,15 +48,7 @@ if TYPE_CHECKING:
 
     from ..stage import Stage
 
-__all__ = ["BLOCK", "KEPT", "TOKENS", "calibrate", "calibrated_groups", "calibration_for", "default_path"]
-
-TOKENS, EACH = 10_240, 2.5
-"""Tokens read by default, scored ones not counted; and for each axis of the largest block, where that is more."""
-BLOCK = 8192
-"""Numbers that share axes, at most: their sums take 256 MiB, and finding their axes some minutes on a processor."""
-KEPT = 0.5
-"""Share of the axes that is kept: enough for any budget of two bits a number."""
-BITS = (8, 16)
+__all__ = ["calibrate", "calibration_for", "default_path"]
 
 Progress = Callable[[int, int], None]
 
@@ -76,7 +68,7 @@ def calibrate(
     keep_axes: float = KEPT,
     bits: int = 8,
     block: int = BLOCK,
-    memory: float = 4.0,
+    memory: float = MEMORY,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find the axes that a model's cache is stored along, by `CommonKV` for one.
@@ -110,40 +102,21 @@ def calibrate(
             that are get passed over), or a block has more numbers than tokens are read.
     """
     model = unwrapped(model)
-    _check_settings(model, metric, keep_axes, bits, block, memory)
-    groups = calibrated_groups(model, layers, only, metric, block)
-    if groups.refusal:
-        raise CalibrationError(
-            f"calibration takes the rotary embedding off the keys of {type(model).__name__}, which cannot be done in "
-            f"{groups.refusal}. Use stages that take keys as they are cached, such as Quant."
-        )
-    sizes = _sizes(model, groups, metric, block)
-    widest = max(size for size, _ in sizes)
-    least = math.ceil(EACH * widest)
-    windows, source = windows_of(model, texts, max(TOKENS, least) if tokens is None else tokens, tokenizer, least)
+    plan = calibration_plan(
+        model,
+        tokens,
+        layers=layers,
+        metric=metric,
+        only=only,
+        keep_axes=keep_axes,
+        bits=bits,
+        block=block,
+        memory=memory,
+    )
+    windows, source = windows_of(model, texts, plan.tokens, tokenizer, math.ceil(EACH * plan.widest))
     read = sum(prompt for _, prompt in windows)
-    _check_tokens(model, groups, widest, read, metric)
-    passes, every = _passes([size for size, _ in sizes], memory), _empty(groups, metric, sizes)
-    steps, done, found = len(passes) * len(windows) + len(sizes), 0, list[Found]()
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, steps)
-
-    began, seconds = time.monotonic(), {"reading": 0.0, "axes": 0.0}
-    with at_rest(model):
-        for blocks in passes:
-            sums = [every[number] for number in blocks]
-            _read(model, groups, metric, windows, sums, step)
-            seconds["reading"] += time.monotonic() - began
-            began = time.monotonic()
-            for each in sums:
-                found.append(each.found(bits))
-                step()
-            seconds["axes"] += time.monotonic() - began
-            began = time.monotonic()
+    check_tokens(plan, type(model).__name__, read)
+    found, seconds = _found(model, plan, windows, progress)
     if not sum(each.power for each in found) > 0:
         raise CalibrationError(
             f"calibration takes gradients, and those of this {type(model).__name__} are all zero. {OTHERWISE}"
@@ -152,7 +125,7 @@ def calibrate(
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "identity": kv_fingerprint(model),
         "metric": metric,
-        "rotated": ",".join(map(str, groups.rotated)),
+        "rotated": ",".join(map(str, plan.groups.rotated)),
         "texts": source,
         "tokens": str(read),
         "seconds": ", ".join(f"{what} {spent:.0f}" for what, spent in seconds.items()),
@@ -160,23 +133,6 @@ def calibrate(
         "torch": torch.__version__,
     }
     return Calibration(tuple(leading_axes(found, keep_axes)), manifest)
-
-
-def calibrated_groups(
-    model: PreTrainedModel,
-    layers: int | None,
-    only: Sequence[int] | None = None,
-    metric: Metric = "fisher",
-    block: int = BLOCK,
-) -> LayerGroups:
-    """The groups of `layers` that a calibration is for; by default as many as one block of `block` numbers holds."""
-    if layers is not None:
-        return LayerGroups(model, layers, only)
-    full = LayerGroups(model, 1, only).full
-    most = max(1, block // max(_numbers(model, metric)[i] for i in full))
-    if metric == "fisher":
-        return LayerGroups(model, None, only, most=most)
-    return LayerGroups(model, max(n for n in range(1, len(full) + 1) if len(full) % n == 0 and n <= most), only)
 
 
 def calibration_for(
@@ -278,122 +234,51 @@ def _file_name(model: PreTrainedModel, layers: int, metric: Metric, only: Sequen
     return f"{model_type}-{kv_fingerprint(model)}-{layers}{kind}.safetensors"
 
 
-# ---- blocks
-
-
-def _check_settings(
-    model: PreTrainedModel, metric: str, keep_axes: float, bits: int, block: int, memory: float
-) -> None:
-    if metric not in ("fisher", "variance"):
-        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
-    if not 0 < keep_axes <= 1:
-        raise CalibrationError(f"keep_axes={keep_axes} is no share of the axes. Use a number in (0, 1].")
-    if bits not in BITS:
-        raise CalibrationError(f"bits={bits}: axes are kept in 8 or 16 bits. Use bits=8.")
-    if block < 1 or not memory > 0:
-        raise CalibrationError(f"block={block} counts numbers, and memory={memory} GiB. Use block={BLOCK}, memory=4.0.")
-    if metric == "fisher" and model.get_output_embeddings() is None:
-        raise CalibrationError(
-            f"{type(model).__name__} predicts no tokens, and calibration asks how its predictions change. "
-            "Pass the causal model it is part of: KVStack([...], model=...)."
-        )
-
-
-def _numbers(model: PreTrainedModel, metric: Metric) -> dict[int, int]:
-    """How many numbers a token has in each layer: of keys and values, or of the larger of the two."""
-    return {
-        i: heads * (max(keys, values) if metric == "variance" else keys + values)
-        for i, (heads, keys, values) in token_shapes(model).items()
-    }
-
-
-def _sizes(model: PreTrainedModel, groups: LayerGroups, metric: Metric, block: int) -> list[tuple[int, Heads]]:
-    """Of each block, group after group: the numbers that share its axes, and the kv heads of each layer."""
-    numbers, shapes = _numbers(model, metric), token_shapes(model)
-    joint = [sum(numbers[i] for i in group) for group in groups.groups]
-    heads = {shapes[i][0] for i in groups.full}
-    parts = [1]
-    if metric == "fisher":
-        parts = [n for n in range(1, min(heads) + 1) if all(count % n == 0 for count in heads)]
-    # as many runs of kv heads in every group, as few as the widest one needs
-    runs = next((n for n in parts if max(joint) <= n * block), None)
-    if runs is None:
-        raise CalibrationError(
-            f"{groups.size} layers of {type(model).__name__} cache {max(joint)} numbers a token that would share axes"
-            f"{f', {max(joint) // parts[-1]} for each run of kv heads' * (len(parts) > 1)}, and block={block} of them "
-            f"may. Use {_fewer(groups, max(joint) // groups.size, block * parts[-1])}block={max(joint) // parts[-1]}."
-        )
-    if metric == "variance":
-        return [(size, ()) for size in joint for _ in range(2)]
-    if runs == 1:
-        return [(size, ()) for size in joint]
-    sizes: list[tuple[int, Heads]] = []
-    for size, group in zip(joint, groups.groups, strict=True):
-        each = [shapes[i][0] // runs for i in group]
-        sizes += [(size // runs, tuple((n * run, n * (run + 1)) for n in each)) for run in range(runs)]
-    return sizes
-
-
-def _fewer(groups: LayerGroups, each: int, most: int) -> str:
-    """Groups of fewer layers that have `most` numbers or less, as an error offers them."""
-    count = len(groups.full)
-    fewer = [n for n in range(1, groups.size) if count % n == 0 and n * each <= most]
-    return f"layers= one of {fewer}, or " * bool(fewer)
-
-
-def _check_tokens(model: PreTrainedModel, groups: LayerGroups, widest: int, tokens: int, metric: Metric) -> None:
-    """Refuse fewer tokens than axes: they tell of no more axes than that many."""
-    if widest <= tokens:
-        return
-    kind = " of keys or of values" * (metric == "variance")
-    raise CalibrationError(
-        f"{groups.size} layers of {type(model).__name__} cache {widest} numbers a token{kind} that share axes, and "
-        f"{tokens} tokens tell of no more axes than that many. "
-        f"Use {_fewer(groups, widest // groups.size, tokens)}tokens={math.ceil(EACH * widest)} or more."
-    )
-
-
-def _passes(sizes: Sequence[int], memory: float) -> list[list[int]]:
-    """Which blocks are added up in each pass over the texts, so that their sums fit into `memory` GiB."""
-    passes, room = list[list[int]](), 0.0
-    for number, size in enumerate(sizes):
-        nbytes = 4 * size * size
-        if not passes or nbytes > room:
-            passes.append([])
-            room = memory * 2**30
-        passes[-1].append(number)
-        room -= nbytes
-    return passes
-
-
-def _empty(groups: LayerGroups, metric: Metric, sizes: Sequence[tuple[int, Heads]]) -> list[Sums]:
-    """Empty sums of all blocks."""
-    if metric == "variance":
-        return [OneKind(group, kind) for group in groups.groups for kind in ("keys", "values")]
-    runs = len(sizes) // len(groups.groups)
-    return [Sums(groups.groups[number // runs], groups.ropes, heads) for number, (_, heads) in enumerate(sizes)]
-
-
 # ---- reading
 
 
-def _read(
-    model: PreTrainedModel,
-    groups: LayerGroups,
-    metric: Metric,
-    windows: Windows,
-    sums: Sequence[Sums],
-    step: Callable[[], None],
-) -> None:
-    """Add up all windows."""
-    for number, (ids, prompt) in enumerate(windows):
-        if metric == "variance":
-            cache = gradients = observe(model, groups, ids[:, :prompt])
-        else:
-            cache, gradients = read_window(model, ids.to(device_of(model)), prompt, groups.full, seed=number)
-        for each in sums:
-            each.add(cache, gradients)
-        step()
+def _found(
+    model: PreTrainedModel, plan: CalibrationPlan, windows: Windows, progress: Progress | None
+) -> tuple[list[Found], dict[str, float]]:
+    """All axes of all blocks, and the seconds that reading took and finding axes."""
+    steps = len(plan.passes) * len(windows) + len(plan.blocks)
+    found, seconds, done = list[Found](), {"reading": 0.0, "axes": 0.0}, 0
+    with at_rest(model):
+        for numbers in plan.passes:
+            sums = [_sums(plan, plan.blocks[number]) for number in numbers]
+            began = time.monotonic()
+            for number, (ids, prompt) in enumerate(windows):
+                cache, gradients = _window(model, plan, ids, prompt, seed=number)
+                for each in sums:
+                    each.add(cache, gradients)
+                done += 1
+                if progress is not None:
+                    progress(done, steps)
+            seconds["reading"] += time.monotonic() - began
+            began = time.monotonic()
+            for each in sums:
+                found.append(each.found(plan.bits))
+                done += 1
+                if progress is not None:
+                    progress(done, steps)
+            seconds["axes"] += time.monotonic() - began
+    return found, seconds
+
+
+def _sums(plan: CalibrationPlan, block: Block) -> Sums:
+    if plan.metric == "variance":
+        return OneKind(block.layers, "keys" if block.shapes[0][1] else "values")
+    return Sums(block.layers, plan.groups.ropes, block.heads)
+
+
+def _window(
+    model: PreTrainedModel, plan: CalibrationPlan, ids: Tensor, prompt: int, seed: int
+) -> tuple[Mapping[int, KV], Mapping[int, KV]]:
+    """What a window leaves in the cache, and the gradients with regard to it, where they count."""
+    if plan.metric == "variance":
+        seen = observe(model, plan.groups, ids[:, :prompt])
+        return seen, seen
+    return read_window(model, ids.to(device_of(model)), prompt, plan.groups.full, seed)
 
 
 def read_window(

@@ -39,6 +39,8 @@ class Shape(StrEnum):
     smollm2 = "135m"
     llama3_1b = "1b"
     llama3_8b = "8b"
+    llama2_7b = "7b"
+    llama3_70b = "70b"
     qwen3 = "qwen3-1.7b"
     deepseek = "deepseek-1b"
 
@@ -318,6 +320,24 @@ def length(
 
     for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), steps):
         tables.length(figures)
+
+
+@_command
+def calibration(
+    run: Run,
+    shapes: Annotated[
+        list[Shape] | None, typer.Option("--shape", help="Random models of these sizes; the option may be repeated.")
+    ] = None,
+    really: Annotated[
+        bool, typer.Option("--really", help="Do it, on random weights and in a process of its own, and take the time.")
+    ] = False,
+) -> None:
+    """What calibrating a model takes: tokens, passes, memory, the file. No weights are needed to tell."""
+    from ..bench.measure import calibration as bench
+    from ..bench.show import tables
+
+    for figures in bench.run(run, [shape.value for shape in shapes or Shape], really):
+        tables.calibration(figures)
 
 
 @_command

@@ -172,11 +172,20 @@ def calibrate(
     texts: Annotated[
         list[Path] | None, typer.Option(exists=True, help="A text file or a folder of .txt files; may be repeated.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to read; 10,240 if not given.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to read; 10,240 if not given, more for large models.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
     metric: Annotated[
         str, typer.Option(help='"fisher", for CommonKV; "variance": keys and values apart, of all layers unless said.')
     ] = "fisher",
+    all_axes: Annotated[
+        bool, typer.Option("--all-axes", help="Keep all axes, in 16 bits, for large budgets; half of them in 8 if not.")
+    ] = False,
+    block: Annotated[
+        int | None, typer.Option(min=1, help="Numbers a token that share axes, at most; 8,192 if not given.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB for sums; the texts are read again for more.")] = None,
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw the energy of every group's axes into this picture.")
     ] = None,
@@ -187,7 +196,8 @@ def calibrate(
     from rich.progress import Progress
 
     from .. import models
-    from ..calibration.calibrate import TOKENS, calibrate, default_path
+    from ..calibration.calibrate import calibrate, default_path
+    from ..calibration.plan import BLOCK, KEPT, MEMORY
 
     given = None if texts is None else _texts(texts)
     lm, tokenizer = models.load(model)
@@ -197,18 +207,23 @@ def calibrate(
         calibration = calibrate(
             lm,
             given,
-            tokens or TOKENS,
+            tokens,
             layers=layers,
             metric=cast("Metric", metric),  # checked there
             tokenizer=tokenizer,
+            keep_axes=1.0 if all_axes else KEPT,
+            bits=16 if all_axes else 8,
+            block=block or BLOCK,
+            memory=MEMORY if memory is None else memory,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    path = out or default_path(lm, calibration.layers, cast("Metric", metric))
+    path = out or default_path(lm, calibration.layers, cast("Metric", metric), complete=all_axes)
     calibration.save(path)
     if plot is not None:
         calibration.plot(plot)
     table = spectra(calibration)
-    Console().print(table, f"{path}, {calibration.nbytes / 2**20:.1f} MiB", sep="\n", highlight=False, soft_wrap=True)
+    told = f"{path}, {calibration.nbytes / 2**20:.1f} MiB; seconds: {calibration.manifest['seconds']}"
+    Console().print(table, told, sep="\n", highlight=False, soft_wrap=True)
 
 
 def _texts(paths: list[Path]) -> dict[str, str]:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..abilities import Allotment, Budgeted, Linear, NeedsHidden, ReadsLinearly
 from ..calibration.axes import Basis, Shapes, flat, split
-from ..calibration.calibrate import calibrated_groups, calibration_for
+from ..calibration.calibrate import calibration_for
 from ..calibration.calibration import Calibration, loaded
+from ..calibration.plan import calibrated_groups
 from ..calibration.weight_axes import weight_axes
 from ..calibration.windows import sample_ids
 from ..checks import check_places

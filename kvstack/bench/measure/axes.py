@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ... import CommonKV
 from ...calibration.blocks import covariance, numbers_of
-from ...calibration.calibrate import KEPT, calibrated_groups, calibration_for
+from ...calibration.calibrate import calibration_for
 from ...calibration.calibration import Calibration, GroupAxes
+from ...calibration.plan import KEPT, calibrated_groups
 from ...encode.waterfilling import error_left, leading, spread
 from .. import terminal
 from ..results import Figures, Results

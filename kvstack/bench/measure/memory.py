@@ -31,7 +31,7 @@ from .run import Run, environment
 from .subject import Subject, opened, prefill, step
 from .variants import Variant
 
-__all__ = ["CONTEXTS", "STACKS", "Growth", "growth", "in_own_process", "measure", "run"]
+__all__ = ["CONTEXTS", "STACKS", "Growth", "growth", "in_own_process", "measure", "reset_peak", "resident", "run"]
 
 CONTEXTS = (1024, 4096, 7680)
 STACKS = (
@@ -79,15 +79,15 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
     # the weights come into memory when they are first used, and so does what the math libraries reserve
     prefill(subject.model, ids[:, :WARM_UP], cache.cache(subject.model))
     gc.collect()
-    before = _reset_peak() if peak else None
+    before = reset_peak() if peak else None
     held = cache.cache(subject.model)
     token = prefill(subject.model, ids, held)
-    grown = None if before is None else _resident("VmHWM") - before
+    grown = None if before is None else resident("VmHWM") - before
     prefilled, fitted = sizes.held_bytes(held), sizes.fitted(held)
     dense = _dense_bytes(subject, held)
     if before is not None:
         gc.collect()
-        _reset_peak()
+        reset_peak()
     for _ in range(decode):
         token = step(subject.model, token, held)
     return {
@@ -97,7 +97,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
         "nbytes": sizes.held_bytes(held),
         "dense_nbytes": _dense_bytes(subject, held),
         "peak_prefill": grown,
-        "peak_decode": None if before is None else _resident("VmHWM") - before,
+        "peak_decode": None if before is None else resident("VmHWM") - before,
         "parts": held.report().to_dict()["parts"] if isinstance(held, KVStack) else [],
         "report": held.report().to_dict() if isinstance(held, KVStack) else None,
     }
@@ -132,14 +132,14 @@ def growth(device: torch.device) -> Iterator[Growth]:
         grown.nbytes = torch.cuda.max_memory_allocated(device) - before
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     """Bytes behind a field of the process' status: VmRSS is resident memory now, VmHWM its high-water mark."""
     field = re.search(rf"^{name}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
     assert field is not None
     return int(field[1]) * 1024
 
 
-def _reset_peak() -> int | None:
+def reset_peak() -> int | None:
     """Bring the high-water mark down to what is resident now, which is returned; None where there is no way to."""
     with suppress(OSError, AttributeError):
         # what was freed and not given back yet is nobody's: the C library keeps it for the next allocation
@@ -148,7 +148,7 @@ def _reset_peak() -> int | None:
         CLEAR_REFS.write_text("5")
     except OSError:
         return None
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .texts import documentation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SHAPES", "Letters", "Subject", "opened", "prefill", "rotated", "step", "wait"]
+__all__ = ["SHAPES", "Letters", "Subject", "opened", "prefill", "rotated", "shaped", "step", "wait"]
 
 T = TypeVar("T")
 
@@ -108,6 +108,14 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256,
     }),
+    "7b": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    }),
+    "70b": ("llama", {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }),
     "qwen3-1.7b": ("qwen3", {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "vocab_size": 151936, "head_dim": 128,
@@ -118,9 +126,10 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "first_k_dense_replace": 16,
     }),
 }  # fmt: skip
-"""Architectures and sizes of a small model, of SmolLM2 135M, Llama 3.2 1B, Llama 3 8B and Qwen3 1.7B, for random ones:
-what they cost does not depend on what they have learned. No DeepSeek is so small: the last one has the attention of
-DeepSeek V2 Lite, whose latents are cached, in sixteen layers without experts."""
+"""Architectures and sizes of a small model, of SmolLM2 135M, Llama 3.2 1B, Llama 3 8B, Llama 2 7B (as many kv heads as
+query heads), Llama 3 70B and Qwen3 1.7B, for random ones: what they cost does not depend on what they have learned. No
+DeepSeek is so small: the last one has the attention of DeepSeek V2 Lite, whose latents are cached, in sixteen layers
+without experts."""
 
 
 @contextmanager
@@ -135,7 +144,7 @@ def opened(run: Run, shape: str | None = None) -> Iterator[Subject]:
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         with torch.no_grad(), ExitStack() as ends:
-            yield _tiny(run, ends) if run.tiny else _shaped(run, shape) if shape else _loaded(run, ends)
+            yield _tiny(run, ends) if run.tiny else shaped(run, shape) if shape else _loaded(run, ends)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cuda.enable_cudnn_sdp(planned)
@@ -177,7 +186,7 @@ def _tiny(run: Run, ends: ExitStack) -> Subject:
     return Subject("tiny random llama", model, Letters(), _outside(run, folder, ends))
 
 
-def _shaped(run: Run, shape: str) -> Subject:
+def shaped(run: Run, shape: str) -> Subject:
     """A random model, made where it runs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

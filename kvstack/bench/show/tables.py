@@ -17,6 +17,7 @@ __all__ = [
     "axes",
     "batch",
     "budgets",
+    "calibration",
     "decode",
     "device",
     "layers",
@@ -324,6 +325,34 @@ def axes(figures: Figures) -> None:
         "keys of a token at keep 0.65"
     )
     _print(f"axes of groups of {rows[0]['layers']} layers: {_where(figures)}", columns, lines, caption)
+
+
+def calibration(figures: Figures) -> None:
+    """What calibrating takes."""
+    lines = [
+        [
+            row["variant"],
+            f"{row['layers']}",
+            f"{row['blocks']} of {row['block']:,}",
+            f"{row['tokens']:,}",
+            f"{row['passes']}",
+            mib(row["nbytes"]),
+            f"{row['nbytes'] / row['dense_nbytes']:,.0f}",
+            mib(row["peak_nbytes"]),
+            *("-" if row.get(name) is None else f"{row[name]:,.0f}" for name in ("reading", "axes")),
+            "-" if row.get("grown_nbytes") is None else mib(row["grown_nbytes"]),
+        ]
+        for row in figures.rows
+    ]
+    columns = (
+        "model", "layers a group", "blocks", "tokens", "passes", "file, MiB", "tokens of a dense cache", "memory, MiB",
+        "s reading", "s axes", "MiB, measured",
+    )  # fmt: skip
+    caption = (
+        "tokens of a dense cache: so many, in bfloat16, take as much as the file; memory: beside the model, as "
+        "planned; measured: what the process grew by"
+    )
+    _print(f"calibration: {_where(figures)}", columns, lines, caption)
 
 
 def layers(figures: Figures) -> None:
