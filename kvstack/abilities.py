@@ -23,6 +23,7 @@ from .stage import BoundTransform, Codec, Encoder
 from .types import KV, Channels
 
 __all__ = [
+    "FINE",
     "Allotment",
     "Budgeted",
     "FitsText",
@@ -32,6 +33,7 @@ __all__ = [
     "ReadsDirectly",
     "ReadsLinearly",
     "RefitsText",
+    "with_fine",
 ]
 
 
@@ -51,17 +53,23 @@ class ReadsDirectly(Codec):
         return torch.matmul(weights, self.inverse(latents, layer).values.to(weights.dtype))
 
 
+FINE = 256
+"""Steps of a fine part in one step of a code."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedAxes:
     """Axes (1, R, H, D) as whole numbers: codes, times a scale for each axis and head, times a unit for each number.
 
     Attributes:
-        codes: (R, H, D) int8 or int16, the numbers of an axis side by side.
+        codes: (R, H, D) int8, the numbers of an axis side by side.
+        fine: (K, H, D) int8, 256ths of a code, of the leading axes; as far apart as `codes`.
         scale: (R, H) float32.
         unit: (H, D) float32.
     """
 
     codes: Tensor
+    fine: Tensor
     scale: Tensor
     unit: Tensor
 
@@ -75,7 +83,15 @@ class PackedAxes:
 
     def full(self, rank: int | None = None) -> Tensor:
         """The first `rank` axes, or all of them (1, R, H, D), float32."""
-        return (self.codes[:rank] * self.scale[:rank, :, None] * self.unit).unsqueeze(0)
+        rows = with_fine(self.codes[:rank], self.fine[:rank])
+        return (rows * self.scale[:rank, :, None] * self.unit).unsqueeze(0)
+
+
+def with_fine(codes: Tensor, fine: Tensor) -> Tensor:
+    """Codes, the first of them with their fine parts, float32."""
+    rows = codes.float()
+    rows[: len(fine)].add_(fine, alpha=1 / FINE)
+    return rows
 
 
 @dataclass(frozen=True, eq=False)

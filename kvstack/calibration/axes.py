@@ -9,7 +9,9 @@ Rows of D are orthonormal under w (D diag(w) D^T = 1), so the least squares are 
 Axes are the largest thing that is fitted to a model, so they are held as whole numbers and are numbers again only where
 a product needs them:
 
-    codes (R, N)   8 or 16 bits          row r, head h:   codes * scale[r, h] / sqrt(w)
+    codes (R, N), fine (K, N)   8 bits each     row r, head h:   (codes + fine / 256) * scale[r, h] / sqrt(w)
+
+The K leading axes, along which numbers are largest, have a fine part: 16 bits in all.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..abilities import PackedAxes
+from ..abilities import FINE, PackedAxes, with_fine
 from ..floats import fitting, saturated
 from ..types import KV
 
-__all__ = ["ROWS", "Axes", "Basis", "Shapes", "flat", "slice_of", "split", "widths"]
+__all__ = ["ROWS", "Axes", "Basis", "Shapes", "fine_rows", "flat", "slice_of", "split", "widths"]
 
 Shapes = tuple[tuple[int, int, int], ...]
 """(H, D of keys, D of values) of each layer of a group."""
-INTEGERS = {8: torch.int8, 16: torch.int16}
+MOST = 127
+"""The largest code."""
+LEADING = 32
+"""One in so many of a block's axes has a fine part, where axes are kept in 8 bits."""
 ROWS = 1024
 """Rows that are worked on at once, where all of them would take several times the memory of the codes."""
 
@@ -44,6 +49,11 @@ def flat(group: Sequence[KV]) -> Tensor:
     """Keys and values of a group of layers side by side, (B, T, N), float32."""
     parts = [x.transpose(1, 2).flatten(2).float() for kv in group for x in (kv.keys, kv.values)]
     return torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
+
+
+def fine_rows(numbers: int, bits: int) -> int:
+    """How many axes of a block of so many numbers have a fine part, if axes are kept in 8 or in 16 bits."""
+    return numbers if bits == 16 else max(1, numbers // LEADING)
 
 
 def slice_of(shapes: Shapes, layer: int, keys: bool) -> slice:
@@ -69,55 +79,66 @@ class Axes:
     """Axes as they are held.
 
     Attributes:
-        codes: (R, N) int8 or int16.
+        codes: (R, N) int8.
+        fine: (K, N) int8, 256ths of a code, of the leading axes.
         scale: (R, heads of all layers, first those of keys, then those of values) float32.
         unit: (N,) float32, what every number of an axis is multiplied with: 1 / sqrt(weight).
         widths: of the heads, see `widths`.
     """
 
     codes: Tensor
+    fine: Tensor
     scale: Tensor
     unit: Tensor
     widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Tensor, unit: Tensor, widths: tuple[int, ...], bits: int) -> Axes:
-        """Axes `rows` (R, N) times `unit` (N,), in codes of 8 or 16 bits."""
-        most = 2 ** (bits - 1) - 1
-        codes, scales = torch.empty(rows.shape, dtype=INTEGERS[bits], device=rows.device), []
-        for heads, into in zip(rows.split(widths, dim=1), codes.split(widths, dim=1), strict=True):
+    def of(cls, rows: Tensor, unit: Tensor, widths: tuple[int, ...], fine: int) -> Axes:
+        """Axes `rows` (R, N) times `unit` (N,) in codes, the first `fine` of them with a fine part."""
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+        parts, scales = codes.new_empty(min(fine, len(rows)), rows.shape[1]), []
+        split = (x.split(widths, dim=1) for x in (rows, codes, parts))
+        for heads, into, into_fine in zip(*split, strict=True):
             largest = heads.float().abs().amax(1, keepdim=True)
-            scale = (largest / most).clamp_min(torch.finfo(torch.float32).tiny)
-            into.copy_((heads.float() / scale).round_())
+            scale = (largest / MOST).clamp_min(torch.finfo(torch.float32).tiny)
+            exact = heads.float() / scale
+            into.copy_(exact.round())
+            rest = (exact[:fine] - exact[:fine].round()) * FINE
+            into_fine.copy_(rest.round_().clamp_(-MOST, MOST))
             scales.append(scale)
-        return cls(codes, torch.cat(scales, dim=1), unit, widths)
+        return cls(codes, parts, torch.cat(scales, dim=1), unit, widths)
 
-    @property
-    def bits(self) -> int:
-        return 8 * self.codes.element_size()
-
-    def cloned(self, rank: int) -> Axes:
-        """The first `rank` axes, in memory of their own."""
-        return Axes(self.codes[:rank].clone(), self.scale[:rank].clone(), self.unit, self.widths)
+    @classmethod
+    def joined(cls, parts: Sequence[Axes]) -> Axes:
+        """One after the other, axes with the same unit; only those of the first parts have fine ones."""
+        first = parts[0]
+        codes, fine, scale = (torch.cat([getattr(x, name) for x in parts]) for name in ("codes", "fine", "scale"))
+        return cls(codes, fine, scale, first.unit, first.widths)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.codes, self.scale, self.unit]
+        return [self.codes, self.fine, self.scale, self.unit]
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def leading(self, rank: int) -> Axes:
         """The first `rank` axes, in the same memory."""
-        return Axes(self.codes[:rank], self.scale[:rank], self.unit, self.widths)
+        return Axes(self.codes[:rank], self.fine[:rank], self.scale[:rank], self.unit, self.widths)
+
+    def cloned(self, rank: int) -> Axes:
+        """The first `rank` axes, in memory of their own."""
+        codes, fine, scale = (x[:rank].clone() for x in (self.codes, self.fine, self.scale))
+        return Axes(codes, fine, scale, self.unit, self.widths)
 
     def to(self, device: torch.device) -> Axes:
-        return Axes(self.codes.to(device), self.scale.to(device), self.unit.to(device), self.widths)
+        codes, fine, scale, unit = (x.to(device) for x in self.tensors)
+        return Axes(codes, fine, scale, unit, self.widths)
 
     def rows(self, first: int = 0, last: int | None = None) -> Tensor:
         """Axes from number `first` to before `last` (R, N), without their unit, float32."""
         scale = self.scale[first:last].repeat_interleave(torch.tensor(self.widths, device=self.scale.device), dim=1)
-        return self.codes[first:last] * scale
+        return with_fine(self.codes[first:last], self.fine[first:last]) * scale
 
     def full(self) -> Tensor:
         """All numbers (R, N), float32."""
@@ -125,10 +146,10 @@ class Axes:
 
     def cut(self, part: slice, width: int) -> PackedAxes:
         """The numbers in `part`, which are heads of `width`."""
-        heads = (part.stop - part.start) // width
+        shape = ((part.stop - part.start) // width, width)
         before = list(accumulate(self.widths, initial=0)).index(part.start)
-        codes, unit = self.codes[:, part].unflatten(1, (heads, width)), self.unit[part].unflatten(0, (heads, width))
-        return PackedAxes(codes, self.scale[:, before : before + heads], unit)
+        codes, fine = (x[:, part].unflatten(1, shape) for x in (self.codes, self.fine))
+        return PackedAxes(codes, fine, self.scale[:, before : before + shape[0]], self.unit[part].unflatten(0, shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..encode.waterfilling import leading
 from ..errors import CalibrationError
-from .axes import Axes, slice_of, widths
+from .axes import Axes, fine_rows, slice_of, widths
 from .calibration import Calibration, GroupAxes
 
 __all__ = ["by_heads", "covariance", "numbers_of"]
@@ -74,7 +74,8 @@ def _runs(block: GroupAxes, runs: int) -> list[GroupAxes]:
         energy, vectors = torch.linalg.eigh(whole[mine][:, mine])
         shapes = tuple((count // runs, keys, values) for count, keys, values in block.shapes)
         weight = block.weight[mine]
-        axes = Axes.of(vectors.T.flip(0), weight.rsqrt(), widths(shapes), block.axes.bits)
+        fine = fine_rows(len(mine), bits=16 if len(block.axes.fine) == len(block.axes) else 8)
+        axes = Axes.of(vectors.T.flip(0), weight.rsqrt(), widths(shapes), fine)
         energy = energy.flip(0).clamp_min(float(block.energy[-1]))
         made.append(GroupAxes(block.layers, shapes, block.mean[mine], weight, axes, energy, heads))
     return made

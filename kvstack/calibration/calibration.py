@@ -64,7 +64,7 @@ class GroupAxes:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.mean, self.weight, self.axes.codes, self.axes.scale, self.energy]
+        return [self.mean, self.weight, self.axes.codes, self.axes.fine, self.axes.scale, self.energy]
 
     def basis(self, rank: int, device: torch.device, dtype: torch.dtype) -> Basis:
         """The `rank` most important axes on `device`, for rebuilding in `dtype`. On the device of the calibration they
@@ -264,7 +264,7 @@ class Calibration:
                 raise CalibrationError(f"{self!r} leaves kv heads of layers {group.layers} out. Make one: {wanted}.")
 
 
-TENSORS = ("mean", "weight", "axes", "scale", "energy")
+TENSORS = ("mean", "weight", "axes", "fine", "scale", "energy")
 TENSORS_BEFORE = ("mean", "weight", "axes", "energy")
 LARGEST = 1e30  # a weight grows as what it weighs gets smaller
 NEARLY_ONE = 0.05
@@ -309,18 +309,20 @@ def _read_group(entry: Any, tensors: Mapping[str, Tensor]) -> GroupAxes:
 def _read_axes(tensors: Mapping[str, Tensor], layers: Sequence[int], unit: Tensor, sizes: tuple[int, ...]) -> Axes:
     x, n = tensors["axes"], len(unit)
     coded = "scale" in tensors
-    types = (torch.int8, torch.int16) if coded else (torch.float16, torch.bfloat16, torch.float32)
+    types = (torch.int8,) if coded else (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in types or x.dim() != 2 or x.shape[1] != n or not 1 <= len(x) <= n or (not coded and len(x) < n):
         raise misfit(f"axes of layers {layers} are {tuple(x.shape)} {x.dtype}, for {n} numbers a token.")
     if coded:
-        scale = tensors["scale"]
+        scale, fine = tensors["scale"], tensors["fine"]
+        if fine.dtype != torch.int8 or fine.dim() != 2 or fine.shape[1] != n or len(fine) > len(x):
+            raise misfit(f"fine parts of layers {layers} are {tuple(fine.shape)} {fine.dtype}, for {len(x)} axes.")
         if scale.dtype != torch.float32 or scale.shape != (len(x), len(sizes)):
             raise misfit(f"scales of layers {layers} are {tuple(scale.shape)} {scale.dtype}, for {len(sizes)} heads.")
         check_numbers(scale, f"scales of layers {layers}", 1.0)
-        axes = Axes(x, scale, unit, sizes)
+        axes = Axes(x, fine, scale, unit, sizes)
     else:
         check_numbers(x, f"axes of layers {layers}", LARGEST)
-        axes = Axes.of(x, unit, sizes, bits=16)
+        axes = Axes.of(x, unit, sizes, fine=n)
     for first in range(0, len(x), ROWS):
         lengths = axes.rows(first, first + ROWS).square().sum(1)
         if not bool(((lengths - 1).abs() <= NEARLY_ONE).all()):

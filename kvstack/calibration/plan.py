@@ -16,7 +16,7 @@ from ..model.adapters import unwrapped
 from ..model.attention import device_of
 from ..model.layers import LayerGroups
 from ..model.probing import token_shapes
-from .axes import Shapes, widths
+from .axes import Shapes, fine_rows, widths
 from .calibration import Heads, Metric
 
 if TYPE_CHECKING:
@@ -103,12 +103,11 @@ class CalibrationPlan:
     def nbytes(self) -> int:
         """Bytes of the calibration: of axes, their scales, and mean, weight and energy of each number. Where blocks
         differ in size, as if all kept the same share of their axes."""
-        each = (
-            self.keep_axes * block.numbers * (block.numbers * self.bits // 8 + 4 * len(widths(block.shapes)))
-            + 12 * block.numbers
-            for block in self.blocks
-        )
-        return int(sum(each))
+        total = 0.0
+        for block in self.blocks:
+            n, kept = block.numbers, self.keep_axes * block.numbers
+            total += kept * (n + 4 * len(widths(block.shapes))) + min(kept, fine_rows(n, self.bits)) * n + 12 * n
+        return int(total)
 
     @property
     def peak_nbytes(self) -> int:

@@ -19,7 +19,7 @@ from ..encode.waterfilling import leading
 from ..model.probing import SINKS
 from ..model.rope import Rope
 from ..types import KV
-from .axes import ROWS, Axes, Shapes, flat, widths
+from .axes import ROWS, Axes, Shapes, fine_rows, flat, widths
 from .calibration import GroupAxes, Heads
 
 __all__ = ["Found", "OneKind", "Sums", "leading_axes"]
@@ -123,11 +123,12 @@ class Sums:
         energy, vectors = torch.linalg.eigh(square)
         del square
         sizes, unit, n = widths(self.shapes), 1 / root, len(energy)
+        fine = fine_rows(n, bits)
         parts = [
-            Axes.of(vectors[:, max(0, end - ROWS) : end].T.flip(0), unit, sizes, bits) for end in range(n, 0, -ROWS)
+            Axes.of(vectors[:, max(0, end - ROWS) : end].T.flip(0), unit, sizes, max(0, fine - n + end))
+            for end in range(n, 0, -ROWS)
         ]
-        axes = Axes(torch.cat([x.codes for x in parts]), torch.cat([x.scale for x in parts]), unit, sizes)
-        axes = axes.to(torch.device("cpu"))
+        axes = Axes.joined(parts).to(torch.device("cpu"))
         mean, weight, energy = (x.cpu() for x in (self.origin + mean, weight, energy.flip(0)))
         return Found(tuple(self.layers), self.shapes, self.heads, mean, weight, axes, energy, power, factor)
 

@@ -108,8 +108,9 @@ class _Example(NamedTuple):
     weights: Tensor
 
     @classmethod
-    def of(cls, queries: int, width: int, turning: int, *, mean: bool, codes: torch.dtype | None = None) -> _Example:
-        """With heads of `width` channels, of which `turning` pairs are rotated, and axes as numbers or as `codes`."""
+    def of(cls, queries: int, width: int, turning: int, *, mean: bool, fine: int | None = None) -> _Example:
+        """With heads of `width` channels, of which `turning` pairs are rotated, and axes as numbers or in codes, so
+        many of them `fine`."""
         from ..turns import Pairs, Turns
 
         bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
@@ -118,11 +119,12 @@ class _Example(NamedTuple):
         encoder = ChannelCodes(torch.rand(rank, generator=draw).sort(descending=True).values, bits)
         z = torch.randn(rows, 1, tokens, rank, generator=draw) * encoder.deviation
         axes: Tensor | PackedAxes = torch.randn(1, rank, heads, width, generator=draw) / 8
-        if codes is not None:
-            most = torch.iinfo(codes).max
-            whole = torch.randint(-most, most + 1, (rank, heads, width), generator=draw).to(codes)
+        if fine is not None:
+            codes, parts = (
+                torch.randint(-127, 128, (n, heads, width), generator=draw).to(torch.int8) for n in (rank, fine)
+            )
             sizes = torch.rand(rank, heads, generator=draw), torch.rand(heads, width, generator=draw)
-            axes = PackedAxes(whole, sizes[0] / most, sizes[1])
+            axes = PackedAxes(codes, parts, sizes[0] / 127, sizes[1])
         middle = torch.randn(heads, width, generator=draw) if mean else None
         angles = torch.arange(tokens) * torch.logspace(0, -3, turning)[:, None]
         order = torch.arange(width)
@@ -143,8 +145,8 @@ def _agrees() -> bool:
     """Whether kernels compute what plain torch does."""
 
     def pairs() -> Iterator[tuple[Tensor, ...]]:
-        for codes in (None, torch.int8, torch.int16):
-            example = _Example.of(3, 20, 4, mean=True, codes=codes)
+        for fine in (None, 0, 20):
+            example = _Example.of(3, 20, 4, mean=True, fine=fine)
             linear, opened = example.linear, (example.decoded, Codes(example.encoder, example.packed))
             for turns in example.turns:
                 readers = [reader_of(linear, linear, (each, each), turns, 20, 50, Workspace()) for each in opened]

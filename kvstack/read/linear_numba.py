@@ -193,14 +193,15 @@ class CodesReader(Reading):
 
 
 def _axes(linear: Linear) -> tuple[Tensor | int, ...]:
-    """Axes (B or 1, R, H, D) for kernels, the numbers from one channel and from one row to the next, the bytes of a
-    number; and of axes in codes the scales, how many an axis has, and the units."""
+    """Axes (B or 1, R, H, D) for kernels, the numbers from one channel and from one row to the next; and of axes in
+    codes their fine parts and for how many channels, the scales, how many an axis has, and the units."""
     axes = linear.axes
     if isinstance(axes, PackedAxes):
-        codes, scale = _by_head(axes.codes), axes.scale if axes.scale.stride(1) == 1 else axes.scale.contiguous()
-        return codes, codes.stride(0), 0, codes.element_size(), scale, scale.stride(0), axes.unit.contiguous()
+        codes, fine, scale = _by_head(axes.codes), _by_head(axes.fine), axes.scale
+        scale = scale if scale.stride(1) == 1 else scale.contiguous()
+        return codes, codes.stride(0), 0, fine, len(fine), scale, scale.stride(0), axes.unit.contiguous()
     axes = _by_head(axes.float())
-    return axes, axes.stride(1), axes.stride(0) if axes.shape[0] > 1 else 0, 4, 0, 0, 0
+    return axes, axes.stride(1), axes.stride(0) if axes.shape[0] > 1 else 0, 0, 0, 0, 0, 0
 
 
 def _by_head(axes: Tensor) -> Tensor:

@@ -281,4 +281,4 @@ def test_a_model_whose_weights_are_offloaded_calibrates():
     model = copy.deepcopy(tiny_model())
     accelerate.cpu_offload(model, execution_device="cpu")
     made = calibrate(model, tokens=400)
-    assert all(torch.isfinite(group.axes.float()).all() for group in made.groups)
+    assert all(torch.isfinite(group.axes.full()).all() for group in made.groups)

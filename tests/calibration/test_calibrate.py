@@ -35,13 +35,13 @@ def test_axes_cover_all_layers_and_are_ordered(found):
     assert [group.layers for group in found.groups] == [(0, 1), (2, 3)]
     for group in found.groups:
         assert group.axes.codes.shape == (len(group.axes), 128)
-        assert group.axes.bits == 8
+        assert group.axes.fine.shape == (4, 128)
         assert group.energy.shape == (128,)
         assert bool((group.energy.diff() <= 0).all())
         assert bool((group.weight > 0).all())
     assert sum(len(group.axes) for group in found.groups) == 128
-    # codes, and for each axis the scales of 2 layers, keys and values, 2 heads
-    assert found.nbytes == 128 * (128 + 4 * 8) + 2 * 3 * 128 * 4
+    # codes, and for each axis the scales of 2 layers, keys and values, 2 heads; fine parts of the first
+    assert found.nbytes == 128 * (128 + 4 * 8) + 2 * 4 * 128 + 2 * 3 * 128 * 4
 
 
 def test_the_axes_that_are_kept_are_those_of_most_energy(found):
@@ -171,7 +171,7 @@ def test_a_file_of_version_0_1(found, saved):
     every = calibrate(tiny.model("llama"), layers=2, keep_axes=1.0, bits=16)
     every.save(saved)
     metadata, tensors = read_tensors(saved, CalibrationError, "calibration", "")
-    before = {name: x for name, x in tensors.items() if not name.endswith(("axes", "scale"))}
+    before = {name: x for name, x in tensors.items() if not name.endswith(("axes", "fine", "scale"))}
     before |= {f"{i}.axes": group.axes.rows().half() for i, group in enumerate(every.groups)}
     groups = '[{"layers": [0, 1], "shapes": [[2, 16, 16], [2, 16, 16]]}, '
     groups += '{"layers": [2, 3], "shapes": [[2, 16, 16], [2, 16, 16]]}]'
@@ -481,7 +481,7 @@ def test_a_large_budget_gets_all_axes(monkeypatch, tmp_path):
     assert len(list(tmp_path.glob("*-all.safetensors"))) == 1
     (basis,) = stack.batch.cohorts[0].stores[0].codecs[0].bases
     assert basis.rank == 4 * 64
-    assert basis.axes.bits == 16
+    assert len(basis.axes.fine) == 4 * 64
     keep.forget(model)
 
 

@@ -17,6 +17,7 @@ import math
 
 from numba import cfunc, njit, types
 
+from ...abilities import FINE
 from ..sizes import CHUNK, ONE, PAIR, SLACK, TILE
 from .kivi import FAST, dot_row
 from .lanes import (
@@ -35,7 +36,7 @@ from .lanes import (
     unpack_rows,
     unpack_token,
 )
-from .memory import SIGNATURE, bytes_, floats, halves, longs, thread_count, thread_number
+from .memory import SIGNATURE, bytes_, floats, longs, thread_count, thread_number
 
 __all__ = ["choose", "dot", "face", "finish", "mix", "rescore"]
 
@@ -57,23 +58,24 @@ def readable(address, unit, units, size, copy):
 @njit
 def axes_of(given, row, kv_head, rank, width, out):
     """The axes of a kv head, rank rows of `width` numbers, and how far apart these are: where they lie, or unpacked
-    into `out`. `given`: axes, numbers from one channel and from one row to the next, bytes of a number, scales of codes
-    (rank, kv heads), from one channel to the next, units (kv heads, width)."""
-    stride, size = given[1], given[3]
-    at = given[0] + size * (row * given[2] + kv_head * width)
-    if size == 4:
-        return floats(at), stride
-    scales, units, unpacked = floats(given[4]), floats(given[6] + 4 * kv_head * width), floats(out)
+    into `out`. `given`: axes, numbers from one channel and from one row to the next; and where they are codes, fine
+    parts (channels, ...) as far apart, of how many channels, scales (rank, kv heads), from one channel to the next,
+    units (kv heads, width)."""
+    stride, units = given[1], given[7]
+    if units == 0:
+        return floats(given[0] + 4 * (row * given[2] + kv_head * width)), stride
+    scales, unit, unpacked = floats(given[5]), floats(units + 4 * kv_head * width), floats(out)
     for r in range(rank):
-        scale, begin = scales[r * given[5] + kv_head], r * width
-        if size == 1:
-            codes = bytes_(at + r * stride)
+        scale, begin, at = scales[r * given[6] + kv_head], r * width, kv_head * width + r * stride
+        codes = bytes_(given[0] + at)
+        if r < given[4]:
+            fine = bytes_(given[3] + at)
             for d in range(width):
-                unpacked[begin + d] = types.float32(types.int8(codes[d])) * scale * units[d]
+                rest = types.float32(types.int8(fine[d])) * types.float32(1 / FINE)
+                unpacked[begin + d] = (types.float32(types.int8(codes[d])) + rest) * scale * unit[d]
         else:
-            words = halves(at + 2 * r * stride)
             for d in range(width):
-                unpacked[begin + d] = types.float32(types.int16(words[d])) * scale * units[d]
+                unpacked[begin + d] = types.float32(types.int8(codes[d])) * scale * unit[d]
     return unpacked, width
 
 
@@ -153,17 +155,17 @@ def face(numbers):
     queries, room) each. And what queries make of the mean: (rows, heads, 2 * pairs) with the angles of a token, (rows,
     heads) with channels that do not turn. A task is a part of the blocks of a kv head.
 
-    tasks, parts, queries (rows, kv heads, queries, D), queries of each, D, kv heads, 7 numbers of axes (`axes_of`),
+    tasks, parts, queries (rows, kv heads, queries, D), queries of each, D, kv heads, 8 numbers of axes (`axes_of`),
     leading channels, room, steps, scratch, bytes of it, mean (kv heads, D) or 0, pairs and still channels
     (2 * pairs + still,), count of pairs, of still, what they make, what the still make; then for each kind: vectors,
     blocks, channels, pairs, still, cos (rows, blocks, pairs), sin, rows of them
     """
     parts, queries, asked, width, kv_heads = numbers[1], floats(numbers[2]), numbers[3], numbers[4], numbers[5]
-    given, leading, room = numbers_of(numbers, 6), numbers[13], numbers[14]
-    steps, mean, known = floats(numbers[15]), floats(numbers[18]), longs(numbers[19])
-    pairs, still, turning, constant = numbers[20], numbers[21], floats(numbers[22]), floats(numbers[23])
+    given, leading, room = numbers_of(numbers, 6), numbers[14], numbers[15]
+    steps, mean, known = floats(numbers[16]), floats(numbers[19]), longs(numbers[20])
+    pairs, still, turning, constant = numbers[21], numbers[22], floats(numbers[23]), floats(numbers[24])
     mine, every = thread_number(), thread_count()
-    memory = numbers[16] + numbers[17] * mine
+    memory = numbers[17] + numbers[18] * mine
     turned, rows = floats(memory), floats(memory + 4 * ((width + LANES - 1) // LANES * LANES) * room)
     unpacked = memory + 4 * (((width + LANES - 1) // LANES * LANES) * room + 5 * width)
     for task in range(mine, numbers[0], every):
@@ -172,9 +174,9 @@ def face(numbers):
         # the axes of this head, times steps and on their sides
         axes, stride = axes_of(given, row, kv_head, leading, width, unpacked)
         on_its_side(axes, stride, steps, leading, width, turned, room)
-        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 24))
-        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 32))
-        if part or not numbers[18]:
+        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 25))
+        make_vectors(queries, head, row, asked, width, turned, rows, room, part, parts, numbers_of(numbers, 33))
+        if part or not numbers[19]:
             continue
         for query in range(asked):
             at, to = (head * asked + query) * width, (head * asked + query) * 2 * pairs
@@ -393,7 +395,7 @@ def rescore(numbers):
 
     kv heads of all rows, scores (rows, kv heads, queries, stride), stride, codes, gains, runs, count of runs, units,
     bytes of codes and of gains in a unit, scratch, bytes of it, kv heads, queries of each, queries' address, D, places,
-    counts, exact, rank, steps, 7 numbers of axes (`axes_of`), mean (kv heads, D) or 0, pairs (2, pairs), count of
+    counts, exact, rank, steps, 8 numbers of axes (`axes_of`), mean (kv heads, D) or 0, pairs (2, pairs), count of
     pairs, angles (rows, tokens, 2 * pairs), rows of angles, units from one row to the next
     """
     heads, scores, stride = numbers[0], floats(numbers[1]), numbers[2]
@@ -406,9 +408,9 @@ def rescore(numbers):
         numbers[19],
         floats(numbers[20]),
     )
-    given, mean = numbers_of(numbers, 21), floats(numbers[28])
-    first, second, turning = longs(numbers[29]), longs(numbers[29] + 8 * numbers[30]), numbers[30]
-    apart, tokens = numbers[33], units * LANES
+    given, mean = numbers_of(numbers, 21), floats(numbers[29])
+    first, second, turning = longs(numbers[30]), longs(numbers[30] + 8 * numbers[31]), numbers[31]
+    apart, tokens = numbers[34], units * LANES
     all_units = (heads // kv_heads - 1) * apart + units
     mine, every = thread_number(), thread_count()
     memory = numbers[10] + numbers[11] * mine
@@ -443,19 +445,19 @@ def rescore(numbers):
                 for i in range(some):
                     for d in range(PAIR):
                         at = i * padded + begin + d
-                        keys[at] = mean[kv_head * width + begin + d] if numbers[28] else types.float32(0)
+                        keys[at] = mean[kv_head * width + begin + d] if numbers[29] else types.float32(0)
                 product(keys, begin, padded, latents, 0, ranked, packed, begin * rank, PAIR, rank, some)
             for d in range(width // PAIR * PAIR, width):
                 for i in range(some):
-                    made = mean[kv_head * width + d] if numbers[28] else types.float32(0)
+                    made = mean[kv_head * width + d] if numbers[29] else types.float32(0)
                     for r in range(rank):
                         made += latents[i * ranked + r] * axes[r * channel_stride + d]
                     keys[i * padded + d] = made
             # rotate and score
             for i in range(some):
                 token = places[chosen + i]
-                at = ((row * tokens if numbers[32] > 1 else 0) + token) * 2 * turning
-                angles = floats(numbers[31] + 4 * at)
+                at = ((row * tokens if numbers[33] > 1 else 0) + token) * 2 * turning
+                angles = floats(numbers[32] + 4 * at)
                 for p in range(turning):
                     x, y = keys[i * padded + first[p]], keys[i * padded + second[p]]
                     keys[i * padded + first[p]] = angles[p] * x - angles[turning + p] * y
@@ -552,16 +554,16 @@ def finish(numbers):
     mean as far as weights of sealed tokens go, plus raw values. A task is a kv head.
 
     tasks, kv heads, queries of each, sums (rows, parts, heads, padded), parts, padded, places of channels, rank, steps,
-    7 numbers of axes (`axes_of`), D, mean (kv heads, D) or 0, weights (rows, heads, stride), stride, tokens, raw values
+    8 numbers of axes (`axes_of`), D, mean (kv heads, D) or 0, weights (rows, heads, stride), stride, tokens, raw values
     (rows, kv heads, raw of room, D), raw, room, out, scratch, bytes of it
     """
     kv_heads, asked, sums, parts, padded = numbers[1], numbers[2], floats(numbers[3]), numbers[4], numbers[5]
     places, rank, steps = longs(numbers[6]), numbers[7], floats(numbers[8])
-    given, width, mean = numbers_of(numbers, 9), numbers[16], floats(numbers[17])
-    weights, stride, tokens = floats(numbers[18]), numbers[19], numbers[20]
-    values, raw, room, out = floats(numbers[21]), numbers[22], numbers[23], floats(numbers[24])
+    given, width, mean = numbers_of(numbers, 9), numbers[17], floats(numbers[18])
+    weights, stride, tokens = floats(numbers[19]), numbers[20], numbers[21]
+    values, raw, room, out = floats(numbers[22]), numbers[23], numbers[24], floats(numbers[25])
     heads, mine, every = kv_heads * asked, thread_number(), thread_count()
-    memory = numbers[25] + numbers[26] * mine
+    memory = numbers[26] + numbers[27] * mine
     latents, unpacked = floats(memory), memory + 4 * asked * rank
     for head in range(mine, numbers[0], every):
         row, kv_head = head // kv_heads, head % kv_heads
@@ -579,7 +581,7 @@ def finish(numbers):
             for t in range(tokens):
                 total += weights[at + t]
             for d in range(width):
-                out[to + d] = total * mean[kv_head * width + d] if numbers[17] else types.float32(0)
+                out[to + d] = total * mean[kv_head * width + d] if numbers[18] else types.float32(0)
             for t in range(raw):
                 weight = weights[at + tokens + t]
                 for d in range(width):
