@@ -32,7 +32,6 @@ from .calibration.windows import sample_ids, tokenizer_of, windows_of
 from .checks import check_places
 from .encode.bits import pack, unpack
 from .encode.channel_codes import GAIN_BITS, ChannelCodes
-from .encode.waterfilling import DISTORTION, STEPS, nearly_best, spread
 from .errors import BindError, CalibrationError, KVStackError, SpecError, StageError, UseError
 from .files import write_bytes
 from .floats import fitting, saturated, wide
@@ -59,6 +58,7 @@ from .stage import (
     check,
 )
 from .types import KV, Channels, Context, Latent, take_tokens
+from .waterfilling import DISTORTION, STEPS, nearly_best, spread
 from .workspace import Workspace
 
 __all__ = [

@@ -18,7 +18,6 @@ from torch import nn
 
 from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
-from .encode.waterfilling import leading
 from .errors import BindError, KVStackWarning, StageError
 from .heads import Heads
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
@@ -32,6 +31,7 @@ from .select.evict import Evict
 from .stage import BoundTransform, Encode, Share, Stage, Transform
 from .store.plan import Plan, Spans
 from .store.store import Expand, Store
+from .waterfilling import leading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..encode.waterfilling import leading
 from ..errors import CalibrationError
+from ..waterfilling import leading
 from .axes import Axes, fine_rows, slice_of, widths
 from .calibration import Calibration, GroupAxes
 

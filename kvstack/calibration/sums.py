@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..encode.waterfilling import leading
 from ..model.probing import SINKS
 from ..model.rope import Rope
 from ..types import KV
+from ..waterfilling import leading
 from .axes import ROWS, Axes, Shapes, fine_rows, flat, widths
 from .calibration import GroupAxes, Heads
 

@@ -25,8 +25,8 @@ from ..errors import UseError
 from ..floats import saturated
 from ..packed import Packed
 from ..stage import ChannelEncoder
+from ..waterfilling import STEPS
 from .bits import pack, unpack
-from .waterfilling import STEPS
 
 __all__ = ["GAIN_BITS", "GRANULE", "ChannelCodes", "gain_bits"]
 

@@ -15,11 +15,11 @@ from ..packed import Packed
 from ..read.codes import fastest
 from ..stage import Encode, Reader, check
 from ..types import Channels
+from ..waterfilling import spread
 from ..workspace import Workspace
 from .blockwise import Blockwise
 from .channel_codes import ChannelCodes, gain_bits
 from .kivi import Kivi
-from .waterfilling import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

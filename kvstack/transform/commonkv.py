@@ -25,13 +25,13 @@ from ..calibration.weight_axes import weight_axes
 from ..calibration.windows import sample_ids
 from ..checks import check_places
 from ..encode.channel_codes import ChannelCodes
-from ..encode.waterfilling import DISTORTION, leading, nearly_best, spread
 from ..errors import BindError
 from ..floats import fitting, saturated
 from ..model.layers import LayerGroups
 from ..model.probing import observe
 from ..stage import BoundTransform, Transform, as_path, check
 from ..types import KV, Channels, Latent, take_tokens
+from ..waterfilling import DISTORTION, leading, nearly_best, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

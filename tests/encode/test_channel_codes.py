@@ -11,10 +11,10 @@ from kvstack import KV, Channels, KVStack, Latent, Quant, StageError, Transform,
 from kvstack.authoring import BoundTransform, Codec
 from kvstack.encode.channel_codes import GRANULE, ChannelCodes
 from kvstack.encode.exact import EXACT
-from kvstack.encode.waterfilling import STEPS
 from kvstack.store.plan import Plan
 from kvstack.store.sealed import GroupLatents
 from kvstack.testing import check_stage, tiny_model
+from kvstack.waterfilling import STEPS
 from tests import tiny
 
 

@@ -410,7 +410,7 @@ def test_unmerged_tokens_with_an_encoder_of_larger_groups(encode):
 
 
 def test_channels_of_equal_energy_share_the_budget_exactly():
-    from kvstack.encode.waterfilling import leading
+    from kvstack.waterfilling import leading
 
     equal = [torch.full((100,), 1e-8) for _ in range(2)]
     assert leading(equal, 30) == [30, 1]

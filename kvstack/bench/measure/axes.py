@@ -20,7 +20,7 @@ from ...calibration.blocks import covariance, numbers_of
 from ...calibration.calibrate import calibration_for
 from ...calibration.calibration import Calibration, GroupAxes
 from ...calibration.plan import KEPT, calibrated_groups
-from ...encode.waterfilling import error_left, leading, spread
+from ...waterfilling import error_left, leading, spread
 from .. import terminal
 from ..results import Figures, Results
 from .run import Run, environment

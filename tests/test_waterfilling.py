@@ -6,7 +6,7 @@ from hypothesis import given
 
 from kvstack import Channels, Quant
 from kvstack.encode.channel_codes import gain_bits
-from kvstack.encode.waterfilling import DISTORTION, STEPS, spread
+from kvstack.waterfilling import DISTORTION, STEPS, spread
 
 spectra = st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40), min_size=1, max_size=4)
 
