@@ -86,6 +86,8 @@ class Calibration:
     groups: tuple[GroupAxes, ...]
     manifest: Mapping[str, str]
     _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
+    _before: str = field(default="", repr=False)
+    """The fingerprint of a file of version 0.1: caches that were saved with it still load."""
 
     def __repr__(self) -> str:
         model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
@@ -136,7 +138,7 @@ class Calibration:
     @cached_property
     def fingerprint(self) -> str:
         """Tells this calibration from any other, wherever its file is read."""
-        return sampled(self._tensors())[:24]
+        return self._before or sampled(self._tensors())[:24]
 
     @property
     def nbytes(self) -> int:
@@ -210,7 +212,7 @@ class Calibration:
             groups = []
             for i, entry in enumerate(described):
                 groups.append(_read_group(entry, {name: tensors[f"{i}.{name}"] for name in names}))
-            calibration = cls(tuple(groups), metadata)
+            calibration = cls(tuple(groups), metadata, _before="" if version == FORMAT else sampled(tensors)[:24])
             calibration._check_groups()
         except ValueError as error:
             raise CalibrationError(f"{os.fspath(path)!r} is damaged: {error} {again}") from None

@@ -11,7 +11,7 @@ from kvstack import BindError, Calibration, CalibrationError, CommonKV, KVStack,
 from kvstack.calibration import calibrate as calibrating
 from kvstack.calibration import keep, windows
 from kvstack.cli.commands import app, spectra
-from kvstack.model.fingerprint import fingerprint
+from kvstack.model.fingerprint import fingerprint, sampled
 from kvstack.model.layers import LayerGroups, group_size
 from kvstack.model.probing import SINKS
 from kvstack.testing import tiny_model
@@ -180,6 +180,7 @@ def test_a_file_of_version_0_1(found, saved):
     for a, b in zip(every.groups, again.groups, strict=True):
         assert torch.equal(a.energy, b.energy)
         torch.testing.assert_close(a.axes.full(), b.axes.full(), atol=1e-3, rtol=1e-3)
+    assert again.fingerprint == sampled(before)[:24], "that of 0.1, which caches were saved with"
     KVStack([CommonKV(0.9, calibration=again)], model=tiny.model("llama"))
 
 
