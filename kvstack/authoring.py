@@ -6,8 +6,8 @@ values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, che
 codes         pack, unpack, ChannelCodes, spread, nearly_best and the figures behind them
 the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe,
               heads_of
-calibration   calibrated_groups, calibration_for, Basis, PackedAxes, flat, load_or_make, windows_of, tokenizer_of,
-              write_bytes
+calibration   calibrated_groups, calibration_for, GroupAxes, Basis, PackedAxes, flat, load_or_make, windows_of,
+              tokenizer_of, write_bytes
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .abilities import (
 )
 from .calibration.axes import Basis, flat
 from .calibration.calibrate import calibration_for
-from .calibration.calibration import Calibration
+from .calibration.calibration import Calibration, GroupAxes
 from .calibration.keep import load_or_make
 from .calibration.plan import calibrated_groups
 from .calibration.windows import sample_ids, tokenizer_of, windows_of
@@ -81,6 +81,7 @@ __all__ = [
     "Encode",
     "Encoder",
     "FitsText",
+    "GroupAxes",
     "KVStackError",
     "Latent",
     "LayerGroups",

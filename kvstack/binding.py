@@ -24,7 +24,7 @@ from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words,
 from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
 from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
-from .model.ranks import heads_of, split_among
+from .model.ranks import heads_of
 from .model.rope import find_ropes
 from .model.rotation import Rope
 from .select.evict import Evict
@@ -186,7 +186,6 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         warnings.warn(_nothing_to_do(who, name, layers), KVStackWarning, stacklevel=4)
     elif stages:
         _check_model(who, stages, name, full, modules)
-        _check_whole(_of_kind(stages, Transform), model)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             evict, transform = (_of_kind(stages, kind) for kind in (Evict, Transform))
@@ -330,18 +329,6 @@ def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full
         raise BindError(
             f"{evict!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: "
             "stages that keep all tokens work."
-        )
-
-
-def _check_whole(transform: Transform | None, model: PreTrainedModel) -> None:
-    """Refuse calibrated axes, which are of all heads, where a process holds some of them. The one place to lift
-    this."""
-    calibrated = hasattr(transform, "calibration") and getattr(transform, "basis", "calibrated") == "calibrated"
-    if calibrated and (size := split_among(model)) > 1:
-        raise BindError(
-            f"{transform!r} stores tokens along calibrated axes of all heads, and the heads of this "
-            f"{type(model).__name__} are split among {size} processes. Use stages without a calibration, such as Quant "
-            "and Evict, or load the whole model in one process."
         )
 
 

@@ -35,9 +35,11 @@ from ..model.attention import device_of, expands
 from ..model.fingerprint import kv_fingerprint
 from ..model.layers import LayerGroups
 from ..model.probing import at_rest, observe
+from ..model.ranks import heads_of
 from ..types import KV
 from . import keep
 from .backward import OTHERWISE, differentiable, slopes
+from .blocks import held_by
 from .calibration import Calibration, Metric, loaded
 from .plan import BLOCK, EACH, KEPT, MEMORY, Block, CalibrationPlan, calibration_plan, check_tokens
 from .sums import Found, OneKind, Sums, leading_axes
@@ -145,13 +147,29 @@ def calibration_for(
     complete: bool = False,
 ) -> Calibration:
     """Return the calibration passed by the user to `stage`, or load or create the default one for this model: with
-    half of the axes in 8 bits, or `complete`, with all of them in 16.
+    half of the axes in 8 bits, or `complete`, with all of them in 16. Where processes share the kv heads of the
+    model, it is cut, and what is returned has the axes of those that are here; `everywhere` has those of all.
 
     Raises:
-        CalibrationError, BindError: the user's is for another model, metric or grouping, or is wanted complete.
+        CalibrationError, BindError: the user's is for another model, metric or grouping, or is wanted complete; or
+            there is none, and the model is split among processes, so that none can be made now.
     """
     if given is None:
-        return _default(model, groups, metric, type(stage).__name__, complete)
+        calibration = _default(model, groups, metric, type(stage).__name__, complete)
+    else:
+        calibration = _given(stage, given, model, groups, metric, complete)
+    return held_by(calibration, heads_of(model), groups.groups)
+
+
+def _given(
+    stage: Stage,
+    given: str | os.PathLike[str] | Calibration,
+    model: PreTrainedModel,
+    groups: LayerGroups,
+    metric: Metric,
+    complete: bool,
+) -> Calibration:
+    """The user's calibration, which is checked."""
     calibration = given if isinstance(given, Calibration) else loaded(given)
     calibration.check(model, metric, groups.size)
     if calibration.layers != groups.size:
@@ -194,6 +212,8 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
     """Known in this process, loaded from the user's cache folder, or made now (for the stage `who`) and kept there."""
 
     def notice() -> str:
+        if heads_of(model).size > 1:  # it is refused instead
+            return ""
         why = ", with all axes for a large budget" * complete
         what = f"{who} calibrates itself for this {type(model).__name__}, once{why}: about a minute for a small model."
         return " ".join(filter(None, [what, own_text(model)]))
@@ -209,8 +229,22 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
     every = LayerGroups(model, 1).full
     only = None if groups.full == every else groups.full
     share, bits = (1.0, 16) if complete else (KEPT, 8)
-    make = partial(calibrate, model, layers=groups.size, metric=metric, only=only, keep_axes=share, bits=bits)
+    settings: dict[str, Any] = {"layers": groups.size, "metric": metric, "only": only}
+    settings |= {"keep_axes": share, "bits": bits}
+    make = partial(calibrate, model, **settings)
+    if heads_of(model).size > 1:
+        make = partial(_refuse_to_make, model, who, settings)
     return keep.load_or_make(model, _file_name(model, groups.size, metric, only, complete), read, make, notice)
+
+
+def _refuse_to_make(model: PreTrainedModel, who: str, settings: Mapping[str, Any]) -> Calibration:
+    """Say how to make a calibration that all of several processes find."""
+    said = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+    raise CalibrationError(
+        f"{who} needs a calibration. One process makes it of a whole model, and this {type(model).__name__} is split "
+        f"among {heads_of(model).size} processes, which do not all find one in {keep.folder()}. Make it in one "
+        f"process, kvstack.calibrate(model, {said}).save(path), and use {who}(calibration=path) in all of them."
+    )
 
 
 def default_path(

@@ -22,7 +22,7 @@ from ..checks import check_numbers, count, entries, items, misfit
 from ..errors import CalibrationError
 from ..files import parsed_json, read_tensors, write_tensors
 from ..model.fingerprint import is_of, kv_fingerprint, sampled
-from ..model.probing import token_shapes
+from ..model.ranks import whole_shapes
 from .axes import ROWS, Axes, Basis, Shapes, widths
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Calibration:
     """Made by `kvstack.calibrate`; give it to `CommonKV(calibration=...)`, or save it.
 
     Attributes:
-        groups: one per group of layers that are stored together; or several, its parts: two where keys and values are
-            apart (`metric="variance"`), those of the keys first, or one for each run of kv heads.
+        groups: one per group of layers that are stored together; or several, its parts: one for each run of kv heads,
+            and where keys and values are apart (`metric="variance"`), first those of the keys.
         manifest: model, metric, texts, tokens and versions it was made with.
     """
 
@@ -88,6 +88,8 @@ class Calibration:
     _bases: weakref.WeakValueDictionary[Any, Basis] = field(default_factory=weakref.WeakValueDictionary, repr=False)
     _before: str = field(default="", repr=False)
     """The fingerprint of a file of version 0.1: caches that were saved with it still load."""
+    cuts: dict[Any, Calibration] = field(default_factory=dict, repr=False)
+    """What was cut from it for one of several processes."""
 
     def __repr__(self) -> str:
         model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
@@ -108,15 +110,25 @@ class Calibration:
         """Blocks of axes for each group of layers."""
         return sum(group.layers == self.groups[0].layers for group in self.groups)
 
+    @property
+    def runs(self) -> int:
+        """Runs of kv heads that have axes of their own."""
+        return self.parts // (2 if self.metric == "variance" else 1)
+
     def of(self, layers: Sequence[int]) -> list[GroupAxes]:
         """The blocks of the group that is `layers`."""
         return [group for group in self.groups if group.layers == tuple(layers)]
+
+    def everywhere(self, layers: Sequence[int]) -> list[GroupAxes]:
+        """The blocks that share a budget with those `of` this group: where processes share the kv heads, the blocks of
+        all of them."""
+        return self.of(layers)
 
     def name_of(self, group: GroupAxes) -> str:
         """What a block holds, in words."""
         name = f"layers {group.layers[0]} to {group.layers[-1]}"
         if self.metric == "variance":
-            return f"{name}, {'keys' if group.shapes[0][1] else 'values'}"
+            name += ", keys" if group.shapes[0][1] else ", values"
         return f"{name}, heads {group.heads[0][0]} to {group.heads[0][1] - 1}" if group.heads else name
 
     def covers(self, groups: Sequence[Sequence[int]]) -> bool:
@@ -222,7 +234,7 @@ class Calibration:
         """Refuse groups of unequal size, that share layers, or whose parts are not those of a calibration."""
         if len({len(group.layers) for group in self.groups}) > 1 or len(self.groups) % self.parts:
             raise misfit("its groups are not of one size.")
-        if self.metric == "variance" and self.parts != 2:
+        if self.metric == "variance" and self.parts % 2:
             raise misfit("keys and values are not two parts of each group.")
         known: set[int] = set()
         for first in range(0, len(self.groups), self.parts):
@@ -245,13 +257,13 @@ class Calibration:
                 f"{self!r} was made for another model than this {type(model).__name__} (fingerprint {mine}, not "
                 f"{kv_fingerprint(model)}). Make one for it: {wanted}."
             )
-        cached = token_shapes(model)
+        cached = whole_shapes(model)
         for number, group in enumerate(self.groups):
             for slot, (layer, shape) in enumerate(zip(group.layers, group.shapes, strict=True)):
                 heads, keys, values = cached.get(layer, (0, 0, 0))
                 if self.metric == "variance":
-                    keys, values = (keys, 0) if number % 2 == 0 else (0, values)
-                elif group.heads:
+                    keys, values = (keys, 0) if number % self.parts < self.runs else (0, values)
+                if group.heads:
                     first, last = group.heads[slot]
                     heads = max(0, min(last, heads) - first)
                 if shape != (heads, keys, values):
@@ -259,11 +271,16 @@ class Calibration:
                         f"{self!r} has (heads, size of a key, size of a value) {shape} for layer {layer}, and this "
                         f"{type(model).__name__} caches {(heads, keys, values)}. Make one for it: {wanted}."
                     )
-        for group in self.groups[:: self.parts]:
-            runs = [each.shapes for each in self.of(group.layers)]
-            held = [sum(shapes[slot][0] for shapes in runs) for slot in range(len(group.layers))]
-            if self.metric != "variance" and held != [cached[layer][0] for layer in group.layers]:
-                raise CalibrationError(f"{self!r} leaves kv heads of layers {group.layers} out. Make one: {wanted}.")
+        for first in range(0, len(self.groups), self.runs):
+            runs = self.groups[first : first + self.runs]
+            for slot, layer in enumerate(runs[0].layers):
+                heads = cached[layer][0]
+                spans, each = [run.heads[slot] if run.heads else (0, heads) for run in runs], heads // self.runs
+                if heads % self.runs or spans != [(each * n, each * (n + 1)) for n in range(self.runs)]:
+                    raise CalibrationError(
+                        f"{self!r} does not hold the {heads} kv heads of layer {layer} in runs of equal length. "
+                        f"Make one that does: {wanted}."
+                    )
 
 
 TENSORS = ("mean", "weight", "axes", "fine", "scale", "energy")

@@ -59,7 +59,7 @@ def load_or_make(
         file: the name of the file, which tells the model and the settings apart from any other.
         read: loads the file; raises `CalibrationError` where that does not fit `model`.
         make: makes it anew.
-        notice: logged before it is made; or what writes it then.
+        notice: logged before it is made, empty: nothing is; or what writes it then.
     """
     known: dict[str, F] = _known.setdefault(model, {})
     heads = heads_of(model)
@@ -78,8 +78,8 @@ def _shared(heads: Heads, file: str, read: Callable[[Path], F], make: Callable[[
     digests = heads.gathered(_digest(file))
     found = _read(_path(file), read) if digests[0] and len(set(digests)) == 1 else None
     if found is None:
-        if heads.rank == 0:
-            log.warning("%s", notice if isinstance(notice, str) else notice())
+        if heads.rank == 0 and (told := notice if isinstance(notice, str) else notice()):
+            log.warning("%s", told)
         found = heads.gathered(make())[0]
         for rank in range(heads.size):  # one after the other: they may have one folder, or several
             digests = heads.gathered(_digest(file))

@@ -15,7 +15,7 @@ from ..errors import CalibrationError
 from ..model.adapters import unwrapped
 from ..model.attention import device_of
 from ..model.layers import LayerGroups
-from ..model.probing import token_shapes
+from ..model.ranks import whole_shapes
 from .axes import Shapes, fine_rows, widths
 from .calibration import Heads, Metric
 
@@ -160,7 +160,8 @@ def calibrated_groups(
     metric: Metric = "fisher",
     block: int = BLOCK,
 ) -> LayerGroups:
-    """The groups of `layers` that a calibration is for; by default as many as one block of `block` numbers holds."""
+    """The groups of `layers` that a calibration is for; by default as many as one block of `block` numbers holds. Where
+    processes share the kv heads they are those of one process with all heads."""
     if layers is not None:
         return LayerGroups(model, layers, only)
     full = LayerGroups(model, 1, only).full
@@ -194,13 +195,13 @@ def _numbers(model: PreTrainedModel, metric: Metric) -> dict[int, int]:
     """How many numbers a token has in each layer: of keys and values, or of the larger of the two."""
     return {
         i: heads * (max(keys, values) if metric == "variance" else keys + values)
-        for i, (heads, keys, values) in token_shapes(model).items()
+        for i, (heads, keys, values) in whole_shapes(model).items()
     }
 
 
 def _blocks(model: PreTrainedModel, groups: LayerGroups, metric: Metric, block: int) -> list[Block]:
     """The blocks of all groups; of keys and values apart, those of the keys first."""
-    numbers, shapes = _numbers(model, metric), token_shapes(model)
+    numbers, shapes = _numbers(model, metric), whole_shapes(model)
     joint = max(sum(numbers[i] for i in group) for group in groups.groups)
     heads = {shapes[i][0] for i in groups.full}
     parts = [1]

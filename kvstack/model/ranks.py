@@ -15,12 +15,12 @@ import torch
 from ..errors import BindError
 from ..heads import ALONE, Heads
 from .layers import find_layers
-from .probing import cached_keys
+from .probing import cached_keys, token_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["heads_of", "split_among"]
+__all__ = ["heads_of", "whole_shapes"]
 
 SPLITS = "tp"
 OTHERS = ("fsdp", "dp", "dp_replicate", "dp_shard", "ep", "efsdp")
@@ -43,10 +43,13 @@ def heads_of(model: PreTrainedModel) -> Heads:
     return _known[model]
 
 
-def split_among(model: PreTrainedModel) -> int:
-    """The number of processes that each cache a part of the heads of `model`; 1 where every process caches all."""
+def whole_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
+    """Full-attention layer -> (H, D of keys, D of values) of what all processes cache together."""
     heads = heads_of(model)
-    return 1 if heads.whole >= set(find_layers(model).full) else heads.size
+    return {
+        i: (held if i in heads.whole else held * heads.size, keys, values)
+        for i, (held, keys, values) in token_shapes(model).items()
+    }
 
 
 def _group(model: PreTrainedModel) -> Any:

@@ -27,8 +27,10 @@ from ..checks import check_places
 from ..encode.channel_codes import ChannelCodes
 from ..errors import BindError
 from ..floats import fitting, saturated
+from ..heads import ALONE, Heads
 from ..model.layers import LayerGroups
 from ..model.probing import observe
+from ..model.ranks import heads_of
 from ..stage import BoundTransform, Transform, as_path, check
 from ..types import KV, Channels, Latent, take_tokens
 from ..waterfilling import DISTORTION, leading, nearly_best, spread
@@ -168,7 +170,8 @@ def _counts(number: object) -> bool:
 
 
 class Calibrated(Budgeted):
-    """Axes from a calibration. All blocks of all groups compete for one budget.
+    """Axes from a calibration. All blocks of all groups compete for one budget, those of other processes as well where
+    several share the kv heads.
 
     Args:
         complete: whether all axes are wanted, where the default calibration keeps half of them.
@@ -186,9 +189,9 @@ class Calibrated(Budgeted):
         complete: bool = False,
     ) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
-        self.groups, self.dtype = groups, dtype
+        self.groups, self.dtype, self.heads = groups, dtype, heads_of(model)
         self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher", complete=complete)
-        self.blocks = [block for layers in groups.groups for block in self.calibration.of(layers)]
+        self.blocks = [block for layers in groups.groups for block in self.calibration.everywhere(layers)]
         axes = [len(block.energy) for block in self.blocks]
         stage.check_rank(groups, min(axes))
         self._numbers = int(stage.keep * sum(axes)) if isinstance(stage.keep, float) else stage.keep * len(axes)
@@ -230,19 +233,22 @@ class Calibrated(Budgeted):
 
     def for_group(self, layers: Sequence[int]) -> Project:
         number, device = self.groups.number_of(layers), self.groups.devices[layers[0]]
-        count = self.calibration.parts
-        allotments = self.allotments[number * count : (number + 1) * count]
+        given = dict(zip(self.blocks, self.allotments, strict=True))
+        allotments = [given[block] for block in self.calibration.of(layers)]
         bases = [
             self.calibration.basis(layers, allotment.rank, device, self.dtype, part)
             for part, allotment in enumerate(allotments)
         ]
-        codec = Project(bases, None if self.apart is None else self.apart[number])
+        codec = Project(bases, None if self.apart is None else self.apart[number], self._heads_of(layers))
         encoders = {name: one.encoder for name, one in zip(codec.names, allotments, strict=True) if one.encoder}
         codec.encoders = {name: x.to(device) if isinstance(x, ChannelCodes) else x for name, x in encoders.items()}
         codec.exact, codec.rough = self.stage.exact, self.stage.rough
         codec.tensors = [*(x for basis in bases for x in basis.tensors), *self.calibration.tensors(layers)]
         codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)
         return codec
+
+    def _heads_of(self, layers: Sequence[int]) -> Heads:
+        return ALONE if self.heads.whole.issuperset(layers) else self.heads
 
 
 def _bits(allotment: Allotment) -> Tensor:
@@ -331,12 +337,13 @@ class Project(ReadsLinearly):
     Args:
         bases: the axes of each latent; their heads side by side are those of the group.
         apart: tokens of every `TOGETHER` that keep their plain keys and values; None where no group keeps any.
+        heads: the processes that choose these tokens together; by default each does for the heads it has.
     """
 
     reads_room = True
 
-    def __init__(self, bases: Sequence[Basis], apart: int | None) -> None:
-        self.bases, self.apart = bases, apart or 0
+    def __init__(self, bases: Sequence[Basis], apart: int | None, heads: Heads = ALONE) -> None:
+        self.bases, self.apart, self.heads = bases, apart or 0, heads
         self.names = [LATENT] if len(bases) == 1 else [f"{LATENT} {number}" for number in range(len(bases))]
         if apart is not None:
             self.granule, self.latent_multiple = TOGETHER, STEP
@@ -430,7 +437,7 @@ class Project(ReadsLinearly):
     def unlike(self, group: Sequence[KV], z: Sequence[Tensor]) -> Tensor:
         """(B, T): how badly a token suits one latent for all layers."""
         parts = zip(self.bases, self._parts(group), z, strict=True)
-        return torch.stack([basis.loss(flat(part), mine) for basis, part, mine in parts]).sum(0)
+        return self.heads.sum(torch.stack([basis.loss(flat(part), mine) for basis, part, mine in parts]).sum(0))
 
     def _parted(self, unlike: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the tokens that stay apart and of the others, (B, n) each, ascending: as many in every granule."""

@@ -19,6 +19,7 @@ from kvstack.authoring import (
     Basis,
     BoundTransform,
     ChannelCodes,
+    GroupAxes,
     LayerGroups,
     Linear,
     ReadsLinearly,
@@ -112,12 +113,12 @@ class KVTC(Transform):
         return BoundKVTC(self, groups, calibration, codes, model.dtype)
 
     def _codes(self, groups: LayerGroups, calibration: Calibration) -> list[ChannelCodes] | None:
-        """Of keys and values of all groups, or None where they want more axes than are kept; worked out once for a
-        calibration, which takes a second."""
+        """Of all blocks, or None where they want more axes than are kept; worked out once for a calibration, since it
+        takes a second."""
         known, key = _known.setdefault(calibration, {}), (tuple(map(tuple, groups.groups)), self.ratio)
         if key in known:
             return known[key]
-        blocks = [block for group in groups.groups for block in calibration.of(group)]
+        blocks = _blocks(groups, calibration)
         energies = [block.energy for block in blocks]
         bits = int(16 * sum(map(len, energies)) / self.ratio)
         spent = widths(energies, bits)
@@ -140,6 +141,11 @@ class KVTC(Transform):
         return codes
 
 
+def _blocks(groups: LayerGroups, calibration: Calibration) -> list[GroupAxes]:
+    """All blocks that share the bits: those of other processes as well, where several share the kv heads."""
+    return [block for group in groups.groups for block in calibration.everywhere(group)]
+
+
 _known: weakref.WeakKeyDictionary[Calibration, dict[Any, list[ChannelCodes] | None]] = weakref.WeakKeyDictionary()
 
 
@@ -157,7 +163,8 @@ class BoundKVTC(BoundTransform):
         stage: the settings.
         groups: the layers that share axes.
         calibration: their axes.
-        codes: of the keys of the first group, of its values, of the keys of the second group, ...
+        codes: of the keys of the first group, of its values, of the keys of the second group, ...; of each kind one for
+            every run of kv heads that has axes of its own.
         dtype: the model's.
     """
 
@@ -171,12 +178,12 @@ class BoundKVTC(BoundTransform):
     ) -> None:
         super().__init__(stage, groups.size, unrotated=groups.rotates)
         self.stage: KVTC
-        self.groups, self.calibration, self.codes, self.dtype = groups, calibration, codes, dtype
+        self.groups, self.calibration, self.dtype = groups, calibration, dtype
+        self.codes = dict(zip(_blocks(groups, calibration), codes, strict=True))
 
     def for_group(self, layers: Sequence[int]) -> Components:
-        first = len(KINDS) * self.groups.number_of(layers)
         device = self.groups.devices[layers[0]]
-        codes = [each.to(device) for each in self.codes[first : first + len(KINDS)]]
+        codes = [self.codes[block].to(device) for block in self.calibration.of(layers)]
         bases = [self.calibration.basis(layers, each.rank, device, self.dtype, part) for part, each in enumerate(codes)]
         own = [x for each in codes for x in each.tensors] + [x for basis in bases for x in basis.tensors]
         tensors = [*own, *self.calibration.tensors(layers)]
@@ -190,7 +197,8 @@ class Components(ReadsLinearly):
     """The codec of one group of layers: principal components of its keys, and of its values.
 
     Args:
-        bases: the axes of the keys, and those of the values.
+        bases: the axes of the keys, and those of the values; of each kind as many as there are runs of kv heads with
+            axes of their own, whose heads side by side are those of the group.
         codes: what packs the components along them.
         dtype: of keys and values.
         tensors, fingerprint: what was fitted to the model, see `Codec`.
@@ -205,27 +213,51 @@ class Components(ReadsLinearly):
         fingerprint: str,
     ) -> None:
         self.bases, self.dtype, self.tensors, self.fingerprint = bases, dtype, tensors, fingerprint
-        self.encoders = dict(zip(KINDS, codes, strict=True))
+        runs = len(bases) // len(KINDS)
+        names = [kind if runs == 1 else f"{kind} {run}" for kind in KINDS for run in range(runs)]
+        self.encoders = dict(zip(names, codes, strict=True))
+        named = list(zip(names, bases, strict=True))
+        self.of_keys, self.of_values = named[:runs], named[runs:]
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         latents = {}
-        for kind, basis in zip(KINDS, self.bases, strict=True):
-            z = basis.project(flat([kv.only(kind) for kv in group]))  # (B, T, R)
-            latents[kind] = Latent(z.unsqueeze(1))
+        for kind, named in zip(KINDS, (self.of_keys, self.of_values), strict=True):
+            for (name, basis), part in zip(named, self._parts([kv.only(kind) for kv in group]), strict=True):
+                latents[name] = Latent(basis.project(flat(part)).unsqueeze(1))  # (B, 1, T, R)
         return latents
 
+    def _parts(self, group: Sequence[KV]) -> list[list[KV]]:
+        """The heads of each run."""
+        at, parts = [0] * len(group), list[list[KV]]()
+        for _, basis in self.of_keys:
+            ends = [first + heads for first, (heads, *_) in zip(at, basis.shapes, strict=True)]
+            spans = [slice(*span) for span in zip(at, ends, strict=True)]
+            parts.append([KV(kv.keys[:, x], kv.values[:, x]) for kv, x in zip(group, spans, strict=True)])
+            at = ends
+        return parts
+
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
-        values = saturated(self.bases[1].values(latents["values"].squeeze(1), layer), self.dtype)
-        return KV(self.keys(latents, layer), values)
+        values = [basis.values(latents[name].squeeze(1), layer) for name, basis in self.of_values]
+        return KV(self.keys(latents, layer), saturated(torch.cat(values, 1), self.dtype))
 
     def keys(self, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return saturated(self.bases[0].keys(latents["keys"].squeeze(1), layer), self.dtype)
+        keys = [basis.keys(latents[name].squeeze(1), layer) for name, basis in self.of_keys]
+        return saturated(torch.cat(keys, 1), self.dtype)
 
     def weigh(self, weights: Tensor, latents: Mapping[str, Tensor], layer: int) -> Tensor:
-        return self.bases[1].weigh(weights, latents["values"].squeeze(1), layer)
+        parts = weights.split([basis.shapes[layer][0] for _, basis in self.of_values], dim=1)
+        made = zip(self.of_values, parts, strict=True)
+        return torch.cat([basis.weigh(part, latents[name].squeeze(1), layer) for (name, basis), part in made], 1)
 
-    def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear:
-        return Linear(kind, *self.bases[KINDS.index(kind)].cut(layer, kind == "keys"))
+    def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:
+        pairs = self.linears(layer)
+        return pairs[0][KINDS.index(kind)] if len(pairs) == 1 else None
+
+    def linears(self, layer: int) -> Sequence[tuple[Linear, Linear]]:
+        return [
+            (Linear(keys, *of_keys.cut(layer, keys=True)), Linear(values, *of_values.cut(layer, keys=False)))
+            for (keys, of_keys), (values, of_values) in zip(self.of_keys, self.of_values, strict=True)
+        ]
 
 
 # ---- bits

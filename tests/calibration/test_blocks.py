@@ -1,10 +1,17 @@
 """Axes of smaller blocks, from those of a larger one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kvstack import CalibrationError, CommonKV, KVStack, Quant, calibrate
-from kvstack.calibration.blocks import by_heads, covariance, numbers_of
+from kvstack import KV, BindError, Calibration, CalibrationError, CommonKV, KVStack, Quant, calibrate
+from kvstack.calibration.axes import Axes, widths
+from kvstack.calibration.blocks import by_heads, covariance, held_by, numbers_of
+from kvstack.calibration.calibration import GroupAxes
+from kvstack.heads import ALONE, Heads
 from tests import tiny
 
 
@@ -52,8 +59,88 @@ def test_as_many_axes_are_kept():
 def test_heads_that_do_not_divide(every):
     with pytest.raises(CalibrationError, match=r"have \[2, 2\] kv heads, which 3 do not divide"):
         by_heads(every, 3)
-    with pytest.raises(CalibrationError, match=r"kv heads in 2 blocks, and 4 are needed"):
+    with pytest.raises(CalibrationError, match=r"have \[1, 1\] kv heads, which 2 do not divide"):
         by_heads(by_heads(every, 2), 4)
+    with pytest.raises(CalibrationError, match=r"kv heads in 2 runs, and 3 or a multiple are needed"):
+        by_heads(by_heads(every, 2), 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    heads=st.lists(st.sampled_from([4, 8, 16]), min_size=1, max_size=3), width=st.integers(1, 4), seed=st.integers(0, 9)
+)
+def test_cutting_twice_is_cutting_once(heads, width, seed):
+    """In two runs, and these in two: the heads, means and covariances of four runs."""
+    axes = any_calibration(heads, width, seed)
+    twice, once = by_heads(by_heads(axes, 2), 4), by_heads(axes, 4)
+    assert by_heads(once, 2) is once
+    for some, other in zip(twice.groups, once.groups, strict=True):
+        assert (some.shapes, some.heads) == (other.shapes, other.heads)
+        assert torch.equal(some.mean, other.mean)
+        torch.testing.assert_close(covariance(some), covariance(other), rtol=0, atol=0.01)
+
+
+def any_calibration(heads, width, seed):
+    """One group of layers with these kv heads, all axes kept."""
+    shapes, n = tuple((h, width, width) for h in heads), 2 * width * sum(heads)
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
+    weight = torch.rand(n, generator=generator) + 0.5
+    axes = Axes.of(vectors, weight.rsqrt(), widths(shapes), n)
+    energy = torch.rand(n, generator=generator).sort(descending=True).values
+    mean = torch.randn(n, generator=generator)
+    return Calibration((GroupAxes(tuple(range(len(heads))), shapes, mean, weight, axes, energy),), {})
+
+
+# ---- what one of several processes holds
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Keys and values apart, all axes."""
+    return calibrate(tiny.model("llama"), layers=2, metric="variance", keep_axes=1.0, bits=16)
+
+
+@pytest.mark.parametrize("kind", ["every", "apart", "in runs already"])
+def test_processes_hold_every_block_once(request, kind):
+    axes = by_heads(request.getfixturevalue("every"), 2) if kind == "in runs already" else request.getfixturevalue(kind)
+    groups = [[0, 1], [2, 3]]
+    held = [held_by(axes, Heads(rank, 2), groups) for rank in range(2)]
+    whole = by_heads(axes, 2)
+    for layers in groups:
+        assert [len(one.of(layers)) for one in held] == [len(whole.of(layers)) // 2] * 2
+        for rank, one in enumerate(held):
+            assert {block.heads for block in one.of(layers)} == {((rank, rank + 1),) * 2}
+            kinds = [[keys > 0 for _, keys, _ in block.shapes] for block in one.of(layers)]
+            assert kinds == ([[True] * 2, [False] * 2] if kind == "apart" else [[True] * 2])
+            for mine, other in zip(one.everywhere(layers), whole.of(layers), strict=True):
+                assert (mine.heads, mine.shapes, len(mine.axes)) == (other.heads, other.shapes, len(other.axes))
+                assert torch.equal(mine.energy, other.energy)
+    assert len({one.fingerprint for one in held} | {axes.fingerprint}) == 3
+    assert held_by(axes, Heads(1, 2), groups) is held[1], "it is cut once"
+    assert len(held[0].tensors([0, 1])) >= 2 * len(held[0].of([0, 1])) * len(whole.of([0, 1])[0].tensors)
+
+
+def test_layers_of_which_all_heads_are_here_stay_joint(every):
+    groups = [[0, 1], [2, 3]]
+    assert held_by(every, ALONE, groups) is every
+    assert held_by(every, Heads(1, 2, frozenset(range(4))), groups) is every
+    held = held_by(every, Heads(1, 2, frozenset({0, 1})), groups)
+    assert held.of([0, 1]) == every.of([0, 1])
+    assert [block.heads for block in held.of([2, 3])] == [((1, 2), (1, 2))]
+    assert [len(held.everywhere(layers)) for layers in groups] == [1, 2]
+
+
+def test_layers_that_differ_are_not_stored_together(every):
+    with pytest.raises(BindError, match=r"layers \[0, 1\] would be stored together, .* layers \[0\] .* Use layers=1"):
+        held_by(every, Heads(0, 2, frozenset({0})), [[0, 1], [2, 3]])
+
+
+def test_runs_of_unequal_length_are_refused(every):
+    cut = by_heads(every, 2)
+    odd = replace(cut, groups=(cut.groups[1], cut.groups[0], *cut.groups[2:]))
+    with pytest.raises(CalibrationError, match="does not hold the 2 kv heads of layer 0 in runs of equal length"):
+        odd.check(tiny.model("llama"), "fisher")
 
 
 # ---- stacks with several latents for a group
@@ -116,3 +203,43 @@ def test_runs_of_heads_are_saved_and_loaded(every, tmp_path):
     with torch.no_grad():
         found = [model(tiny.tokens(2, 1), past_key_values=each).logits for each in (stack, back)]
     assert torch.equal(*found)
+
+
+# ---- keys and values apart
+
+
+def kvtc(axes, ratio=8, **settings):
+    return pytest.importorskip("kvstack_kvtc").KVTC(ratio, layers=2, calibration=axes, **settings)
+
+
+def test_runs_of_keys_and_of_values_lose_nothing(apart):
+    """At two bytes a number all channels are there."""
+    codec = kvtc(by_heads(apart, 2), 1.99).bind(tiny.model("llama")).for_group([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    group = [KV(*(torch.randn(2, 2, 16, 16, generator=generator) for _ in range(2))) for _ in range(2)]
+    latents = {name: latent.data for name, latent in codec.forward(group).items()}
+    assert list(latents) == ["keys 0", "keys 1", "values 0", "values 1"]
+    for layer, kv in enumerate(group):
+        found = codec.inverse(latents, layer)
+        torch.testing.assert_close(found.keys, kv.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.values, kv.values, atol=1e-4, rtol=1e-4)
+
+
+def test_runs_of_keys_and_of_values_are_read_as_they_are_rebuilt(apart):
+    model, logits = tiny.model("llama"), []
+    for exact in (None, 10_000):
+        stack = filled(KVStack([kvtc(by_heads(apart, 2), exact=exact)], model=model, window=8), model, 300)
+        with torch.no_grad():
+            logits.append(model(tiny.tokens(2, 1), past_key_values=stack).logits)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
+
+
+def test_runs_of_keys_and_of_values_are_saved(apart, tmp_path):
+    axes = by_heads(apart, 2)
+    axes.save(tmp_path / "axes")
+    again = Calibration.load(tmp_path / "axes")
+    again.check(tiny.model("llama"), "variance")
+    assert (again.runs, again.parts, again.fingerprint) == (2, 4, axes.fingerprint)
+    assert [again.name_of(block) for block in again.of([0, 1])] == [
+        f"layers 0 to 1, {kind}, heads {run} to {run}" for kind in ("keys", "values") for run in range(2)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvstack
-from kvstack import KVStack
+from kvstack import KV, Calibration, KVStack
 from kvstack.calibration import keep
+from kvstack.calibration.blocks import by_heads
+from kvstack.calibration.calibrate import default_path
 from kvstack.errors import KVStackError
 from kvstack.heads import Heads
 from kvstack.model.fingerprint import fingerprint, kv_fingerprint
@@ -50,6 +53,21 @@ OTHERS = {
 }
 """Models whose plans differ: attention that runs on local parameters, latents that all heads share, whole heads,
 projections with a bias."""
+
+CALIBRATED = {
+    "numbers": ("joint", "commonkv:0.5,layers=2"),
+    "bits": ("joint", "commonkv:0.5,layers=2+quant:2"),
+    "all rebuilt": ("joint", "commonkv:0.5,layers=2,exact=None+quant:4+evict:0.3"),
+    "unmerged": ("joint", "commonkv:0.5,layers=2,unmerged=0.25"),
+    "runs": ("runs", "commonkv:0.5,layers=2+quant:2"),
+    "kvtc": ("kvtc", "kvtc:8"),
+    "kvtc evict": ("kvtc", "kvtc:4+evict:0.3"),
+}
+"""Stacks with a calibration that one process made: the name of its file."""
+NONE = ["commonkv:layers=1", "kvtc:layers=2"]
+"""Stacks whose calibration nobody has made."""
+BY_DEFAULT = ["commonkv+quant:2+evict:0.2", "kvtc"]
+"""Stacks whose calibration is found in the cache folder."""
 
 
 def model_in(folder: Path, name: str) -> Any:
@@ -138,13 +156,54 @@ def refusal(act: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
+def read(stack: KVStack) -> list[KV]:
+    return [stack.read(layer) for layer in stack.compressed_layers]
+
+
+def with_axes(file: str | None, spec: str) -> Job:
+    """A calibration for all heads, from a file or (None) the cache folder. One process cuts it as two processes do."""
+
+    def job(model: Any, folder: Path) -> Any:
+        stages = KVStack.from_spec(spec).stages
+        if file is not None or "WORLD_SIZE" not in os.environ:
+            where = kept(model, spec) if file is None else folder / f"{file}.safetensors"
+            axes: Any = str(where)
+            if "WORLD_SIZE" not in os.environ:
+                axes = by_heads(Calibration.load(where), 2)
+            stages = (replace(stages[0], calibration=axes), *stages[1:])
+        stack = KVStack(stages, model=model)
+        out = generated(model, stack, tiny.tokens(1, 400))
+        shared = sum(part.nbytes for part in stack.report().parts if part.part in ("positions", "places: data"))
+        return {**out, "read": read(stack), "shared": shared, "latents": latents(stack)}
+
+    return job
+
+
+def kept(model: Any, spec: str) -> Path:
+    return default_path(model, 4, "variance" if spec.startswith("kvtc") else "fisher")
+
+
+def latents(stack: KVStack) -> list[list[str]]:
+    """Names of what is sealed in each store."""
+    return [sorted({str(name) for _, name in store.packed}) for store in stack.batch.cohorts[0].stores]
+
+
+def saved_axes(model: Any, folder: Path) -> Any:
+    """A conversation whose tokens stand on a part of the axes: it goes on from a file."""
+    stages = "commonkv:0.5,layers=2,calibration=" + repr(str(folder / "joint.safetensors")) + "+quant:2"
+    path = folder / "axes.safetensors"
+    stack = KVStack.from_spec(stages, model=model)
+    model(tiny.tokens(1, 300), past_key_values=stack)
+    stack.save(path)
+    again = KVStack.load(path, model=model)
+    new = tiny.tokens(1, 5, seed=1)
+    logits = [model(new, past_key_values=cache).logits for cache in (stack, again)]
+    prints = [codec.fingerprint for codec in stack.binding.plan.codecs]
+    return {"same": torch.equal(*logits), "fingerprints": prints}
+
+
 def refused(spec: str) -> Job:
     return lambda model, folder: refusal(lambda: KVStack.from_spec(spec, model=model))
-
-
-def given_calibration(model: Any, folder: Path) -> Any:
-    """A calibration that one process made, for all heads."""
-    return refused(f"commonkv:calibration={str(folder / 'calibration.safetensors')!r}")(model, folder)
 
 
 def calibrated(metric: Any) -> Job:
@@ -195,10 +254,12 @@ JOBS: dict[str, Job] = {
     "sharer": sharer,
     "sharer by default": sharer_by_default,
     "strategy of one process": strategy_of_one_process,
-    "a given calibration": given_calibration,
+    "saved axes": saved_axes,
     "calibrate fisher": calibrated("fisher"),
     "calibrate variance": calibrated("variance"),
-    **{f"refused {spec}": refused(spec) for spec in ("commonkv", "commonkv+quant:4", "kvtc")},
+    **{f"none is made {spec}": refused(spec) for spec in NONE},
+    **{name: with_axes(*given) for name, given in CALIBRATED.items()},
+    **{f"default {spec}": with_axes(None, spec) for spec in BY_DEFAULT},
     **{spec: with_spec(spec) for spec in SAME},
     **{f"{name}: {spec}": on_model(name, spec) for name, spec in OTHERS.items()},
 }

@@ -21,7 +21,7 @@ from kvstack.calibration import keep
 from kvstack.calibration.calibrate import default_path
 from tests import tiny
 
-from .jobs import JOBS, OTHERS, SAME, model_in
+from .jobs import BY_DEFAULT, CALIBRATED, JOBS, NONE, OTHERS, SAME, model_in
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo"
@@ -54,9 +54,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     write_models(folder)
     model = model_in(folder, "llama")
-    calibrate(model, tokens=300).save(folder / "calibration.safetensors")
+    calibrate(model, tokens=300, layers=2).save(folder / "joint.safetensors")
+    calibrate(model, tokens=300, layers=2, block=64).save(folder / "runs.safetensors")
+    calibrate(model, tokens=300, metric="variance", keep_axes=1.0, bits=16).save(folder / "kvtc.safetensors")
+    for metric in ("fisher", "variance"):
+        found = calibrate(model, tokens=700, layers=4, metric=metric)
+        found.save(folder / "cache" / "calibrations" / default_path(model, 4, metric).name)
     whole = model_in(folder, "phi3")
-    made = calibrate(whole, tokens=300)
+    made = calibrate(whole, tokens=700)
     made.save(folder / "cache" / "calibrations" / default_path(whole, made.layers).name)
     kvsharer = pytest.importorskip("kvstack_kvsharer")
     with torch.no_grad():
@@ -185,6 +190,37 @@ def test_one_process_does_not_load_a_part(folder):
         KVStack.load(folder / "conversation-0-of-2.safetensors", model=model_in(folder, "llama"))
 
 
+# ---- calibrated axes
+
+
+@pytest.mark.parametrize("job", [*CALIBRATED, *(f"default {spec}" for spec in BY_DEFAULT)])
+def test_two_processes_are_one_that_cuts_its_calibration(ranks, alone, job):
+    """One budget, and each stores its own heads: tokens, choices, what is read, and bytes."""
+    one = alone(job)
+    check_same(ranks[job], one)
+    for layer, whole in enumerate(one["read"]):
+        for kind in ("keys", "values"):
+            every = torch.cat([getattr(out["read"][layer], kind) for out in ranks[job]], 1)
+            expected = getattr(whole, kind)
+            assert float((every - expected).norm() / expected.norm()) < 1e-2
+    assert sum(out["nbytes"] - out["shared"] for out in ranks[job]) == one["nbytes"] - one["shared"]
+
+
+@pytest.mark.parametrize("job", CALIBRATED)
+def test_a_process_stores_its_heads_as_if_these_were_all(ranks, alone, job):
+    for out in ranks[job]:
+        names = {name for store in out["latents"] for name in store}
+        assert names == ({"keys", "values"} if "kvtc" in job else names & {"unmerged", "places"} | {"latent"})
+    assert any("latent 1" in store or "values 1" in store for store in alone(job)["latents"])
+
+
+def test_axes_of_other_heads_are_told_apart(ranks):
+    one, two = ranks["saved axes"]
+    assert one["same"]
+    assert two["same"]
+    assert all(x != y for x, y in zip(one["fingerprints"], two["fingerprints"], strict=True))
+
+
 # ---- KVSharer
 
 
@@ -210,13 +246,14 @@ def test_a_strategy_is_made_together_and_kept_once(ranks, alone):
 # ---- what is refused
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("refused ")] + ["a given calibration"])
-def test_calibrated_stages_are_refused(ranks, job):
-    for told in ranks[job]:
-        assert told.startswith("BindError: ")
-        assert (
-            "calibrated axes of all heads, and the heads of this LlamaForCausalLM are split among 2 processes." in told
-        )
+@pytest.mark.parametrize("spec", NONE)
+def test_a_calibration_that_nobody_made_is_asked_for(ranks, spec, folder):
+    for told in ranks[f"none is made {spec}"]:
+        assert told.startswith("CalibrationError: ")
+        assert "needs a calibration. One process makes it of a whole model, and this LlamaForCausalLM is split" in told
+        assert f"2 processes, which do not all find one in {folder}" in told
+        assert f"kvstack.calibrate(model, layers={spec[-1]}, metric=" in told
+    assert "calibrates itself" not in (folder / "log-0").read_text()
 
 
 @pytest.mark.parametrize("metric", ["fisher", "variance"])
