@@ -121,6 +121,20 @@ def test_processes_hold_every_block_once(request, kind):
     assert len(held[0].tensors([0, 1])) >= 2 * len(held[0].of([0, 1])) * len(whole.of([0, 1])[0].tensors)
 
 
+@pytest.mark.parametrize(("runs", "size"), [(4, 2), (2, 4), (8, 2), (1, 8)])
+def test_runs_and_processes_that_divide(runs, size):
+    """More runs than processes stay as they are; fewer are cut further."""
+    axes = by_heads(any_calibration([8, 16], 2, 0), runs)
+    held = [held_by(axes, Heads(rank, size), [[0, 1]]) for rank in range(size)]
+    for slot, heads in enumerate((8, 16)):
+        for rank, one in enumerate(held):
+            spans = [block.heads[slot] for block in one.groups]
+            assert len(spans) == max(runs, size) // size
+            mine = range(heads // size * rank, heads // size * (rank + 1))
+            assert [i for span in spans for i in range(*span)] == list(mine)
+    assert (held[0].everywhere([0, 1]) == axes.of([0, 1])) == (runs >= size)
+
+
 def test_layers_of_which_all_heads_are_here_stay_joint(every):
     groups = [[0, 1], [2, 3]]
     assert held_by(every, ALONE, groups) is every
