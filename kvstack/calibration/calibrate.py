@@ -41,6 +41,7 @@ from . import keep
 from .backward import OTHERWISE, differentiable, slopes
 from .blocks import held_by
 from .calibration import Calibration, Metric, loaded
+from .in_float32 import in_float32
 from .plan import BLOCK, EACH, KEPT, MEMORY, Block, CalibrationPlan, calibration_plan, check_tokens
 from .sums import Found, OneKind, Sums, leading_axes
 from .windows import Windows, draw, own_text, windows_of
@@ -75,7 +76,7 @@ def calibrate(
 ) -> Calibration:
     """Find the axes that a model's cache is stored along, by `CommonKV` for one.
 
-    It runs on the model's own device. Beside the model it takes the sums of a pass (`memory`), five times the sums of
+    It runs on the model's own device, on a processor in float32 whatever the model's type. Beside the model it takes the sums of a pass (`memory`), five times the sums of
     one block while its axes are found, and a byte or two for each number of all axes.
 
     Args:
@@ -277,7 +278,7 @@ def _found(
     """All axes of all blocks, and the seconds that reading took and finding axes."""
     steps = len(plan.passes) * len(windows) + len(plan.blocks)
     found, seconds, done = list[Found](), {"reading": 0.0, "axes": 0.0}, 0
-    with at_rest(model):
+    with at_rest(model), in_float32(model):
         for numbers in plan.passes:
             sums = [_sums(plan, plan.blocks[number]) for number in numbers]
             began = time.monotonic()

@@ -1,0 +1,110 @@
+"""Running a model of 16-bit weights in float32, without a copy of its weights.
+
+Processors that have no instructions for halves multiply them many times slower than float32, and backwards a hundred
+times. So a large matrix is converted where it is multiplied with, forwards and backwards, and forgotten; small weights
+are converted for the time being. Everything between them is then float32 by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.attention import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["in_float32"]
+
+log = logging.getLogger(__name__)
+
+HALVES = (torch.bfloat16, torch.float16)
+SMALL = 1 << 22
+"""Numbers of a weight that may be converted for the time being: norms, biases, convolutions."""
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Compute what the linear layers, norms and embeddings of `model` compute in float32, if it has 16-bit weights on a
+    processor. It is left as it is elsewhere, and where its layers are of other kinds, or do not go together in float32.
+    """
+    if device_of(model).type != "cpu" or model.dtype not in HALVES or not _knows_all(model):
+        yield
+        return
+    with ExitStack() as ends:
+        _change(model, ends)
+        if _runs(model):
+            yield
+            return
+    yield
+
+
+def _knows_all(model: nn.Module) -> bool:
+    """Whether every large weight is that of a plain linear layer or an embedding, and in memory."""
+    for module in model.modules():
+        plain = type(module) in (nn.Linear, nn.Embedding) and "forward" not in vars(module)
+        for weight in module.parameters(recurse=False):
+            if weight.device.type != "cpu" or type(weight.data) is not Tensor:
+                return False
+            if not plain and weight.numel() > SMALL:
+                return False
+    return True
+
+
+def _change(model: nn.Module, ends: ExitStack) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype in HALVES:
+            module.forward = _Multiplied(module)  # type: ignore[method-assign,assignment]
+            ends.callback(vars(module).pop, "forward")
+        elif type(module) is nn.Embedding and module.weight.dtype in HALVES:
+            ends.callback(module.register_forward_hook(_as_float32).remove)
+        else:
+            for weight in module.parameters(recurse=False):
+                if weight.dtype in HALVES:
+                    ends.callback(setattr, weight, "data", weight.data)
+                    weight.data = weight.data.float()
+
+
+def _runs(model: PreTrainedModel) -> bool:
+    """Whether one token goes through."""
+    try:
+        with torch.no_grad():
+            model.base_model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    except RuntimeError as error:  # types that do not go together
+        log.debug("%s is calibrated in %s: %s", type(model).__name__, model.dtype, error)
+        return False
+    return True
+
+
+def _as_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.float()
+
+
+class _Multiplied:
+    """What a linear layer does, in float32."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.weight, self.bias = module.weight, module.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        made: Tensor = _Product.apply(x, self.weight.detach())  # type: ignore[no-untyped-call]
+        return made if self.bias is None else made + self.bias.detach()
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, with a gradient for x alone; W is converted for each of the two products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return x.float() @ weight.float().T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return (gradient @ ctx.weight.float()).to(ctx.dtype), None
