@@ -76,8 +76,9 @@ def calibrate(
 ) -> Calibration:
     """Find the axes that a model's cache is stored along, by `CommonKV` for one.
 
-    It runs on the model's own device, on a processor in float32 whatever the model's type. Beside the model it takes the sums of a pass (`memory`), five times the sums of
-    one block while its axes are found, and a byte or two for each number of all axes.
+    It runs on the model's own device, on a processor in float32 whatever the model's type. Beside the model it takes
+    the sums of a pass (`memory`), four times the sums of one block while its axes are found, and a byte or two for each
+    number of all axes.
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.

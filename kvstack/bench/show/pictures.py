@@ -5,6 +5,7 @@
     memory    bytes by stage, and the peaks
     growth    bytes per token against context
     decode    milliseconds per token against context
+    length    milliseconds per token in longer and longer texts
     matrix    KL against bytes of all combinations of stages
 
 Each takes rows (dicts) and gives a `matplotlib.figure.Figure`; `svg` and `png` make it a file. Rows that a log axis
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["decode", "growth", "matrix", "memory", "needles", "png", "quality", "svg"]
+__all__ = ["decode", "growth", "length", "matrix", "memory", "needles", "png", "quality", "svg"]
 
 Row = Mapping[str, Any]
 MIB = 2**20
@@ -345,6 +346,17 @@ def decode(rows: Sequence[Row]) -> Figure:
         "ms per token, typical",
         [{**row, "value": row["ms_typical"]} for row in rows],
         "ms",
+    )
+
+
+@look()
+def length(rows: Sequence[Row]) -> Figure:
+    """Microseconds per decoded token and token held, as one text grows; one line per cache."""
+    return _lines(
+        "Time per decoded token and token held, as a text grows: flat or falling is linear",
+        "microseconds per token held",
+        [{**row, "value": row["us_held"]} for row in rows],
+        "us",
     )
 
 

@@ -16,7 +16,7 @@ from .units import FITTED, FITTED_CAPTION, fitted, mib, nats, share
 
 __all__ = ["write"]
 
-BENCHES = ("quality", "needles", "memory", "decode", "matrix")
+BENCHES = ("quality", "needles", "memory", "decode", "length", "matrix")
 NOT_SHOWN = ("identity", "code")
 Rows = list[Record]
 
@@ -196,6 +196,24 @@ def _decode(rows: Rows, seed: int, folder: Path) -> Drawn:
     return "Speed", text, tables, {"decode": pictures.decode(rows)}
 
 
+def _length(rows: Rows, seed: int, folder: Path) -> Drawn:
+    lines = [
+        [
+            row["cache"],
+            Cell(f"{row['context']:,}", row["context"]),
+            Cell(f"{row['held']:,}", row["held"]),
+            Cell(f"{row['ms_typical']:.1f}", row["ms_typical"]),
+            Cell(f"{row['us_held']:.2f}", row["us_held"]),
+            Cell(mib(row["nbytes"]), row["nbytes"]),
+            *_fitted(row),
+        ]
+        for row in rows
+    ]
+    columns = ["cache", "tokens", "held", "ms a token, typical", "us a token held", "MiB", *FITTED]
+    text = "One text grows under each cache. Where time for each token held stays or falls, costs are linear."
+    return "Length", text, [Table("Longer and longer texts", columns, lines)], {"length": pictures.length(rows)}
+
+
 def _matrix(speeds: Rows, seed: int, folder: Path) -> Drawn:
     """The quality of a combination stands among the figures of quality."""
     rows = summary.matrix(load(folder, "quality").rows, speeds, seed)
@@ -218,4 +236,11 @@ def _matrix(speeds: Rows, seed: int, folder: Path) -> Drawn:
     return "Mix and match", text, [Table("All combinations", columns, lines)], {"matrix": pictures.matrix(rows)}
 
 
-SECTIONS = {"quality": _quality, "needles": _needles, "memory": _memory, "decode": _decode, "matrix": _matrix}
+SECTIONS = {
+    "quality": _quality,
+    "needles": _needles,
+    "memory": _memory,
+    "decode": _decode,
+    "length": _length,
+    "matrix": _matrix,
+}

@@ -166,6 +166,12 @@ def test_growth_is_bytes_per_token():
     assert axes.lines[0].get_xydata().tolist() == [[1024, row["nbytes_prefill"] / 1024 / 1024]]
 
 
+def test_length_is_time_for_each_token_held():
+    rows = [{"cache": "dense", "kind": "dense", "context": n, "us_held": 8 - n / 1024} for n in (1024, 4096)]
+    (axes,) = pictures.length(rows).axes
+    assert axes.lines[0].get_xydata().tolist() == [[1024, 7], [4096, 4]]
+
+
 def test_needles_not_measured_are_no_zeros():
     cells = [cell for cell in made_up.cells() if cell["cache"] == "commonkv"]
     cells = [cell for cell in cells if (cell["depth"], cell["context"]) != (0.5, 4096)]
