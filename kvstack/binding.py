@@ -186,6 +186,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         warnings.warn(_nothing_to_do(who, name, layers), KVStackWarning, stacklevel=4)
     elif stages:
         _check_model(who, stages, name, full, modules)
+        _check_same(who, stages, heads)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             evict, transform = (_of_kind(stages, kind) for kind in (Evict, Transform))
@@ -330,6 +331,24 @@ def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full
             f"{evict!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: "
             "stages that keep all tokens work."
         )
+
+
+PLACES = ("calibration", "strategy")
+"""Settings that may name a file, which each process has where it has it."""
+
+
+def _check_same(who: str, stages: Sequence[Stage], heads: Heads) -> None:
+    """Refuse processes with other stages or settings, before any of them waits for the others."""
+    here = [
+        (type(stage).__name__, {name: repr(x) for name, x in sorted(vars(stage).items()) if name not in PLACES})
+        for stage in stages
+    ]
+    for rank, there in enumerate(heads.gathered(here)):
+        if there != here:
+            raise BindError(
+                f"{who} is another stack in process {rank} than in process {heads.rank}, which hold heads of one "
+                f"model: {there}, and here {here}. Give every process the same stages and settings."
+            )
 
 
 def _check_agreed(who: str, plan: Plan, shares: Mapping[int, int]) -> None:

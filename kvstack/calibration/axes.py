@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -137,8 +137,14 @@ class Axes:
 
     def rows(self, first: int = 0, last: int | None = None) -> Tensor:
         """Axes from number `first` to before `last` (R, N), without their unit, float32."""
-        scale = self.scale[first:last].repeat_interleave(torch.tensor(self.widths, device=self.scale.device), dim=1)
-        return with_fine(self.codes[first:last], self.fine[first:last]) * scale
+        rows, scale = with_fine(self.codes[first:last], self.fine[first:last]), self.scale[first:last]
+        at = head = 0
+        for width, same in groupby(self.widths):  # as few operations as there are runs of heads of one size
+            count = len(list(same))
+            part = rows[:, at : at + count * width].unflatten(1, (count, width))
+            part.mul_(scale[:, head : head + count, None])
+            at, head = at + count * width, head + count
+        return rows
 
     def full(self) -> Tensor:
         """All numbers (R, N), float32."""
@@ -187,7 +193,13 @@ class Basis:
     def project(self, x: Tensor) -> Tensor:
         """Numbers (..., N) -> the latent (..., R) that leaves the least weighted error."""
         x = x - self.mean
-        return (x if self.weight is None else x * self.weight) @ self.full.T
+        if self.weight is not None:
+            x = x * self.weight
+        if not isinstance(self.axes, Axes):
+            return x @ self.axes.T
+        # a part of the axes after the other: as numbers they take four times the memory of codes
+        x, some = x * self.axes.unit, range(0, self.rank, ROWS)
+        return torch.cat([x @ self.axes.rows(first, first + ROWS).T for first in some], dim=-1)
 
     def keys(self, z: Tensor, layer: int) -> Tensor:
         """Latents (B, T, R) -> keys of the group's layer number `layer` (B, H, T, D)."""
@@ -248,7 +260,7 @@ class Basis:
     @cached_property
     def _held(self) -> torch.dtype:
         """The type that axes are rebuilt with: not halves, where some number is too large for them."""
-        return fitting(self.full, self.dtype).dtype
+        return fitting(self.full, self.dtype).dtype if self.dtype == torch.float16 else self.dtype
 
     def _slice(self, layer: int, keys: bool) -> slice:
         return slice_of(self.shapes, layer, keys)

@@ -76,7 +76,8 @@ def calibrate(
 ) -> Calibration:
     """Find the axes that a model's cache is stored along, by `CommonKV` for one.
 
-    It runs on the model's own device, on a processor in float32 whatever the model's type. Beside the model it takes
+    It runs on the model's own device; on a processor in float32 whatever the model's type, if its layers are plain
+    ones. Beside the model it takes
     the sums of a pass (`memory`), four times the sums of one block while its axes are found, and a byte or two for each
     number of all axes.
 
@@ -121,10 +122,7 @@ def calibrate(
     read = sum(prompt for _, prompt in windows)
     check_tokens(plan, type(model).__name__, read)
     found, seconds = _found(model, plan, windows, progress)
-    if not sum(each.power for each in found) > 0:
-        raise CalibrationError(
-            f"calibration takes gradients, and those of this {type(model).__name__} are all zero. {OTHERWISE}"
-        )
+    _check_power(model, plan, found)
     manifest = {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "identity": kv_fingerprint(model),
@@ -180,7 +178,7 @@ def _given(
             f"Use layers={calibration.layers}, or calibrate with layers={groups.size}."
         )
     _check_rotation(calibration, groups)
-    held, every = (sum(len(getattr(group, x)) for group in calibration.groups) for x in ("axes", "energy"))
+    held, every = calibration.kept
     if complete and held < every:
         raise BindError(
             f"{stage!r}: the calibration keeps {held} of {every} axes, and this stack has bits for more of them. "
@@ -226,6 +224,9 @@ def _default(model: PreTrainedModel, groups: LayerGroups, metric: Metric, who: s
         _check_rotation(calibration, groups)
         if calibration.layers != groups.size or not calibration.covers(groups.groups):
             raise CalibrationError(f"{os.fspath(path)!r} is for other groups of layers than {groups.groups}.")
+        held, all_axes = calibration.kept
+        if complete and held < all_axes:
+            raise CalibrationError(f"{os.fspath(path)!r} keeps {held} of {all_axes} axes, and all are wanted.")
         return calibration
 
     every = LayerGroups(model, 1).full
@@ -271,6 +272,21 @@ def _file_name(model: PreTrainedModel, layers: int, metric: Metric, only: Sequen
 
 
 # ---- reading
+
+
+def _check_power(model: PreTrainedModel, plan: CalibrationPlan, found: Sequence[Found]) -> None:
+    """Refuse what has no axes."""
+    name = type(model).__name__
+    lost = sorted({each.layers for each in found if not math.isfinite(each.power)})
+    if lost:
+        raise CalibrationError(
+            f"keys or values of layers {list(lost[0])} of this {name} in {model.dtype} are not finite, or so large "
+            "that their squares are not. Load it in bfloat16 or float32, or look for weights that are not finite."
+        )
+    if not any(each.power > 0 for each in found):
+        what = "keys and values are" if plan.metric == "variance" else "gradients are taken, and they are"
+        why = "the same for all tokens. Give other texts." if plan.metric == "variance" else f"all zero. {OTHERWISE}"
+        raise CalibrationError(f"calibration of this {name}: {what} {why}")
 
 
 def _found(

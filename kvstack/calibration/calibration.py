@@ -124,6 +124,11 @@ class Calibration:
         all of them."""
         return self.of(layers)
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Axes that are kept, and all that there are."""
+        return sum(len(group.axes) for group in self.groups), sum(len(group.energy) for group in self.groups)
+
     def name_of(self, group: GroupAxes) -> str:
         """What a block holds, in words."""
         name = f"layers {group.layers[0]} to {group.layers[-1]}"
@@ -201,7 +206,7 @@ class Calibration:
             WriteError: it cannot be written.
         """
         groups = [{"layers": group.layers, "shapes": group.shapes, "heads": group.heads} for group in self.groups]
-        metadata = {**self.manifest, "format": FORMAT, "groups": json.dumps(groups)}
+        metadata = {**self.manifest, "format": FORMAT, "groups": json.dumps(groups), "before": self._before}
         write_tensors(Path(path), self._tensors(), metadata)
 
     @classmethod
@@ -217,6 +222,7 @@ class Calibration:
         if version not in (FORMAT, BEFORE):
             raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
         names = TENSORS if version == FORMAT else TENSORS_BEFORE
+        before = metadata.pop("before", "") if version == FORMAT else sampled(tensors)[:24]
         try:
             described = items(parsed_json(metadata.pop("groups", "")), "the list of groups")
             if tensors.keys() != {f"{i}.{name}" for i in range(len(described)) for name in names} or not tensors:
@@ -224,7 +230,7 @@ class Calibration:
             groups = []
             for i, entry in enumerate(described):
                 groups.append(_read_group(entry, {name: tensors[f"{i}.{name}"] for name in names}))
-            calibration = cls(tuple(groups), metadata, _before="" if version == FORMAT else sampled(tensors)[:24])
+            calibration = cls(tuple(groups), metadata, _before=before)
             calibration._check_groups()
         except ValueError as error:
             raise CalibrationError(f"{os.fspath(path)!r} is damaged: {error} {again}") from None
@@ -260,7 +266,12 @@ class Calibration:
         cached = whole_shapes(model)
         for number, group in enumerate(self.groups):
             for slot, (layer, shape) in enumerate(zip(group.layers, group.shapes, strict=True)):
-                heads, keys, values = cached.get(layer, (0, 0, 0))
+                if layer not in cached:
+                    raise CalibrationError(
+                        f"{self!r} has axes for layer {layer}, and {type(model).__name__} has no full-attention layer "
+                        f"of that number. Make one for it: {wanted}."
+                    )
+                heads, keys, values = cached[layer]
                 if self.metric == "variance":
                     keys, values = (keys, 0) if number % self.parts < self.runs else (0, values)
                 if group.heads:

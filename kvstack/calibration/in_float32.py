@@ -34,7 +34,11 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Compute what the linear layers, norms and embeddings of `model` compute in float32, if it has 16-bit weights on a
     processor. It is left as it is elsewhere, and where its layers are of other kinds, or do not go together in float32.
     """
-    if device_of(model).type != "cpu" or model.dtype not in HALVES or not _knows_all(model):
+    if device_of(model).type != "cpu" or model.dtype not in HALVES:
+        yield
+        return
+    if not _knows_all(model):
+        log.info("%s is calibrated in %s: it has large weights of its own kind", type(model).__name__, model.dtype)
         yield
         return
     with ExitStack() as ends:
@@ -46,11 +50,12 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _knows_all(model: nn.Module) -> bool:
-    """Whether every large weight is that of a plain linear layer or an embedding, and in memory."""
+    """Whether every large weight is that of a plain linear layer or an embedding, and in memory; and nobody has put
+    another forward in the place of a module's own."""
     for module in model.modules():
-        plain = type(module) in (nn.Linear, nn.Embedding) and "forward" not in vars(module)
+        plain = type(module) is nn.Linear or isinstance(module, nn.Embedding)
         for weight in module.parameters(recurse=False):
-            if weight.device.type != "cpu" or type(weight.data) is not Tensor:
+            if weight.device.type != "cpu" or type(weight.data) is not Tensor or "forward" in vars(module):
                 return False
             if not plain and weight.numel() > SMALL:
                 return False
@@ -62,7 +67,7 @@ def _change(model: nn.Module, ends: ExitStack) -> None:
         if type(module) is nn.Linear and module.weight.dtype in HALVES:
             module.forward = _Multiplied(module)  # type: ignore[method-assign,assignment]
             ends.callback(vars(module).pop, "forward")
-        elif type(module) is nn.Embedding and module.weight.dtype in HALVES:
+        elif isinstance(module, nn.Embedding) and module.weight.dtype in HALVES:
             ends.callback(module.register_forward_hook(_as_float32).remove)
         else:
             for weight in module.parameters(recurse=False):
@@ -72,12 +77,16 @@ def _change(model: nn.Module, ends: ExitStack) -> None:
 
 
 def _runs(model: PreTrainedModel) -> bool:
-    """Whether one token goes through."""
+    """Whether two tokens go through, one after the other."""
+    from transformers import DynamicCache
+
     try:
         with torch.no_grad():
-            model.base_model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    except RuntimeError as error:  # types that do not go together
-        log.debug("%s is calibrated in %s: %s", type(model).__name__, model.dtype, error)
+            cache = DynamicCache(config=model.config)
+            for _ in range(2):
+                model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except Exception as error:  # types that do not go together, whoever finds that out
+        log.info("%s is calibrated in %s: %s", type(model).__name__, model.dtype, error)
         return False
     return True
 

@@ -70,7 +70,13 @@ def side_by_side(raw: Tensor) -> tuple[Tensor, int, int]:
     distances, as in store/raw.py. The tensor, its tokens, and the tokens from a head to the next."""
     rows, heads, each, one = raw.stride()
     width = raw.shape[3]
-    if raw.dtype != torch.float32 or one != 1 or each != width or rows != raw.shape[1] * heads or heads % width:
+    if (
+        raw.dtype != torch.float32
+        or one != 1
+        or each != width
+        or (len(raw) > 1 and rows != raw.shape[1] * heads)
+        or heads % width
+    ):
         raw = raw.float().contiguous()
         heads = raw.stride(1)
     return raw, raw.shape[2], heads // width

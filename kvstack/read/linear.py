@@ -20,6 +20,7 @@ here the other tokens keep their rough scores instead of none.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -84,6 +85,11 @@ class Reading:
         self.exact, self.fewest = min(exact, tokens), min(-(-exact // FEWEST), tokens)
         # where nothing is rotated, scores of all channels are exact
         self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
+
+    @cached_property
+    def key_axes(self) -> Tensor:
+        """The axes of the keys (B or 1, R, H, D), as numbers."""
+        return self.keys.rows()
 
     @property
     def least(self) -> float:
@@ -163,7 +169,7 @@ class LatentReader(Reading):
     def _vectors(self, blocks: Blocks, query: Tensor) -> Tensor:
         """What a query, turned back for each block, makes of the leading channels: (B, H, blocks, G, r)."""
         facing = blocks.facing(query)  # (B, H, blocks, G, C)
-        axes = self.keys.rows(self.rough).index_select(3, blocks.channels).to(facing.dtype)  # (B or 1, r, H, C)
+        axes = self.key_axes[:, : self.rough].index_select(3, blocks.channels).to(facing.dtype)  # (B or 1, r, H, C)
         return (facing.flatten(2, 3) @ axes.permute(0, 2, 3, 1)).unflatten(2, facing.shape[2:4])
 
     # ---- exact scores
@@ -172,7 +178,7 @@ class LatentReader(Reading):
         """Scores of the tokens at `places` (B, H, n), from keys that are rebuilt: (B, H, G, n)."""
         h, n = places.shape[1:]
         z = take_tokens(self.for_keys.z.unsqueeze(1), places.flatten(1).unsqueeze(1))[:, 0].unflatten(1, (h, n))
-        keys = z @ self.keys.rows().to(z.dtype).transpose(1, 2)  # (B, H, n, D)
+        keys = z @ self.key_axes.to(z.dtype).transpose(1, 2)  # (B, H, n, D)
         if self.keys.mean is not None:
             keys = keys + self.keys.mean.to(z.dtype).unsqueeze(1)
         return query @ self.turns.rotate_at(keys, places).to(query.dtype).mT

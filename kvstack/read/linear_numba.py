@@ -100,7 +100,7 @@ class CodesReader(Reading):
         query, (raw, *loose) = query.contiguous(), compiled.side_by_side(raw)
         b, h, g, d = query.shape
         scores = torch.empty(b, h, g, self.tokens + raw.shape[2])
-        scratch = self._scratch(h * g, d)
+        scratch = self._scratch(h * g)
         self._score(query, scores, scratch)
         if not self.turns.rotates:
             scores[..., self.tokens :] = query @ raw.mT
@@ -117,7 +117,7 @@ class CodesReader(Reading):
         weights, (raw, *loose) = weights.contiguous(), compiled.side_by_side(raw)
         (b, h, g, held), d = weights.shape, raw.shape[3]
         codes, layout, mean = self.for_values, self.for_values.layout, self.values.mean
-        pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g, d)
+        pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
         # where all keys are exact, so are the values
         least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
@@ -171,9 +171,10 @@ class CodesReader(Reading):
             self.turns.pairs.every, self.turns.pairs.counts[0], rows, rows.shape[0], codes.apart,
         )  # fmt: skip
 
-    def _scratch(self, heads: int, width: int) -> tuple[Tensor, int]:
+    def _scratch(self, heads: int) -> tuple[Tensor, int]:
         """Memory for each thread that is enough for every kernel, and its bytes."""
         if self._mine is None:
+            width = max(self.keys.axes.shape[3], self.values.axes.shape[3])
             rank, codes = self.keys.axes.shape[1], (self.for_keys, self.for_values)
             numbers = (
                 # face: axes on their sides, turned queries, axes of codes

@@ -77,7 +77,7 @@ class TritonReader(LatentReader):
         if self.turns.rotates or not self._serves(query, query.shape[2]):
             return super()._rough(query)
         # without a rotation, all tokens are one block
-        vectors = (query @ self.keys.rows().to(query.dtype).permute(0, 2, 3, 1)).unsqueeze(2)
+        vectors = (query @ self.key_axes.to(query.dtype).permute(0, 2, 3, 1)).unsqueeze(2)
         scores = self._products(vectors, padded(self.tokens, 64))
         return scores if self.keys.mean is None else scores + query @ self.keys.mean.to(query.dtype).unsqueeze(-1)
 
@@ -108,7 +108,7 @@ class TritonReader(LatentReader):
 
         keys, turns = self.keys, self.turns
         every, angles = turns.pairs.every, turns.angles
-        channels.scores(query, self.key_codes.latent, keys.rows(), keys.mean, every, angles, places, scores)
+        channels.scores(query, self.key_codes.latent, self.key_axes, keys.mean, every, angles, places, scores)
 
     def _serves(self, x: Tensor, queries: int) -> bool:
         """Whether there are kernels for `x`, of so many queries of each kv head, that were seen to be right."""

@@ -192,7 +192,9 @@ class Calibrated(Budgeted):
         self.groups, self.dtype, self.heads = groups, dtype, heads_of(model)
         self.calibration = calibration_for(stage, stage.calibration, model, groups, "fisher", complete=complete)
         self.blocks = [block for layers in groups.groups for block in self.calibration.everywhere(layers)]
-        axes = [len(block.energy) for block in self.blocks]
+        axes = [
+            sum(len(block.energy) for block in self.blocks if block.layers == tuple(layers)) for layers in groups.groups
+        ]
         stage.check_rank(groups, min(axes))
         self._numbers = int(stage.keep * sum(axes)) if isinstance(stage.keep, float) else stage.keep * len(axes)
         # without an encoder that spends bits unevenly, places go to the channels of most energy

@@ -181,6 +181,8 @@ def test_a_file_of_version_0_1(found, saved):
         assert torch.equal(a.energy, b.energy)
         torch.testing.assert_close(a.axes.full(), b.axes.full(), atol=1e-3, rtol=1e-3)
     assert again.fingerprint == sampled(before)[:24], "that of 0.1, which caches were saved with"
+    again.save(saved)
+    assert Calibration.load(saved).fingerprint == again.fingerprint
     KVStack([CommonKV(0.9, calibration=again)], model=tiny.model("llama"))
 
 
@@ -484,6 +486,39 @@ def test_a_large_budget_gets_all_axes(monkeypatch, tmp_path):
     assert basis.rank == 4 * 64
     assert len(basis.axes.fine) == 4 * 64
     keep.forget(model)
+
+
+def test_a_kept_file_that_is_not_complete_is_made_again(monkeypatch, tmp_path, caplog):
+    model = tiny.model("mistral")
+    monkeypatch.setattr(keep, "folder", lambda: tmp_path)
+    keep.forget(model)
+    calibrate(model, tokens=400, keep_axes=0.1).save(calibrating.default_path(model, 4, complete=True))
+    with caplog.at_level(logging.WARNING, "kvstack"):
+        stack = KVStack([CommonKV(1.0)], model=model)
+    assert "axes, and all are wanted. It is made anew" in caplog.text
+    assert stack.batch.cohorts[0].stores[0].codecs[0].bases[0].rank == 256
+    keep.forget(model)
+
+
+def test_a_count_is_that_of_a_group_also_in_runs():
+    model = tiny.model("llama")
+    joint, runs = (calibrate(model, layers=2, block=n, keep_axes=1.0, bits=16) for n in (128, 64))
+    for axes in (joint, runs):
+        stack = KVStack([CommonKV(32, calibration=axes)], model=model)
+        codecs = [store.codecs[0] for store in stack.batch.cohorts[0].stores]
+        assert sum(basis.rank for codec in codecs for basis in codec.bases) == 64
+        with pytest.raises(BindError, match=r"a group of 2 layers has 128 axes\. Use keep=128 or less"):
+            KVStack([CommonKV(129, calibration=axes)], model=model)
+
+
+def test_layers_that_the_model_does_not_have(found, saved):
+    from kvstack.files import read_tensors, write_tensors
+
+    metadata, tensors = read_tensors(saved, CalibrationError, "calibration", "")
+    groups = metadata["groups"].replace("[2, 3]", "[2, 99]")
+    write_tensors(saved, tensors, {**metadata, "groups": groups})
+    with pytest.raises(CalibrationError, match="has axes for layer 99, and LlamaForCausalLM has no full-attention"):
+        Calibration.load(saved).check(tiny.model("llama"))
 
 
 def test_a_given_calibration_that_is_too_small_is_refused(saved):

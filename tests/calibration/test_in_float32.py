@@ -98,3 +98,34 @@ def test_a_cache_in_between_is_float32():
     with in_float32(model), torch.no_grad():
         model(tiny.tokens(1, 9), past_key_values=cache)
     assert cache.layers[0].keys.dtype == torch.float32
+
+
+def test_a_forward_that_somebody_put_there_stays():
+    model = tiny.model("llama", dtype=torch.bfloat16, intermediate_size=72)
+    layer = model.model.layers[0].mlp.down_proj
+
+    def patched(x):
+        return 2 * torch.nn.functional.linear(x, layer.weight)
+
+    layer.forward = patched
+    try:
+        with in_float32(model):
+            assert vars(layer)["forward"] is patched
+        assert vars(layer)["forward"] is patched
+    finally:
+        del layer.forward
+
+
+def test_modules_that_check_types_are_left_alone():
+    model = tiny.model("llama", dtype=torch.bfloat16, intermediate_size=56)
+
+    def check(module, args):
+        if args[0].dtype != torch.bfloat16:
+            raise ValueError("only bfloat16")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(check)
+    try:
+        with in_float32(model), torch.no_grad():
+            assert model(tiny.tokens(1, 9)).logits.dtype == torch.bfloat16
+    finally:
+        handle.remove()

@@ -144,7 +144,7 @@ def test_after_reset_the_axes_are_those_of_the_adapter():
 
 def test_a_switch_between_binding_and_the_first_forward():
     model, layers = adapted()
-    given = calibrate(model, tokens=200)
+    given = calibrate(model, tokens=400)
     stack = KVStack([CommonKV(calibration=given)], model=model)
     CHANGES["another"](layers)
     with pytest.raises(ValueError, match="was made for another model than this LlamaForCausalLM"):

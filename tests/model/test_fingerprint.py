@@ -90,7 +90,7 @@ def test_a_cache_filled_through_the_inner_model(tmp_path):
 
 def test_calibrations_serve_the_inner_model():
     model, ids = tiny_model(intermediate_size=80), tiny.tokens(1, 100)
-    given = calibrate(model, tokens=200)
+    given = calibrate(model, tokens=400)
     for stage in (CommonKV(), CommonKV(calibration=given), CommonKV(basis="weights")):
         KVStack([stage], model=model)
         stack = KVStack([stage], model=model.model)
