@@ -73,7 +73,7 @@ def axes_of(rank, heads, width, fine, seed):
 
 
 def assert_same_scores(plain, expected, found, query, keys):
-    """Each score is the rough or the exact one of its token, and the same tokens are exact. Of tokens with equal shares,
+    """Each score is the rough or the exact one of its token, and the same tokens are exact. Of tokens of equal shares,
     up to rounding, one may be exact for one reader and another for the other, or one more where shares just count."""
     tolerance = {"atol": 1e-4 * float(expected.abs().max()), "rtol": 1e-4}
     same = torch.isclose(found, expected, **tolerance).all(2)
