@@ -41,14 +41,15 @@ def test_break_even_counts_the_tokens_of_all_rows(rows):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_from_break_even_on_a_stack_is_smaller_with_all_that_was_fitted(rows):
-    """Told at a short text, where sinks and window weigh most, and looked at in one as long."""
+    """Told at a short text, where sinks and window weigh most, and looked at in one as long, or in the same where its
+    rows are more tokens already."""
     model = tiny.model()
     stack = KVStack([CommonKV(), Quant(4)], model=model)
     model(tiny.tokens(rows, 120), past_key_values=stack)
     tokens = stack.report().break_even
-    assert tokens > 120 * rows
+    assert tokens > 120, "a single row of the text has not paid yet"
     stack.reset()
-    model(tiny.tokens(rows, -(-tokens // rows)), past_key_values=stack)
+    model(tiny.tokens(rows, max(120, -(-tokens // rows))), past_key_values=stack)
     assert stack.nbytes + stack.model_nbytes <= stack.dense_nbytes
 
 
