@@ -108,9 +108,9 @@ class Linear:
     axes: Tensor | PackedAxes
     mean: Tensor | None = None
 
-    def rows(self, rank: int | None = None) -> Tensor:
-        """The first `rank` axes, or all of them (B or 1, R, H, D), as numbers."""
-        return self.axes.full(rank) if isinstance(self.axes, PackedAxes) else self.axes[:, :rank]
+    def rows(self) -> Tensor:
+        """The axes (B or 1, R, H, D) as numbers."""
+        return self.axes.full() if isinstance(self.axes, PackedAxes) else self.axes
 
 
 class ReadsLinearly(ReadsDirectly):

@@ -6,8 +6,8 @@ values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, che
 codes         pack, unpack, ChannelCodes, spread, nearly_best and the figures behind them
 the model     LayerGroups, cached_shapes, device_of, expands, fingerprint, kv_fingerprint, is_of, at_rest, observe,
               heads_of
-calibration   calibrated_groups, calibration_for, GroupAxes, Basis, PackedAxes, flat, load_or_make, windows_of,
-              tokenizer_of, write_bytes
+calibration   calibrated_groups, calibration_for, GroupAxes, Basis, PackedAxes, by_basis, flat, load_or_make,
+              windows_of, tokenizer_of, write_bytes
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .abilities import (
     ReadsLinearly,
     RefitsText,
 )
-from .calibration.axes import Basis, flat
+from .calibration.axes import Basis, by_basis, flat
 from .calibration.calibrate import calibration_for
 from .calibration.calibration import Calibration, GroupAxes
 from .calibration.keep import load_or_make
@@ -105,6 +105,7 @@ __all__ = [
     "as_path",
     "at_rest",
     "attention_received",
+    "by_basis",
     "cached_shapes",
     "calibrated_groups",
     "calibration_for",

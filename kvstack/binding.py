@@ -186,7 +186,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         warnings.warn(_nothing_to_do(who, name, layers), KVStackWarning, stacklevel=4)
     elif stages:
         _check_model(who, stages, name, full, modules)
-        _check_same(who, stages, heads)
+        _check_settings(who, stages, heads)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             evict, transform = (_of_kind(stages, kind) for kind in (Evict, Transform))
@@ -337,12 +337,17 @@ PLACES = ("calibration", "strategy")
 """Settings that may name a file, which each process has where it has it."""
 
 
-def _check_same(who: str, stages: Sequence[Stage], heads: Heads) -> None:
+def _check_settings(who: str, stages: Sequence[Stage], heads: Heads) -> None:
     """Refuse processes with other stages or settings, before any of them waits for the others."""
     here = [
         (type(stage).__name__, {name: repr(x) for name, x in sorted(vars(stage).items()) if name not in PLACES})
         for stage in stages
     ]
+    _check_same(who, here, heads)
+
+
+def _check_same(who: str, here: object, heads: Heads) -> None:
+    """Refuse processes that say something else than what is said `here`."""
     for rank, there in enumerate(heads.gathered(here)):
         if there != here:
             raise BindError(
@@ -363,13 +368,7 @@ def _check_agreed(who: str, plan: Plan, shares: Mapping[int, int]) -> None:
         (plan.layers, plan.stored_together, plan.sinks, plan.window, plan.block),
         sorted(shares.items()),
     ]
-    others = plan.heads.gathered(here)
-    for rank, there in enumerate(others):
-        if there != here:
-            raise BindError(
-                f"{who} is another stack in process {rank} than in process {plan.heads.rank}, which hold heads of one "
-                f"model: {there}, and here {here}. Give every process the same stages and settings."
-            )
+    _check_same(who, here, plan.heads)
 
 
 def _shares(

@@ -28,7 +28,7 @@ from ..abilities import FINE, PackedAxes, with_fine
 from ..floats import fitting, saturated
 from ..types import KV
 
-__all__ = ["ROWS", "Axes", "Basis", "Shapes", "fine_rows", "flat", "slice_of", "split", "widths"]
+__all__ = ["ROWS", "Axes", "Basis", "Shapes", "by_basis", "fine_rows", "flat", "slice_of", "split", "widths"]
 
 Shapes = tuple[tuple[int, int, int], ...]
 """(H, D of keys, D of values) of each layer of a group."""
@@ -72,6 +72,17 @@ def split(x: Tensor, shapes: Shapes, layer: int) -> KV:
         for i, width in enumerate(sizes)
     )
     return KV(keys, values)
+
+
+def by_basis(group: Sequence[KV], bases: Sequence[Basis]) -> Sequence[Sequence[KV]]:
+    """The kv heads of each of some bases, whose heads side by side are those of the group."""
+    if len(bases) == 1:
+        return [group]
+    runs = []
+    for layer, kv in enumerate(group):
+        heads = [basis.shapes[layer][0] for basis in bases]
+        runs.append([KV(*part) for part in zip(kv.keys.split(heads, 1), kv.values.split(heads, 1), strict=True)])
+    return list(zip(*runs, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

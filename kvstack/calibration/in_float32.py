@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,19 +35,13 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Compute what the linear layers, norms and embeddings of `model` compute in float32, if it has 16-bit weights on a
     processor. It is left as it is elsewhere, and where its layers are of other kinds, or do not go together in float32.
     """
-    if device_of(model).type != "cpu" or model.dtype not in HALVES:
-        yield
-        return
-    if not _knows_all(model):
-        log.info("%s is calibrated in %s: it has large weights of its own kind", type(model).__name__, model.dtype)
-        yield
-        return
     with ExitStack() as ends:
-        _change(model, ends)
-        if _runs(model):
-            yield
-            return
-    yield
+        if device_of(model).type == "cpu" and model.dtype in HALVES and _knows_all(model):
+            with ExitStack() as tried:
+                _change(model, tried)
+                if _runs(model):
+                    ends.push(tried.pop_all())
+        yield
 
 
 def _knows_all(model: nn.Module) -> bool:
@@ -55,9 +50,11 @@ def _knows_all(model: nn.Module) -> bool:
     for module in model.modules():
         plain = type(module) is nn.Linear or isinstance(module, nn.Embedding)
         for weight in module.parameters(recurse=False):
-            if weight.device.type != "cpu" or type(weight.data) is not Tensor or "forward" in vars(module):
-                return False
-            if not plain and weight.numel() > SMALL:
+            own = weight.device.type != "cpu" or type(weight.data) is not Tensor or "forward" in vars(module)
+            if own or not (plain or weight.numel() <= SMALL):
+                log.info(
+                    "%s is calibrated in its own type: %s is not plain", type(model).__name__, type(module).__name__
+                )
                 return False
     return True
 
@@ -65,7 +62,7 @@ def _knows_all(model: nn.Module) -> bool:
 def _change(model: nn.Module, ends: ExitStack) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype in HALVES:
-            module.forward = _Multiplied(module)  # type: ignore[method-assign,assignment]
+            module.forward = partial(_multiplied, module)  # type: ignore[method-assign]
             ends.callback(vars(module).pop, "forward")
         elif isinstance(module, nn.Embedding) and module.weight.dtype in HALVES:
             ends.callback(module.register_forward_hook(_as_float32).remove)
@@ -95,15 +92,10 @@ def _as_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Ten
     return output.float()
 
 
-class _Multiplied:
+def _multiplied(module: nn.Linear, x: Tensor) -> Tensor:
     """What a linear layer does, in float32."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.weight, self.bias = module.weight, module.bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        made: Tensor = _Product.apply(x, self.weight.detach())  # type: ignore[no-untyped-call]
-        return made if self.bias is None else made + self.bias.detach()
+    made: Tensor = _Product.apply(x, module.weight.detach())  # type: ignore[no-untyped-call]
+    return made if module.bias is None else made + module.bias.detach()
 
 
 class _Product(torch.autograd.Function):

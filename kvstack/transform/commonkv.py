@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..abilities import Allotment, Budgeted, Linear, NeedsHidden, ReadsLinearly
-from ..calibration.axes import Basis, Shapes, flat, split
+from ..calibration.axes import Basis, Shapes, by_basis, flat, split
 from ..calibration.calibrate import calibration_for
 from ..calibration.calibration import Calibration, loaded
 from ..calibration.plan import calibrated_groups
@@ -217,13 +217,15 @@ class Calibrated(Budgeted):
 
     def ample(self, allotments: Sequence[Allotment]) -> Self:
         """With all axes, where those that are kept leave an error that is much larger."""
+        if self._complete is None:
+            return self
         energies = [block.energy for block in self.blocks]
         bits = [_bits(allotment) for allotment in allotments]
         if all(isinstance(allotment.encoder, ChannelCodes) for allotment in allotments):
             best = spread(energies, sum(int(given.sum()) for given in bits))
         else:
             best = [_bits(Allotment(rank)) for rank in leading(energies, self._numbers)]
-        if self._complete is None or nearly_best(energies, bits, best):
+        if nearly_best(energies, bits, best):
             return self
         made: Self = self._complete()
         return made
@@ -408,21 +410,11 @@ class Project(ReadsLinearly):
 
     def latents(self, group: Sequence[KV]) -> list[Tensor]:
         """Of each basis (B, T, R), or (layers, B, T, R) where each layer gives one."""
-        return [basis.project(flat(part)) for basis, part in zip(self.bases, self._parts(group), strict=True)]
+        return [basis.project(flat(part)) for basis, part in zip(self.bases, by_basis(group, self.bases), strict=True)]
 
     def merged(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
         """`latents` -> (B, T, R) of each basis."""
         return z
-
-    def _parts(self, group: Sequence[KV]) -> Sequence[Sequence[KV]]:
-        """The heads of each basis."""
-        if len(self.bases) == 1:
-            return [group]
-        runs = []
-        for layer, kv in enumerate(group):
-            heads = [basis.shapes[layer][0] for basis in self.bases]
-            runs.append([KV(*part) for part in zip(kv.keys.split(heads, 1), kv.values.split(heads, 1), strict=True)])
-        return list(zip(*runs, strict=True))
 
     @property
     def _shapes(self) -> Shapes:
@@ -438,7 +430,7 @@ class Project(ReadsLinearly):
 
     def unlike(self, group: Sequence[KV], z: Sequence[Tensor]) -> Tensor:
         """(B, T): how badly a token suits one latent for all layers."""
-        parts = zip(self.bases, self._parts(group), z, strict=True)
+        parts = zip(self.bases, by_basis(group, self.bases), z, strict=True)
         return self.heads.sum(torch.stack([basis.loss(flat(part), mine) for basis, part, mine in parts]).sum(0))
 
     def _parted(self, unlike: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from kvstack.authoring import (
     Linear,
     ReadsLinearly,
     as_path,
+    by_basis,
     calibrated_groups,
     calibration_for,
     check,
@@ -222,19 +223,10 @@ class Components(ReadsLinearly):
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         latents = {}
         for kind, named in zip(KINDS, (self.of_keys, self.of_values), strict=True):
-            for (name, basis), part in zip(named, self._parts([kv.only(kind) for kv in group]), strict=True):
+            parts = by_basis([kv.only(kind) for kv in group], [basis for _, basis in named])
+            for (name, basis), part in zip(named, parts, strict=True):
                 latents[name] = Latent(basis.project(flat(part)).unsqueeze(1))  # (B, 1, T, R)
         return latents
-
-    def _parts(self, group: Sequence[KV]) -> list[list[KV]]:
-        """The heads of each run."""
-        at, parts = [0] * len(group), list[list[KV]]()
-        for _, basis in self.of_keys:
-            ends = [first + heads for first, (heads, *_) in zip(at, basis.shapes, strict=True)]
-            spans = [slice(*span) for span in zip(at, ends, strict=True)]
-            parts.append([KV(kv.keys[:, x], kv.values[:, x]) for kv, x in zip(group, spans, strict=True)])
-            at = ends
-        return parts
 
     def inverse(self, latents: Mapping[str, Tensor], layer: int) -> KV:
         values = [basis.values(latents[name].squeeze(1), layer) for name, basis in self.of_values]

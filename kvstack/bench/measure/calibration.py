@@ -4,21 +4,19 @@ really done on random weights, in a process of its own, whose growth is taken an
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ... import calibrate
 from ...calibration.plan import calibration_plan
-from ...errors import KVStackError
 from ...model.probing import token_shapes
 from .. import terminal
 from ..results import Figures, Results
-from .memory import reset_peak, resident
+from .memory import job_of, reset_peak, resident, told_by
 from .run import Run, environment
 from .subject import shaped
 
@@ -32,7 +30,8 @@ def run(run: Run, shapes: Sequence[str], really: bool) -> Iterator[Figures]:
     with terminal.steps("calibration", len(keys)) as progress:
         for shape, key in zip(shapes, keys, strict=True):
             if results.get(**key) is None:
-                results.add(plan(run, shape) | (_in_own_process(run, shape) if really else {}), **key)
+                done = told_by("calibration", job_of(run, shape=shape)) if really else {}
+                results.add(plan(run, shape) | done, **key)
                 progress.step(shape)
             else:
                 progress.skip()
@@ -68,17 +67,6 @@ def measure(run: Run, shape: str) -> dict[str, Any]:
         "grown_nbytes": grown,
         "nbytes": found.nbytes,
     }
-
-
-def _in_own_process(run: Run, shape: str) -> dict[str, Any]:
-    job = {"run": asdict(run) | {"out": None, "texts": None, "contexts": ()}, "shape": shape}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise KVStackError(f"calibrating failed: {''.join(done.stderr.strip().splitlines()[-1:])}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def _job(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,19 @@ from .run import Run, environment
 from .subject import Subject, opened, prefill, step
 from .variants import Variant
 
-__all__ = ["CONTEXTS", "STACKS", "Growth", "growth", "in_own_process", "measure", "reset_peak", "resident", "run"]
+__all__ = [
+    "CONTEXTS",
+    "STACKS",
+    "Growth",
+    "growth",
+    "in_own_process",
+    "job_of",
+    "measure",
+    "reset_peak",
+    "resident",
+    "run",
+    "told_by",
+]
 
 CONTEXTS = (1024, 4096, 7680)
 STACKS = (
@@ -153,17 +165,19 @@ def reset_peak() -> int | None:
 
 def in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
     """What `measure` gives for the cache of this `label`; a process of its own is only needed for peaks."""
-    job = {
-        "run": asdict(run) | {"out": None, "texts": None, "contexts": ()},
-        "label": label,
-        "context": context,
-        "decode": decode,
-    }
-    if not peak:
-        return _job(job, peak)
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(job)], capture_output=True, text=True, check=False
-    )
+    job = job_of(run, label=label, context=context, decode=decode)
+    return told_by("memory", job) if peak else _job(job, peak)
+
+
+def job_of(run: Run, **rest: Any) -> dict[str, Any]:
+    """What a process is told: the run, without what JSON cannot say, and the `rest`."""
+    return {"run": asdict(run) | {"out": None, "texts": None, "contexts": ()}, **rest}
+
+
+def told_by(module: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that a module of this folder prints for a job, in a process of its own."""
+    name = f"{__package__}.{module}"
+    done = subprocess.run([sys.executable, "-m", name, json.dumps(job)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         raise KVStackError(f"measuring failed: {''.join(last)}")
