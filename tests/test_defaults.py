@@ -16,7 +16,7 @@ from kvstack.testing import tiny_model
 ROOT = Path(__file__).parent.parent
 WRITTEN = {"evict": "evict:0.2", "quant": "quant:4"}
 """How to write stages that have no default for what they need most."""
-NOT_HERE = ("vnorm", "kvpress", "out/")
+NOT_HERE = ("vnorm", "kvpress", "out/", "'FILE'")
 """What a page writes or asks to be installed first: a score of its own, another package, a file."""
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -41,7 +41,7 @@ def _short_texts(monkeypatch):
     monkeypatch.setattr(windows, "written_by", lambda model, tokens: [(ids, 30)])
     if importlib.util.find_spec("kvstack_kvsharer"):
         monkeypatch.setattr("kvstack_kvsharer.strategy._last_hidden", lambda *args: [torch.ones(1, 4)])  # all alike
-    monkeypatch.setattr("kvstack.calibration.calibrate._check_tokens", lambda *args: None)
+    monkeypatch.setattr("kvstack.calibration.calibrate.check_tokens", lambda *args: None)
 
 
 def model_of(layers):
