@@ -376,8 +376,8 @@ def _fill_store(store: Store, state: Any, get: Get) -> None:
     described = entries(state, get.where("what is held"), [*STORE, *store.names], ["bases"])
     if described["fitted"] != _fitted(store):
         raise UseError(
-            f"it was saved with another calibration than {stage!r} has here. "
-            f"Keep the calibration with the cache: {type(stage).__name__}(calibration=PATH)."
+            f"it was saved with another calibration than {stage!r} has here, or by a version that gives channels other "
+            f"bits: read the text again. Keep the calibration with the cache: {type(stage).__name__}(calibration=PATH)."
         )
     sealed = count(described["sealed_tokens"], get.where("the number of sealed tokens"), 0, get.seen)
     # sealed tokens are one list, each entry with its slot

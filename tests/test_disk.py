@@ -158,6 +158,27 @@ def test_latents_of_another_calibration_are_refused(kind, tmp_path, monkeypatch)
         KVStack.load(path, model=model)
 
 
+def test_codes_of_other_widths_are_refused(tmp_path, monkeypatch):
+    """As many channels and as many bits, which another version gives out in another way."""
+    from kvstack import calibrate
+    from kvstack.encode import quant
+
+    model, path = tiny.model("llama"), tmp_path / "cache.safetensors"
+    axes = str(tmp_path / "axes.safetensors")
+    calibrate(model, layers=2, tokens=900, keep_axes=1.0, bits=16).save(axes)
+    stack = KVStack([CommonKV(0.5, layers=2, calibration=axes), Quant(8)], model=model)
+    model(tiny.tokens(1, 100), past_key_values=stack)
+    stack.save(path)
+    assert torch.equal(KVStack.load(path, model=model).read(0).keys, stack.read(0).keys)
+
+    def flatter(energies, bits, spread=quant.spread):
+        return spread([energy.sqrt() for energy in energies], bits)
+
+    monkeypatch.setattr(quant, "spread", flatter)
+    with pytest.raises(UseError, match="by a version that gives channels other bits: read the text again"):
+        KVStack.load(path, model=model)
+
+
 def test_all_a_layer_of_transformers_holds_is_saved():
     """Dicts of tensors too, as linear-attention layers have them; what cannot be written is said."""
     from types import SimpleNamespace

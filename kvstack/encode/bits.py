@@ -1,6 +1,6 @@
-"""Codes of 1 to 8 bits, truly packed into bytes.
+"""Codes of 1 to 12 bits, truly packed into bytes.
 
-A code is cut into planes whose widths divide a byte (3 bits = 2 + 1). Inside a plane of width w, one byte
+A code is cut into planes whose widths divide a byte (3 bits = 2 + 1, 12 = 8 + 4). Inside a plane of width w, one byte
 holds 8/w codes that lie n/(8/w) apart, so that each shift of the bytes yields one contiguous run of codes:
 
     2 bits, n = 8 codes      byte 0 = c0 | c2<<2 | c4<<4 | c6<<6
@@ -17,9 +17,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["PLANES", "multiple", "pack", "runs", "unpack"]
+__all__ = ["MOST", "PLANES", "multiple", "pack", "runs", "unpack"]
 
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+MOST = 12
+PLANES: dict[int, tuple[int, ...]] = {
+    bits: tuple(width for width in (8, 4, 2, 1) if bits & width) for bits in range(1, MOST + 1)
+}
+"""Widths of the planes of a code: the powers of two that its bits are the sum of."""
 
 
 def multiple(bits: int) -> int:
@@ -28,10 +32,10 @@ def multiple(bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """uint8 codes below 2**bits, n along `dim` -> bytes, n * bits / 8 along `dim`."""
+    """Codes below 2**bits (int16, or uint8 up to 8 bits), n along `dim` -> bytes, n * bits / 8 along `dim`."""
     planes, offset = [], 0
     for width in PLANES[bits]:
-        plane = (codes >> offset) & (2**width - 1)
+        plane = ((codes >> offset) & (2**width - 1)).to(torch.uint8)
         chunks = plane.chunk(8 // width, dim)
         packed = chunks[0].clone()
         for place, chunk in enumerate(chunks[1:], 1):
@@ -58,10 +62,10 @@ def runs(packed: Tensor, bits: int, dim: int, n: int) -> Iterator[tuple[int, Ten
 
 
 def unpack(packed: Tensor, bits: int, dim: int, n: int) -> Tensor:
-    """The inverse of `pack`: n uint8 codes along `dim`."""
+    """The inverse of `pack`: n codes along `dim`, uint8 up to 8 bits and int16 above."""
     shape = list(packed.shape)
     shape[dim] = n
-    codes = torch.zeros(shape, dtype=torch.uint8, device=packed.device)
+    codes = torch.zeros(shape, dtype=torch.uint8 if bits <= 8 else torch.int16, device=packed.device)
     for start, piece, shift, width, weight in runs(packed, bits, dim, n):
         codes.narrow(dim, start, piece.shape[dim]).add_((piece >> shift) & (2**width - 1), alpha=weight)
     return codes

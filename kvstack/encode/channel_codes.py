@@ -1,7 +1,7 @@
 """Codes for the channels of a latent whose variances are known: as many bits for each as its energy is worth.
 
-    z (B, H, T, R), channels by falling energy     | 5 5 | 4 4 4 | 3 3 3 3 | 2 2 ... | 1 1 1 ... | (0: not stored)
-    codes (B, H, T/8, bytes)     8 tokens together   5*2    4*3      3*4       ...         bytes
+    z (B, H, T, R), channels by falling energy     | 9 9 | 5 5 5 | 3 3 3 3 | 2 2 ... | 1 1 1 ... | (0: not stored)
+    codes (B, H, T/8, bytes)     8 tokens together   9*2    5*3      3*4       ...         bytes
     gains (B, H, T/8, 2*runs)    one of four a token and run, in 2 bits
 
     z ~ (code - (2^bits - 1) / 2) * step[bits] * gain * sqrt(energy)
@@ -28,7 +28,7 @@ from ..stage import ChannelEncoder
 from ..waterfilling import STEPS
 from .bits import pack, unpack
 
-__all__ = ["GAIN_BITS", "GRANULE", "ChannelCodes", "gain_bits"]
+__all__ = ["GAIN_BITS", "GRANULE", "ChannelCodes", "bits_of"]
 
 GRANULE = 8
 """Tokens whose codes fill whole bytes at any width."""
@@ -38,9 +38,10 @@ TINY = 1e-6  # a channel without energy still divides
 FAR = 1e6  # deviations; far beyond all codes, and its square is a number
 
 
-def gain_bits(groups: int) -> int:
-    """The most bits that the gains of a token can take in `groups` groups."""
-    return groups * GAIN_BITS * len(STEPS)
+def bits_of(widths: Tensor) -> int:
+    """Bits that a token takes when its channels have so many each (R,), gains included."""
+    stored = widths[widths > 0]
+    return int(stored.sum()) + GAIN_BITS * len(stored.unique_consecutive())
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class ChannelCodes(ChannelEncoder):
 
     Args:
         energy: (R,) variance of each channel, falling.
-        bits: (R,) uint8, how many bits each takes: 1 to 8, falling.
+        bits: (R,) uint8, how many bits each takes: 1 to 12, falling.
     """
 
     energy: Tensor
@@ -92,12 +93,14 @@ class ChannelCodes(ChannelEncoder):
 
     def encode(self, x: Tensor, role: str) -> Packed:
         b, h, t, _ = x.shape
-        unit = (x.float() / self.deviation).clamp_(-FAR, FAR)
+        deviation = self.deviation
+        unit = (x.float() / deviation).clamp_(-FAR, FAR)
         if not bool(torch.isfinite(x).all()):
             raise UseError("latents hold NaN or infinity. Check the model's dtype (float16 overflows) and its input.")
         codes, gains, start = [], [], 0
         for bits, count in self.runs:
-            run_codes, run_gains = _quantize(unit[..., start : start + count], bits)
+            run = slice(start, start + count)
+            run_codes, run_gains = _quantize(unit[..., run], bits, deviation[run])
             codes.append(pack(run_codes.view(b, h, t // GRANULE, GRANULE, count), bits, 3).flatten(3))
             gains.append(run_gains)
             start += count
@@ -124,13 +127,15 @@ class ChannelCodes(ChannelEncoder):
         return x if out is None else out.copy_(x)
 
 
-def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of `x` (..., T, n) and the gain (..., T, 1) of each token, both uint8."""
+def _quantize(x: Tensor, bits: int, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `x` (..., T, n), uint8 up to 8 bits and int16 above, and the gain (..., T, 1) of each token, uint8: the
+    one that leaves the least error in the latent, whose channels are `deviation` (n,) times `x`."""
+    weight = deviation / deviation.max()  # so that squares of small ones are not 0
     best = error = chosen = None
     for number, gain in enumerate(GAINS):
         step, middle, top = STEPS[bits - 1] * gain, (2**bits - 1) / 2, 2**bits - 1
         codes = (x * (1 / step)).add_(middle).round_().clamp_(0, top)
-        loss = (codes - middle).mul_(step).sub_(x).square_().sum(-1, keepdim=True)
+        loss = (codes - middle).mul_(step).sub_(x).mul_(weight).square_().sum(-1, keepdim=True)
         if best is None or error is None or chosen is None:
             best, error, chosen = codes, loss, torch.zeros_like(loss)
             continue
@@ -139,4 +144,4 @@ def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         chosen.masked_fill_(better, number)
     assert best is not None
     assert chosen is not None
-    return best.to(torch.uint8), chosen.to(torch.uint8)
+    return best.to(torch.uint8 if bits <= 8 else torch.int16), chosen.to(torch.uint8)

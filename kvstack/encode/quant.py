@@ -18,7 +18,7 @@ from ..types import Channels
 from ..waterfilling import spread
 from ..workspace import Workspace
 from .blockwise import Blockwise
-from .channel_codes import ChannelCodes, gain_bits
+from .channel_codes import ChannelCodes, bits_of
 from .kivi import Kivi
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Quant(Encode):
     Args:
         bits: bits per number: 2, 3, 4 or 8 with `kivi`, 4 with `nf4` and `fp4`, 8 with `int8`.
             Scales come on top: 32 bits per group with `kivi`, 16 with the others. Where a transform knows how much
-            energy each channel of its latents has, `kivi` gives way to codes of 0 to 8 bits a channel that are `bits`
+            energy each channel of its latents has, `kivi` gives way to codes of 0 to 12 bits a channel that are `bits`
             on average, scales included.
         group: numbers that share a scale; default 32 for `kivi`, 64 for the others.
         codec: `kivi` (default; asymmetric, keys per channel, values per token), or bitsandbytes' `nf4`, `fp4`,
@@ -101,13 +101,11 @@ class Quant(Encode):
     def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[ChannelCodes] | None:
         if self.codec != "kivi":
             return None
-        # the gains are part of what the bits pay for; a latent without any channel could not be stored
-        bits = max(len(channels), self.bits * numbers - gain_bits(len(channels)))
         energies = [known.energy for known in channels]
         encoders = []
-        for energy, widths in zip(energies, spread(energies, bits), strict=True):
-            rank = max(1, int((widths > 0).sum()))
-            encoders.append(ChannelCodes(energy[:rank].clone(), widths[:rank].clamp_min(1)))
+        for energy, widths in zip(energies, _within(energies, self.bits * numbers), strict=True):
+            rank = int((widths > 0).sum())
+            encoders.append(ChannelCodes(energy[:rank].clone(), widths[:rank].clone()))
         return encoders
 
     def reader(self, device: torch.device) -> Reader:
@@ -124,6 +122,20 @@ class Quant(Encode):
 
     def mix(self, weights: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         return self.coder.mix(weights, packed, role, work)
+
+
+def _within(energies: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """Widths of all channels that take `bits` bits a token at most, gains included, or one bit for each latent where
+    that is more: without any channel it could not be stored."""
+    for_codes = bits
+    while True:
+        widths = spread(energies, for_codes)
+        for each in widths:
+            each[:1].clamp_(min=1)
+        over = sum(map(bits_of, widths)) - bits
+        if over <= 0 or not for_codes:
+            return widths
+        for_codes = max(0, for_codes - over)
 
 
 def _head_sizes(config: Any) -> set[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..abilities import Linear, PackedAxes
+from ..encode.bits import MOST
 from ..encode.channel_codes import ChannelCodes
 from ..packed import Packed
 from ..stage import Encoder
@@ -113,7 +114,7 @@ class _Example(NamedTuple):
         many of them `fine`."""
         from ..turns import Pairs, Turns
 
-        bits = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1], dtype=torch.uint8).repeat_interleave(9)
+        bits = torch.arange(MOST, 0, -1, dtype=torch.uint8).repeat_interleave(9)
         draw = torch.Generator().manual_seed(0)
         rows, heads, tokens, rank = 2, 2, 200, len(bits)
         encoder = ChannelCodes(torch.rand(rank, generator=draw).sort(descending=True).values, bits)

@@ -249,6 +249,8 @@ class Calibrated(Budgeted):
         codec.exact, codec.rough = self.stage.exact, self.stage.rough
         codec.tensors = [*(x for basis in bases for x in basis.tensors), *self.calibration.tensors(layers)]
         codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)
+        if widths := [x.runs for x in encoders.values() if isinstance(x, ChannelCodes)]:
+            codec.fingerprint += f" bits {widths}"
         return codec
 
     def _heads_of(self, layers: Sequence[int]) -> Heads:

@@ -58,7 +58,7 @@ class KVTC(Transform):
 
     Args:
         ratio: how many times smaller than 16-bit numbers the codes are, more than 1 (default 16: one bit a number on
-            average). A channel takes 8 bits at most, so below 2 nothing is gained. Sinks and window come on top.
+            average). A channel takes 12 bits at most, so below 4/3 nothing is gained. Sinks and window come on top.
         layers: adjacent full-attention layers that share axes; default all of them. Fewer need less memory to
             calibrate, and less arithmetic to rebuild.
         calibration: a `Calibration` made with `metric="variance"`, or the path of a saved one. Default: made at first
@@ -70,7 +70,7 @@ class KVTC(Transform):
 
     Source: KVTC, arXiv 2511.01815. Differs from the paper: codes are those of a Gaussian of the channel's variance,
     with one of four gains a token for each run of channels of equal bits, not integer and floating types with a scale;
-    widths are 0 to 8 bits; tokens are coded in the running cache, not when it is stored away, and the entropy coder
+    widths are 0 to 12 bits; tokens are coded in the running cache, not when it is stored away, and the entropy coder
     comes when the cache is saved: `KVStack.save(path, compress=True)`. The paper keeps 128 recent tokens: `window=128`.
 
     Example:
@@ -264,7 +264,7 @@ def widths(energies: Sequence[Tensor], bits: int) -> list[Tensor] | None:
     than 8,192 bits, they are counted in units of 2, 4, 8, ... at most a block's channels, rounded up.
 
     Source: dynamic programming over groups of components, as in KVTC (arXiv 2511.01815). Widths fall with the energy,
-    so the choice is where each width begins. Over latents, widths from 8 down to 1 and blocks, it keeps the least
+    so the choice is where each width begins. Over latents, widths from 12 down to 1 and blocks, it keeps the least
     error for every number of units c:
 
         run[i][c]    the first i blocks, the last of width w   = error of block i + the less of

@@ -9,6 +9,7 @@ from hypothesis import given
 
 from kvstack import KV, Channels, KVStack, Latent, Quant, StageError, Transform, UseError
 from kvstack.authoring import BoundTransform, Codec
+from kvstack.encode.bits import MOST
 from kvstack.encode.channel_codes import GRANULE, ChannelCodes
 from kvstack.encode.exact import EXACT
 from kvstack.store.plan import Plan
@@ -43,7 +44,7 @@ def test_bytes_are_the_bits():
 
 def test_numbers_on_the_grid_survive():
     """Codes at unit gain come back as they were: for every width, both ends of the range included."""
-    for bits in range(1, 9):
+    for bits in range(1, MOST + 1):
         known = ChannelCodes(torch.full((4,), 9.0), torch.full((4,), bits, dtype=torch.uint8))
         codes = torch.randint(0, 2**bits, (1, 1, 16, 4), generator=torch.Generator().manual_seed(bits))
         codes[:, :, :, 0], codes[:, :, :, 1] = 0, 2**bits - 1
@@ -66,6 +67,19 @@ def test_error_falls_with_the_bits():
         error = (back(known, kept) - kept).square().sum()
         errors.append(float(error + lost.square().sum()))
     assert errors == sorted(errors, reverse=True)
+
+
+def test_twice_the_bits_leave_little_of_the_error_where_few_channels_carry_most():
+    """What channels of most energy cannot take does not go to those that hardly need it."""
+    energy = torch.cat([torch.full((4,), 1e3), 0.9 ** torch.arange(96.0)])
+    errors = []
+    for bits in (2, 4, 8):
+        (known,) = Quant(bits).allot([Channels(energy)], numbers=90)
+        whole = torch.randn(1, 1, 256, 100, generator=torch.Generator().manual_seed(bits)) * energy.sqrt()
+        kept, lost = whole.split([known.rank, 100 - known.rank], dim=-1)
+        errors.append(float((back(known, kept) - kept).square().sum() + lost.square().sum()))
+    assert errors[1] < errors[0] / 10
+    assert errors[2] < errors[1] / 10
 
 
 @pytest.mark.parametrize("size", [0.3, 1.0, 2.0])

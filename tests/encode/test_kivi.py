@@ -19,7 +19,8 @@ from tests import tiny
 def test_pack_and_unpack(bits, runs, dim, seed):
     n = runs * multiple(bits)
     shape = [3, n, 4] if dim == 1 else [3, 4, n]
-    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    dtype = torch.uint8 if bits <= 8 else torch.int16
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     packed = pack(codes, bits, dim)
     assert packed.numel() * 8 == codes.numel() * bits
     assert torch.equal(unpack(packed, bits, dim, n), codes)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvstack import CommonKV, Evict, KVStack, Quant
 from kvstack.abilities import Linear, PackedAxes
+from kvstack.encode.bits import MOST
 from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.model.attention import attention_modules
 from kvstack.model.rope import find_ropes
@@ -92,7 +93,7 @@ def assert_same_scores(plain, expected, found, query, keys):
 
 
 @given(
-    widths=st.lists(st.integers(1, 8), min_size=1, max_size=150),
+    widths=st.lists(st.integers(1, MOST), min_size=1, max_size=150),
     rows=st.integers(1, 3),
     units=st.integers(1, 40),
     heads=st.integers(1, 3),
@@ -157,7 +158,7 @@ def at_the_end(x):
     made = torch.frombuffer(memory, dtype=torch.uint8, count=x.numel(), offset=page - x.numel()).view(x.shape)
     return made.copy_(x)
 
-for widths in ([1], [2, 1], [3] * 5, [8, 5, 2, 1, 1], [2] * 40):
+for widths in ([1], [2, 1], [3] * 5, [12, 9, 5, 2, 1, 1], [2] * 40):
     codes = ChannelCodes(torch.ones(len(widths)), torch.tensor(widths, dtype=torch.uint8))
     packed = codes.encode(torch.randn(1, 1, 48, len(widths)), "latent")._map(at_the_end)
     linear = Linear("latent", torch.ones(1, len(widths), 1, 8))

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton, which compiles these kernels, is not installed")
 
 from kvstack.abilities import Linear
+from kvstack.encode.bits import MOST
 from kvstack.encode.channel_codes import ChannelCodes
 from kvstack.encode.kivi import Kivi
 from kvstack.read import codes, latents
@@ -177,7 +178,7 @@ def assert_reads(encoder, packed, keys, values, turns, query, raw):
     assert "z" not in vars(latent), "decoded"
 
 
-EVERY = [bits for bits in range(1, 9) for _ in range(5)]
+EVERY = [bits for bits in range(1, MOST + 1) for _ in range(5)]
 LATENTS = {  # widths, rows, heads, queries, units, width, pairs
     "one token group": ([3], 1, 1, 1, 1, 8, 4),
     "every width": (EVERY, 2, 2, 3, 11, 20, 8),

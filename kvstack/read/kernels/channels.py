@@ -1,6 +1,6 @@
 """Codes of channels (encode/channel_codes.py), read in place.
 
-a unit, 8 tokens    for every run of channels of equal bits, for every plane (encode/bits.py) its rows of bytes
+a unit, 8 tokens    for every run of channels of equal bits, 1 to 12, for every plane (encode/bits.py) its rows of bytes
 gains of a unit     2 rows of bytes, one for each run, the gains of 4 tokens in each
 
 face     vectors of each block, from queries turned back to its middle

@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from ...encode.bits import PLANES
+from ...encode.bits import MOST, PLANES
 
 __all__ = [
     "LANES",
@@ -261,8 +261,8 @@ def _unpack_one(bits):
 
 
 def _by_bits(made):
-    """One function of those for 1 to 8 bits."""
-    one, two, three, four, five, six, seven, eight = made
+    """One function of those for 1 to 12 bits."""
+    one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve = made
 
     @njit
     def unpack(bits, *given):
@@ -280,8 +280,16 @@ def _by_bits(made):
             six(*given)
         elif bits == 7:
             seven(*given)
-        else:
+        elif bits == 8:
             eight(*given)
+        elif bits == 9:
+            nine(*given)
+        elif bits == 10:
+            ten(*given)
+        elif bits == 11:
+            eleven(*given)
+        else:
+            twelve(*given)
 
     return unpack
 
@@ -306,12 +314,12 @@ def gains_of(gains, run, count):
     return multiply_add(to_floats(shift_right(codes, one)), low, low)
 
 
-unpack_rows = _by_bits([_unpack(bits, sideways=False) for bits in range(1, 9)])
+unpack_rows = _by_bits([_unpack(bits, sideways=False) for bits in range(1, MOST + 1)])
 """Codes of `count` channels (in whole vectors) of a run of `channels`, from byte `at` on, and the `gains` of 8 tokens
 -> rows of tokens, out[to + stride * token + channel]."""
-unpack_columns = _by_bits([_unpack(bits, sideways=True) for bits in range(1, 9)])
+unpack_columns = _by_bits([_unpack(bits, sideways=True) for bits in range(1, MOST + 1)])
 """The same, rows of channels: out[to + stride * channel + token]."""
-unpack_token = _by_bits([_unpack_one(bits) for bits in range(1, 9)])
+unpack_token = _by_bits([_unpack_one(bits) for bits in range(1, MOST + 1)])
 """All channels of a run of one token, times `steps` from number `first` on -> out[to + channel]; some more are written
 behind them."""
 

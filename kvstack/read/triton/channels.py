@@ -1,6 +1,6 @@
 """Kernels for codes of channels (encode/channel_codes.py), whose widths differ from run to run.
 
-    bits of a channel     8 4 2 1        5 = 4 + 1: a plane of width 4, and behind it one of width 1
+    bits of a channel     8 4 2 1        12 = 8 + 4: a plane of width 8, and behind it one of width 4
     plane of width w      w rows of bytes, one byte for each channel of the run; the planes before it have
                           `begin` = bits without their last ones, up to w, rows, and as many bits of the code
     token i of 8          row begin + i % w,  bits (i // w) * w and on

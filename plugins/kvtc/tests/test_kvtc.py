@@ -45,11 +45,11 @@ def error(given, known):
 
 
 def every_way(known, bits):
-    """The least error over all widths of 0 to 8 bits for every channel, each latent with one channel at least."""
+    """The least error over all widths for every channel, each latent with one channel at least."""
     ways = []
     for energy in known:
         found = {}
-        for given in itertools.product(range(9), repeat=len(energy)):
+        for given in itertools.product(range(len(DISTORTION)), repeat=len(energy)):
             if not any(given):
                 continue
             x = torch.tensor(given)
@@ -88,7 +88,7 @@ def test_too_few_bits():
 @pytest.mark.parametrize("lengths", [(40, 40), (300, 300), (700, 900)])
 @pytest.mark.parametrize("bits", [1, 4])
 def test_less_error_than_greedy_with_gains_set_aside(lengths, bits):
-    """What Quant does: bits one by one where they help most, after room for eight runs in each latent is set aside."""
+    """Bits one by one where they help most, after room for the most runs in each latent is set aside."""
     known = energies(*lengths)
     budget = bits * sum(lengths)
     gains = len(known) * GAIN_BITS * len(STEPS)
@@ -98,8 +98,9 @@ def test_less_error_than_greedy_with_gains_set_aside(lengths, bits):
 
 
 def test_all_bits_there_are():
-    """Eight for every channel, and no more where more could be spent."""
-    assert [x.tolist() for x in widths(energies(3, 2), 10_000)] == [[8, 8, 8], [8, 8]]
+    """The most for every channel, and no more where more could be spent."""
+    most = len(STEPS)
+    assert [x.tolist() for x in widths(energies(3, 2), 10_000)] == [[most] * 3, [most] * 2]
 
 
 # ---- there and back
