@@ -34,6 +34,9 @@ from .workspace import Workspace
 
 __all__ = ["Attention", "Learned"]
 
+CHANNELS = 8
+"""Heads have a multiple of so many."""
+
 
 @dataclass
 class Learned:
@@ -158,8 +161,13 @@ class Attention:
             group, slot = self._bound.places[call.layer]
             for cohort in self.batch.cohorts:
                 if cohort.new:
-                    cohort.stores[group].remember(slot, cohort.its(asked), self.batch.recording)
+                    cohort.stores[group].remember(slot, cohort.its(asked), cohort.seen, self.batch.recording)
         direct = promise is not None and mask is call.mask
+        if own is not None and evict is not None and evict.refit and not (direct and _is_simple(kwargs)):
+            raise UseError(
+                f"layer {call.layer} of {self._bound.name} attends with more than a softmax over the keys it caches, "
+                f"so {evict!r} cannot make tokens stand in for others there. Use refit=False."
+            )
         if direct:
             self.learned.direct.add(call.layer)
             mask = mask if call.replaced is None else call.replaced  # it was taken for another kind of module
@@ -324,7 +332,8 @@ class Attention:
                 own = mask if fits else self._sight.mask(call, store, cohort, q, part)
                 # positions of all rows: only flash attention looks at them, to find packed texts
                 changes = {} if every or "position_ids" not in kwargs else {"position_ids": None}
-                answer, looked = plain(q, kv.keys, kv.values, own, **changes)
+                bias, scaling = store.bias(slot), self.learned.scaling[call.layer]
+                answer, looked = _with_bias(plain, q, kv, own, bias, scaling, **changes)
             answer = answer.to(query.dtype)
             if looked is not None and store.held < dense:
                 looked = spread(looked, store, cohort, dense)
@@ -361,7 +370,7 @@ class Attention:
                 continue  # padding on the left sees nothing
             kv = self._promises.attach(store.read(slot, cohort.seen, Workspace()), cohort, promise.attached)
             q = query[rows.to(query.device), :, -1:]
-            answer, _ = plain(q, kv.keys, kv.values, part)
+            answer, _ = _with_bias(plain, q, kv, part, store.bias(slot), self.learned.scaling[promise.layer])
             out[rows.to(out.device), -1:] = answer.to(out.dtype)
         return out
 
@@ -401,6 +410,24 @@ class Attention:
     def _bound(self) -> Binding:
         assert self.binding is not None  # `enter` has refused what is not bound
         return self.binding
+
+
+def _with_bias(
+    plain: Any, query: Tensor, kv: KV, mask: Any, bias: Tensor | None, scaling: float, **changes: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with `bias` (B, H, T) added to the logits, whatever computes it: as one channel more, in which every
+    query has a one."""
+    if bias is None:
+        answer: tuple[Tensor, Tensor | None] = plain(query, kv.keys, kv.values, mask, **changes)
+        return answer
+    more = -query.shape[-1] % CHANNELS or CHANNELS  # kernels want heads of even sizes, and values as wide as keys
+    ones = torch.nn.functional.pad(query.new_ones(*query.shape[:-1], 1), (0, more - 1))
+    biases = torch.nn.functional.pad((bias / scaling).unsqueeze(-1).to(kv.keys), (0, more - 1))
+    width, wider = kv.values.shape[-1], query.shape[-1] + more
+    keys = torch.cat([kv.keys, biases], dim=-1)
+    values = torch.nn.functional.pad(kv.values, (0, max(0, wider - width)))
+    out, weights = plain(torch.cat([query, ones], dim=-1), keys, values, mask, scaling=scaling, **changes)
+    return out[..., :width].contiguous(), weights
 
 
 def _by_head(mask: Any) -> bool:

@@ -21,7 +21,16 @@ from .encode.exact import EXACT
 from .errors import BindError, KVStackWarning, StageError
 from .heads import Heads
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
-from .model.attention import counts_tokens, decoder_of, device_of, expands, gives_queries, reuses, takes_cache
+from .model.attention import (
+    adds_to_softmax,
+    counts_tokens,
+    decoder_of,
+    device_of,
+    expands,
+    gives_queries,
+    reuses,
+    takes_cache,
+)
 from .model.layers import Layers, find_layers
 from .model.probing import cached_shapes
 from .model.ranks import heads_of
@@ -325,6 +334,12 @@ def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full
             )
         elif counts_tokens(modules[layer]):
             lacks, why = "drops tokens", "makes a bias of its own that counts every token it has seen"
+        elif evict.refit and (expands(modules[layer]) or adds_to_softmax(modules[layer])):
+            latent = "caches latents, of which keys and values are made"
+            why = latent if expands(modules[layer]) else "attends with more than a softmax over keys"
+            raise BindError(
+                f"{evict!r} makes tokens stand in for others, and {name} (layer {layer}) {why}. Use refit=False."
+            )
         else:
             continue
         raise BindError(
@@ -442,7 +457,8 @@ def _check_ropes(transform: Transform | None, evict: Evict | None, name: str, ro
             f"{name}: {reason}. Leave {transform!r} out for this model: Evict and Quant take keys as they are cached."
         )
     if evict and evict.needs_rope:
+        fix = "refit=False" if evict.refit else 'score="snapkv" or another one that takes keys as they are cached'
         raise BindError(
             f"{evict!r} needs to know how keys are rotated, and kvstack cannot tell for layer {layer} of {name}: "
-            f'{reason}. Use score="snapkv" or another one that takes keys as they are cached.'
+            f"{reason}. Use {fix}."
         )

@@ -16,6 +16,8 @@ STACKS = {
     "evict_share": [Evict(0.4)],
     "evict_count": [Evict(12, SnapKV(window=8, kernel=1))],
     "h2o": [Evict(0.4, "h2o")],
+    "refit": [Evict(0.4, refit=True)],
+    "refit_sealed": [Evict(0.4, "keydiff", refit=True), Quant(8, group=8)],
     "shared_layers": [Evict(0.4, layers=2, pool="max")],
     "quant2_evict": [Quant(2, group=8), Evict(0.5)],
     "commonkv": [CommonKV(0.5, layers=2), Evict(0.5), Quant(2)],

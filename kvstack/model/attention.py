@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE_ARGUMENTS",
+    "adds_to_softmax",
     "attention_modules",
     "counts_tokens",
     "cross_attention_layers",
@@ -159,6 +160,11 @@ def counts_tokens(module: nn.Module) -> bool:
 def expands(module: nn.Module) -> bool:
     """Whether this module caches latents and makes keys and values of them after reading (DeepSeek V2 and V3)."""
     return hasattr(module, "expand_kv")
+
+
+def adds_to_softmax(module: nn.Module) -> bool:
+    """Whether this module caps its logits (Gemma 2) or lets them compete with a learned one (GPT-OSS)."""
+    return any(getattr(module, name, None) is not None for name in ("attn_logit_softcapping", "sinks"))
 
 
 def reuses(module: nn.Module) -> bool:

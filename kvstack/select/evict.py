@@ -32,6 +32,10 @@ class Evict(Stage):
         share_heads: whether all kv heads of a layer keep the same tokens (default False).
         pool: how the scores of heads and layers that share a set become one: `mean` (default) or `max`, after every
             head's scores have been brought to the same scale.
+        refit: whether tokens that stay are made to stand in for those that are dropped: each kv head gets a bias for
+            every token (a byte), added to its attention logits, and other values for those that are not compressed yet.
+            Queries of the text, as if they came behind it, say which (Attention Matching, arXiv 2602.16284). Default
+            False.
 
     The budget holds while decoding and at every later turn.
 
@@ -46,6 +50,7 @@ class Evict(Stage):
     layers: int | None = field(default=None, kw_only=True)
     share_heads: bool = field(default=False, kw_only=True)
     pool: Literal["mean", "max"] = field(default="mean", kw_only=True)
+    refit: bool = field(default=False, kw_only=True)
 
     kind = "select"
     name = "evict"
@@ -66,6 +71,7 @@ class Evict(Stage):
         layers = self.layers
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more.")
+        check(isinstance(self.refit, bool), self, "refit is yes or no.", "Use refit=True.")
         check(self.pool in ("mean", "max"), self, f"{self.pool!r} is no way to pool.", 'Use "mean" or "max".')
         check(
             callable(getattr(self.score, "score", None)) and not isinstance(self.score, type),
@@ -104,13 +110,13 @@ class Evict(Stage):
 
     @property
     def needs_rope(self) -> bool | None:
-        """Whether the score uses `Context.rope`; None: it may."""
+        """Whether the score uses `Context.rope`, or refitting does; None: the score may."""
         needs: bool | None = getattr(self.score, "needs_rope", Score.needs_rope)
-        return needs
+        return True if self.refit else needs
 
     @property
     def looks_at_queries(self) -> bool:
-        return self.queries != 0 or self.tracks
+        return self.queries != 0 or self.tracks or self.refit
 
     def pooled(self, scores: Sequence[Tensor], heads: Heads = ALONE) -> Tensor:
         """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree, and for those

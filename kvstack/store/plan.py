@@ -90,6 +90,11 @@ class Plan:
         return wish or self.layers > 1
 
     @cached_property
+    def refits(self) -> bool:
+        """Whether tokens that stay are made to stand in for those that are dropped."""
+        return self.evict is not None and self.evict.refit
+
+    @cached_property
     def hidden(self) -> bool:
         """Whether the hidden states of raw tokens are held too."""
         return any(isinstance(codec, NeedsHidden) for codec in self.codecs)

@@ -33,8 +33,9 @@ from ..workspace import Workspace
 from .budget import Choice, allowance, choose, how_many
 from .given import Given, Placed
 from .plan import Plan
+from .refit import Refitted, refitted
 from .sealed import GroupLatents, LayerCodes, Sealed
-from .tracks import Crop, Cut, Memory, Positions, Put, Queries, RawTokens, Track
+from .tracks import Bias, Crop, Cut, Memory, Positions, Put, Queries, RawTokens, References, Track
 
 __all__ = ["Expand", "Store"]
 
@@ -43,6 +44,9 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 GUESSES = 256
 """Tokens of a forward that assisted decoding may take back, as far as their queries are told apart: it guesses tens."""
+
+AHEAD = 256
+"""Positions behind a text that reference queries are spread over."""
 
 SAMPLE = 32
 """Tokens that a score is shown to see what it remembers."""
@@ -83,6 +87,8 @@ class Store:
                 "kept": [Positions()],
                 "memory": [Memory() for _ in slots],
                 "recent": [Queries() for _ in slots],
+                **({"bias": [Bias() for _ in slots]} if plan.refits else {}),
+                **({"references": [References() for _ in slots]} if plan.refits else {}),
             }
         )
 
@@ -104,6 +110,8 @@ class Store:
         self.kept_positions: Positions = held["kept"][0]
         self.memory: list[Memory] = held["memory"]
         self.queries: list[Queries] = held["recent"]
+        self.biases: list[Bias] = held.get("bias", [])
+        self.references: list[References] = held.get("references", [])
 
     @property
     def names(self) -> list[str]:
@@ -171,13 +179,17 @@ class Store:
         self.dirty = True
         self.raw[slot].append(kv)
 
-    def remember(self, slot: int, queries: Tensor, may_be_cropped: bool) -> None:
-        """Keep what the score wants to see of the running forward's queries (B, H*G, Q, D), and some more where tokens
-        may be taken back before the score looks."""
+    def remember(self, slot: int, queries: Tensor, seen: int, may_be_cropped: bool) -> None:
+        """Keep what is wanted of the running forward's queries (B, H*G, Q, D): by the score, and some more where tokens
+        may be taken back before it looks; by refitting."""
         evict = self.plan.evict
-        if evict is not None and evict.looks_at_queries:
-            keep = -1 if evict.tracks or evict.queries < 0 else evict.queries + (GUESSES if may_be_cropped else 0)
-            self.queries[slot].add(queries, keep)
+        if evict is None or not evict.looks_at_queries:
+            return
+        guesses = GUESSES if may_be_cropped else 0
+        keep = -1 if evict.tracks or evict.queries < 0 else max(1, evict.queries) + guesses
+        self.queries[slot].add(queries, keep)
+        if self.references and queries.shape[2] > 1:
+            self.references[slot].add(queries, seen, guesses)
 
     def mix_heads(self) -> None:
         """Attention makes something else of these keys and values, across kv heads (DiffLlama, Doge, JetMoe): one token
@@ -205,22 +217,29 @@ class Store:
         block = max(plan.block, granule)
         if dropped:
             cut = self._cut(seen, granule, dropped, scalings, work)
+            fits = [self._refitted(slot, cut, seen, scalings[slot], work) for slot in range(len(self.biases))]
             for track in self.tracks():
                 track.take(cut)
+            for slot, fit in enumerate(fits):
+                self.biases[slot].stand_in(fit.bias)
+                self.raw[slot].revalue(self.sinks, fit.values)
         # seal whole granules; a few new tokens wait until a block of them is there, if nothing was evicted
         enough = seals and self.middle >= self._first_block(granule) and bool(dropped or self.middle >= block)
         if enough and (count := self.middle // granule * granule):
             # after an eviction, the next one copies what is left anyway; after a prompt, maybe nothing follows
             self._seal(seen, count, spare=not dropped and new <= plan.block)
         for queries in self.queries:
-            queries.settled(bool(dropped) or (plan.evict is not None and not plan.evict.queries))
+            queries.settled(bool(dropped) or (plan.evict is not None and not plan.evict.queries and not plan.refits))
+        for references in self.references:
+            references.forget()
         self.close()
 
     def _can_score(self) -> bool:
         """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
         evict = self.plan.evict
         assert evict is not None
-        return evict.queries == 0 or evict.tracks or all(known.newest(-1) is not None for known in self.queries)
+        blind = evict.queries == 0 and not self.plan.refits
+        return blind or evict.tracks or all(known.newest(-1) is not None for known in self.queries)
 
     def _track(self, seen: int, scalings: Sequence[float], work: Workspace) -> None:
         """Let the score update its memory of each token with the queries that it has not seen."""
@@ -274,6 +293,30 @@ class Store:
         choice: Choice = choose(pooled, sealed, granule, drop, self.plan.heads)
         positions = self.positions(seen)[..., sinks : sinks + sealed + middle]
         return Cut(sinks, sealed, middle, granule, choice.granules, choice.raw, positions)
+
+    def _refitted(self, slot: int, cut: Cut, seen: int, scaling: float, work: Workspace) -> Refitted:
+        """What the tokens of a layer that a cut leaves become, to stand in for those that go."""
+        kv = self.read(slot, seen, work)
+        queries, tokens = self._reference(slot, seen)
+        rope = self.ropes.get(self.layers[slot])
+        if rope is not None:  # ask as tokens that come next would
+            placed, device = Placed(rope, self.given), queries.device
+            ahead = seen + torch.linspace(0, AHEAD - 1, len(tokens)).long()
+            queries = placed.unrotate(queries.float(), tokens.to(device)[None, None])
+            queries = placed.rotate(queries, ahead.to(device)[None, None])
+        middle = slice(cut.sinks, cut.sinks + cut.sealed + cut.middle)
+        bias = self.biases[slot].of(self.sinks, self.held)
+        return refitted(kv, bias, queries, cut.stay, cut.raw.shape[-1], middle, scaling)
+
+    def _reference(self, slot: int, seen: int) -> tuple[Tensor, Tensor]:
+        """Queries (B, H*G, n, D) of the text, and the indices of their tokens: of a forward of several tokens, or the
+        last single ones."""
+        asked = self.references[slot].asked()
+        if asked is not None:
+            return asked
+        queries = self.queries[slot].newest(-1)
+        assert queries is not None  # `_can_score` has asked
+        return queries, torch.arange(seen - queries.shape[2], seen)
 
     def _scores(self, slot: int, seen: int, scaling: float, work: Workspace) -> Tensor:
         """(B, H, sealed + middle) scores of one layer, checked; H are the heads that hold something."""
@@ -373,6 +416,9 @@ class Store:
         grouped = wide(query).reshape(b, h, -1, d) * scaling  # (B, H, G, D); products of halves may not be halves
         # logits of sealed tokens, then of raw ones
         logits = part.logits(layer, grouped, raw.keys, where, work)
+        bias = self.bias(slot)
+        if bias is not None:
+            logits = logits + self._sealed_first(bias).unsqueeze(2)
         if mask is not None:
             logits = self._masked(logits, mask)
         # one softmax over all of them, and the values of both
@@ -383,15 +429,22 @@ class Store:
 
     def _masked(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, H, G, tokens) of sealed tokens and then of raw ones, behind a mask."""
-        sinks, sealed = self.sinks, self.sealed_tokens
         mask = mask.to(logits.device)
         heads = logits.shape[1] if mask.shape[1] > 1 else 1
         mask = mask.reshape(mask.shape[0], heads, -1, mask.shape[-1])  # (B or 1, H or 1, G or 1, held)
-        first, middle, last = mask.tensor_split([sinks, sinks + sealed], dim=-1)
-        mask = torch.cat([x.expand(*logits.shape[:3], -1) for x in (middle, first, last)], dim=-1)
+        mask = self._sealed_first(mask).expand(*logits.shape[:3], -1)
         if mask.dtype.is_floating_point:
             return logits + mask.to(logits.dtype)
         return logits.masked_fill(~mask.bool(), torch.finfo(logits.dtype).min)
+
+    def _sealed_first(self, x: Tensor) -> Tensor:
+        """What belongs to all held tokens, in the order of their positions -> sealed tokens, then raw ones."""
+        first, middle, last = x.tensor_split([self.sinks, self.sinks + self.sealed_tokens], dim=-1)
+        return torch.cat([middle, first, last], dim=-1)
+
+    def bias(self, slot: int) -> Tensor | None:
+        """(B, H, held) nats that are added to the logits of a layer's tokens; None: nothing is."""
+        return self.biases[slot].of(self.sinks, self.held) if self.biases else None
 
     def in_order(self, weights: Tensor) -> Tensor:
         """`weights` of `attend`, their last axis in the order of positions."""
@@ -433,7 +486,7 @@ class Store:
         whole = min(self.sealed_tokens, stay) // granule * granule
         rest = max(0, min(self.sealed_tokens, stay) - whole)
         thawed = self._thawed(seen, whole, rest, granule) if rest else ()
-        crop = Crop(remove, sinks, stay, whole, max(0, stay - self.sealed_tokens), thawed)
+        crop = Crop(remove, seen - remove, sinks, stay, whole, max(0, stay - self.sealed_tokens), thawed)
         for track in self.tracks():
             track.crop(crop)
         self.close()

@@ -5,6 +5,8 @@
     Positions        all layers of a store       sealed tokens, then raw middle ones; nothing before the first eviction
     Memory           every layer                 all held tokens
     Queries          every layer                 the newest tokens the model saw
+    Bias             every layer, where tokens are refitted: sealed tokens, then raw middle ones
+    References       every layer, where tokens are refitted: some tokens of the running forward
     sealed.Sealed    what is stored together     sealed tokens
 
 The store moves tokens in four ways, and does each by asking all of its tracks: `take` (eviction), `crop` (the newest
@@ -13,6 +15,7 @@ are taken back), `rows` (other rows of the batch), and `state` with `restore` (t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,14 +26,19 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, Get, entries, items, misfit
+from ..floats import fitting
 from ..packed import storage_bytes
 from ..types import KV, take_tokens
 from .raw import Buffer
+from .refit import STEP
 
-__all__ = ["Crop", "Cut", "Memory", "Positions", "Queries", "RawTokens", "Track"]
+__all__ = ["Bias", "Crop", "Cut", "Memory", "Positions", "Queries", "RawTokens", "References", "Track"]
 
 Put = Callable[[Tensor | None], Any]
 """Writes a tensor and gives back what stands for it in a description."""
+
+REFERENCES = 384
+"""Queries of a forward that are asked what tokens which stay must become."""
 
 RECENT_QUERIES = 8
 """Queries remembered while decoding, for scores that look at queries. A query costs as much as several tokens of
@@ -74,6 +82,7 @@ class Crop:
 
     Attributes:
         remove: how many of the tokens that the model saw.
+        seen: how many it has seen then.
         sinks: sinks that are left.
         stay: held tokens that are left beside the sinks, in every layer and head.
         whole: sealed tokens that stay sealed, whole granules.
@@ -82,6 +91,7 @@ class Crop:
     """
 
     remove: int
+    seen: int
     sinks: int
     stay: int
     whole: int
@@ -171,6 +181,12 @@ class RawTokens(Track):
             middle = take_tokens(x[:, :, first:last], cut.raw)
             buffer.replace(torch.cat([x[:, :, :first], middle, x[:, :, last:]], dim=2))
 
+    def revalue(self, first: int, values: Tensor) -> None:
+        """Other values (B, H, n, D) for the tokens from `first` on."""
+        buffer, n = self.buffers[1], values.shape[2]
+        x = buffer.view
+        buffer.replace(torch.cat([x[:, :, :first], fitting(values, x.dtype), x[:, :, first + n :]], dim=2))
+
     def crop(self, crop: Crop) -> None:
         if not crop.thawed:
             for buffer in self.buffers:
@@ -258,6 +274,116 @@ class Positions(Track):
     def restore(self, state: Any, get: Get) -> None:
         shape = (get.rows, None, None)
         self.kept = None if state is None else get(state, "positions", shape, torch.int32)
+
+
+class Bias(Track):
+    """What is added to the logits of tokens of one layer that stand in for dropped ones: (B, H, sealed + chosen raw)
+    int8, in steps of `STEP` nats; the tokens behind them have none."""
+
+    def __init__(self) -> None:
+        self.steps: Tensor | None = None
+
+    def of(self, sinks: int, held: int) -> Tensor | None:
+        """(B, H, held) nats for all held tokens; None: none has any."""
+        if self.steps is None:
+            return None
+        nats = self.steps.float() * STEP
+        return torch.nn.functional.pad(nats, (sinks, held - sinks - nats.shape[2]))
+
+    def stand_in(self, steps: Tensor) -> None:
+        """Other steps (B, H, n) for the oldest tokens."""
+        behind = [] if self.steps is None else [self.steps[:, :, steps.shape[2] :]]
+        self.steps = torch.cat([steps, *behind], dim=2)
+
+    def take(self, cut: Cut) -> None:
+        if self.steps is None:
+            return
+        width = cut.sealed + cut.middle
+        middle = torch.nn.functional.pad(self.steps, (0, max(0, width - self.steps.shape[2])))
+        self.steps = torch.cat([take_tokens(middle[:, :, :width], cut.stay), middle[:, :, width:]], dim=2)
+
+    def crop(self, crop: Crop) -> None:
+        if self.steps is not None:
+            # with every token there, none stands in for another
+            whole = crop.sinks + crop.stay == crop.seen
+            self.steps = None if whole else self.steps[:, :, : crop.stay].clone()
+
+    def rows(self, index: Tensor) -> Bias:
+        other = Bias()
+        other.steps = None if self.steps is None else rows_of(self.steps, index)
+        return other
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        if self.steps is not None:
+            yield "biases", self.steps
+
+    def state(self, put: Put) -> Any:
+        return put(self.steps)
+
+    def restore(self, state: Any, get: Get) -> None:
+        (layout,) = get.layouts
+        shape = (get.rows, layout.heads, None)
+        self.steps = None if state is None else get(state, "biases", shape, torch.int8)
+
+
+class References(Track):
+    """Queries of some tokens of the running forward of one layer, evenly spaced: what later ones may ask. They are
+    asked when the forward is settled, and go with it. What is taken back before leaves no trace."""
+
+    def __init__(self) -> None:
+        self.queries: Tensor | None = None  # (B, H*G, n, D), every `stride`-th
+        self.first = self.count = 0  # tokens before the forward, and of it
+        self.stride = 1
+
+    def add(self, queries: Tensor, seen: int, guesses: int) -> None:
+        """The queries (B, H*G, Q, D) of the newest of `seen` tokens, of which the last `guesses` may be taken back."""
+        self.count = queries.shape[2]
+        self.first, self.stride = seen - self.count, _stride(max(1, self.count - guesses))
+        self.queries = queries.detach()[:, :, :: self.stride].clone()
+
+    def asked(self) -> tuple[Tensor, Tensor] | None:
+        """Queries, and the indices of their tokens (n,); None where there was no forward of several tokens."""
+        if self.queries is None:
+            return None
+        stride = _stride(self.count)
+        at = torch.arange(self.first, self.first + self.count, stride)
+        return self.queries[:, :, :: stride // self.stride], at
+
+    def forget(self) -> None:
+        self.queries = None
+
+    def take(self, cut: Cut) -> None:
+        """Queries are of no token that goes."""
+
+    def crop(self, crop: Crop) -> None:
+        self.count = crop.seen - self.first
+        if self.queries is not None and self.count > 1:
+            self.queries = self.queries[:, :, : -(-self.count // self.stride)].clone()
+        else:
+            self.forget()
+
+    def rows(self, index: Tensor) -> References:
+        other = References()
+        other.queries = None if self.queries is None else rows_of(self.queries, index)
+        other.first, other.count, other.stride = self.first, self.count, self.stride
+        return other
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        if self.queries is not None:
+            yield "reference queries", self.queries
+
+    def state(self, put: Put) -> Any:
+        return None
+
+    def restore(self, state: Any, get: Get) -> None:
+        if state is not None:
+            raise misfit(f"{get.where('reference queries')} are never saved.")
+
+
+def _stride(tokens: int) -> int:
+    """The least power of two that leaves at most `REFERENCES` of so many tokens: fewer tokens have the same ones, and
+    maybe some between."""
+    return 1 << max(0, math.ceil(math.log2(tokens / REFERENCES)))
 
 
 class Memory(Track):

@@ -15,6 +15,7 @@ STACKS = {score: [Evict(0.4, score)] for score in registry.BUILT_IN["scores"]}
 STACKS |= {
     "heads": [Evict(0.4, "snapkv(window=8)", layers=1)],
     "quant": [Quant(8, group=8), Evict(20, "tova")],
+    "refit": [Evict(0.4, refit=True)],
     "commonkv": [CommonKV(1.0, layers=2), Quant(8), Evict(0.5)],
 }
 
