@@ -28,6 +28,7 @@ __all__ = [
     "KVStack",
     "KVStackError",
     "KVStackWarning",
+    "KVzap",
     "KeyDiff",
     "Latent",
     "Packed",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .select.h2o import H2O
     from .select.keydiff import KeyDiff
     from .select.knorm import KNorm
+    from .select.kvzap import KVzap
     from .select.random import Random
     from .select.snapkv import SnapKV
     from .select.streaming import Streaming

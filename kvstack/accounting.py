@@ -70,8 +70,9 @@ def devices(tensors: Sequence[Tensor]) -> dict[str, int]:
 
 def model_bytes(batch: Batch) -> int:
     """Bytes of what stages fitted to the model: held once for all its caches."""
-    codecs = batch.binding.plan.codecs
+    codecs, ranking = batch.binding.plan.codecs, batch.binding.plan.ranking
     fitted = [x for codec in codecs for x in codec.tensors]
+    fitted += getattr(ranking, "tensors", ())  # a score may be any object
     return storage_bytes(fitted + [x for codec in codecs for own in codec.encoders.values() for x in own.tensors])
 
 

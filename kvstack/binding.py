@@ -144,13 +144,16 @@ class Binding:
 
 def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
     """For a caller that is no transformers model, and that has named `layers` layers so far."""
-    plan = Plan(_of_kind(stages, Evict), None, _of_kind(stages, Encode), *spans)
+    evict = _of_kind(stages, Evict)
+    plan = Plan(evict, None, _of_kind(stages, Encode), *spans, ranking=evict and evict.score)
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
 def is_fitted(stages: Sequence[Stage]) -> bool:
     """Whether some of these stages are fitted to the weights of a model."""
-    return any(isinstance(stage, Transform | Share) for stage in stages)
+    return any(
+        isinstance(stage, Transform | Share) or (isinstance(stage, Evict) and stage.is_fitted) for stage in stages
+    )
 
 
 def needs_model(stages: Sequence[Stage]) -> bool:
@@ -412,11 +415,13 @@ def _shares(
 
 
 def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], spans: Spans, heads: Heads) -> Plan:
-    """Bind the encoder, then the transform, which may take a minute to fit to the `layers` that hold something."""
+    """Bind the encoder, then the score and the transform, which may take a minute to fit to the `layers` that hold
+    something."""
     evict, encode, transform = (_of_kind(stages, kind) for kind in (Evict, Encode, Transform))
     encode = encode and encode.bind(model)
+    ranking = evict and evict.bind(model, layers)
     if transform is None:
-        return Plan(evict, None, encode, *spans, heads=heads)
+        return Plan(evict, None, encode, *spans, heads=heads, ranking=ranking)
     bound: BoundTransform = transform.bind(model, layers)
     _check_nesting(transform, bound.layers, evict)
     if len(layers) % bound.layers and not bound.remainder:
@@ -431,7 +436,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         ample = bound.ample(allotments)
         bound = ample.allotted(allotments if ample is bound else _allotments(ample, encode))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
-    return Plan(evict, bound, encode, *spans, codecs=codecs, heads=heads)
+    return Plan(evict, bound, encode, *spans, codecs=codecs, heads=heads, ranking=ranking)
 
 
 def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:

@@ -41,6 +41,7 @@ BUILT_IN: dict[Family, dict[str, EntryPoint]] = {
         h2o="kvstack.select.h2o:H2O",
         keydiff="kvstack.select.keydiff:KeyDiff",
         knorm="kvstack.select.knorm:KNorm",
+        kvzap="kvstack.select.kvzap:KVzap",
         random="kvstack.select.random:Random",
         snapkv="kvstack.select.snapkv:SnapKV",
         streaming="kvstack.select.streaming:Streaming",

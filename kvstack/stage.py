@@ -12,6 +12,9 @@ What depends on the model is made when a stack is bound to it, and lives in obje
       .bind(model, layers)   ->  BoundTransform     how layers are grouped, and what they may spend
         .for_group(layers)   ->  Codec              forward and inverse of one group, a plain object
 
+    KVzap()                      settings
+      .bind(model, layers)   ->  Ranking            ranks tokens of this model
+
 What else a codec or a bound transform can do is in `abilities.py`. Stages never name each other: each states plain
 facts about itself, and the stack settles the rest.
 """
@@ -41,6 +44,7 @@ __all__ = [
     "Codec",
     "Encode",
     "Encoder",
+    "Ranking",
     "Reader",
     "Score",
     "Settings",
@@ -106,10 +110,28 @@ class Stage(Settings):
 # ---- select
 
 
-class Score(Settings):
+class Ranking:
+    """Ranks the tokens of one model. `Score` is one; `Score.bind` may make others, fitted to the model."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What was fitted to the model; all its caches share it."""
+        return ()
+
+    def score(self, kv: KV, context: Context) -> Tensor:
+        """Rank all held tokens of one layer: (B, H, T), higher stays. Sinks and window are kept whatever it says."""
+        raise NotImplementedError  # the one method a score must write
+
+    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
+        """Memory per token (B, H, T) after a forward, from `context.memory` and the forward's queries."""
+        return {}
+
+
+class Score(Settings, Ranking):
     """Ranks tokens: give it to `Evict(keep, score=...)`.
 
-    Any object with a `score` method works; this base only holds the defaults.
+    Any object with a `score` method works; this base only holds the defaults. A score that is fitted to a model writes
+    `bind` instead, and its `score` is that of the ranking it returns.
     """
 
     queries: int = 0
@@ -121,14 +143,19 @@ class Score(Settings):
     False: it never does, so positions are not noted. None (the default): it may."""
     layers: int = 1
     """Adjacent layers that keep the same tokens where neither the user nor a transform says how many."""
+    is_fitted: ClassVar[bool] = False
+    """Whether `bind` fits it to the weights of a model, so that it has no `score` without one."""
 
-    def score(self, kv: KV, context: Context) -> Tensor:
-        """Rank all held tokens of one layer: (B, H, T), higher stays. Sinks and window are kept whatever it says."""
-        raise NotImplementedError  # the one method a score must write
+    def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
+        """What ranks the tokens of `model`: this score itself, or something that was fitted to the model.
 
-    def track(self, kv: KV, context: Context) -> Mapping[str, Tensor]:
-        """Memory per token (B, H, T) after a forward, from `context.memory` and the forward's queries."""
-        return {}
+        Args:
+            layers: the full-attention layers that hold keys and values.
+
+        Raises:
+            BindError, CalibrationError: the score and the model cannot work together.
+        """
+        return self
 
 
 # ---- share

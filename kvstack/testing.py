@@ -248,17 +248,19 @@ def _check_fitted(stage: Transform, codec: FitsText, data: dict[str, Tensor], la
 
 def check_select(stage: Evict) -> None:
     """Scores are finite, one per row, kv head and token, and do not change what they look at."""
-    _check_scores(stage, stage.queries, stage.ranking.score, stage.ranking.track if stage.tracks else None)
+    _check_scores(stage, stage)
 
 
 def check_score(score: Any, model: Any = None) -> None:
     """A score alone, and inside `Evict`, whose budget must hold."""
-    track = score.track if getattr(score, "tracks", False) else None
-    _check_scores(score, getattr(score, "queries", 0), score.score, track)
-    check_in_stack(Evict(0.3, score), model)
+    stage = Evict(0.3, score)
+    _check_scores(score, stage)
+    check_in_stack(stage, model)
 
 
-def _check_scores(who: Any, wants: int, score: Any, track: Any) -> None:
+def _check_scores(who: Any, stage: Evict) -> None:
+    model = tiny_model()
+    bound, wants = stage.bind(model, range(model.config.num_hidden_layers)), stage.queries
     kv = KV(_numbers(2, 2, 48, 16), _numbers(2, 2, 48, 16, seed=1))
     before = kv.keys.clone(), kv.values.clone()
     queries = None if wants == 0 else _numbers(2, 4, 48 if wants < 0 else min(wants, 48), 16, seed=2)
@@ -271,17 +273,17 @@ def _check_scores(who: Any, wants: int, score: Any, track: Any) -> None:
         sinks=4,
         window=8,
     )
-    if track is not None:
-        memory = track(kv, context)
+    if stage.tracks:
+        memory = bound.track(kv, context)
         for name, x in memory.items():
             assert x.shape[:3] == kv.keys.shape[:3], f"{who!r}: memory {name!r} is not one entry per token"
         context = dataclasses.replace(context, memory=memory)
-    ranking = score(kv, context)
+    ranking = bound.score(kv, context)
     assert ranking.shape == kv.keys.shape[:3], (
         f"{who!r}: score gave {tuple(ranking.shape)}, not {tuple(kv.keys.shape[:3])}"
     )
     assert torch.isfinite(ranking).all(), f"{who!r}: scores are not finite"
-    assert torch.equal(ranking, score(kv, context)), f"{who!r}: the same tokens score differently the second time"
+    assert torch.equal(ranking, bound.score(kv, context)), f"{who!r}: the same tokens score differently the second time"
     unchanged = torch.equal(before[0], kv.keys) and torch.equal(before[1], kv.values)
     assert unchanged, f"{who!r}: score wrote into the keys or values"
 

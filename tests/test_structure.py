@@ -16,7 +16,7 @@ MODULES = {
 }
 
 UNKNOWN = {
-    "kvstack.select": ("store", "transform", "encode", "model", "calibration", "binding", "batch", "attend", "cache"),
+    "kvstack.select": ("store", "transform", "encode", "binding", "batch", "attend", "cache", "disk"),
     "kvstack.encode": ("store", "transform", "select", "model", "calibration", "binding", "batch", "attend", "cache"),
     "kvstack.transform": ("store", "select", "binding", "batch", "attend", "cache", "disk"),
     "kvstack.calibration": ("store", "select", "transform", "binding", "batch", "attend", "cache", "disk", "encode"),

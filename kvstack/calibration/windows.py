@@ -21,7 +21,17 @@ from .texts import mixed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "SAMPLED_TOKENS", "draw", "own_text", "sample_ids", "tokenizer_of", "windows_of", "written_by"]
+__all__ = [
+    "PROMPT",
+    "SAMPLED_TOKENS",
+    "draw",
+    "longest_text",
+    "own_text",
+    "sample_ids",
+    "tokenizer_of",
+    "windows_of",
+    "written_by",
+]
 
 log = logging.getLogger("kvstack")
 
@@ -71,7 +81,7 @@ def windows_of(
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
     if tokenizer is not None:
         kinds = _kinds(texts)
-        return _cut(kinds, tokenizer, tokens, _longest(model)), _digest(kinds)
+        return _cut(kinds, tokenizer, tokens, longest_text(model)), _digest(kinds)
     if texts is not None:
         raise CalibrationError(
             f"the tokenizer of this {type(model).__name__} is not known, and texts were given. Pass tokenizer=."
@@ -116,7 +126,8 @@ def _digest(kinds: Mapping[str, str]) -> str:
     return "sha256:" + hashlib.sha256("\0".join(kinds.values()).encode()).hexdigest()[:32]
 
 
-def _longest(model: PreTrainedModel) -> int:
+def longest_text(model: PreTrainedModel) -> int:
+    """Tokens that `model` reads at most, or as many as a window has, where it does not say."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(limit or PROMPT + SCORED)
 
@@ -159,7 +170,7 @@ def written_by(model: PreTrainedModel, tokens: int) -> Windows:
 
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    length = min(SAMPLED_WINDOW, _longest(model))
+    length = min(SAMPLED_WINDOW, longest_text(model))
     rows = max(1, tokens // length)
     ids = torch.randint(0, vocabulary, (rows, 8), generator=generator)
     cache = DynamicCache(config=model.config)

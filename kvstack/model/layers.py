@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from .attention import attention_modules, cross_attention_layers, device_of
@@ -127,6 +128,13 @@ class LayerGroups:
         """Why the keys of some layer cannot be un-rotated; empty: they can."""
         refused = ((i, rope.refusal) for i, rope in self.ropes.items() if rope is not None and rope.refusal)
         return next((f"layer {i}: {reason}" for i, reason in refused), "")
+
+    def unrotated(self, layer: int, x: Tensor) -> Tensor:
+        """Keys or queries `x` (1, heads, T, D) of the first T tokens of a text, without rotary embedding."""
+        rope = self.ropes[layer]
+        if rope is None:
+            return x
+        return rope.unrotate(x, rope.marked(torch.arange(x.shape[2], device=x.device)[None, None]))
 
     def number_of(self, layers: Sequence[int]) -> int:
         """Which of the groups is `layers`."""

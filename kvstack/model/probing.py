@@ -57,10 +57,7 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
     observed = {}
     for i in groups.full:
         layer: Any = cache.layers[i]
-        keys, rope = layer.keys, groups.ropes[i]
-        if rope is not None:
-            positions = torch.arange(keys.shape[2], device=keys.device)[None, None]
-            keys = rope.unrotate(keys, rope.marked(positions))
+        keys = groups.unrotated(i, layer.keys)
         observed[i] = KV(keys[:, :, SINKS:], layer.values[:, :, SINKS:], hidden[i][:, None, SINKS:])
     return observed
 

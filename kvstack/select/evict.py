@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch import Tensor
 from ..heads import ALONE, Heads
 from ..registry import score_names
 from ..spec import make_score
-from ..stage import Score, Stage, check
+from ..stage import Ranking, Score, Stage, check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Evict"]
 
@@ -86,11 +89,6 @@ class Evict(Stage):
             del settings["score"]
         return settings
 
-    @property
-    def ranking(self) -> Score:
-        """The score itself."""
-        return cast(Score, self.score)
-
     # A score may be any object with a `score` method: what it does not say about itself has the default of `Score`.
 
     @property
@@ -117,6 +115,16 @@ class Evict(Stage):
     @property
     def looks_at_queries(self) -> bool:
         return self.queries != 0 or self.tracks or self.refit
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the score is fitted to the weights of a model."""
+        return bool(getattr(self.score, "is_fitted", Score.is_fitted))
+
+    def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
+        """What ranks the tokens of `model`, see `Score.bind`."""
+        bind = getattr(self.score, "bind", None)
+        return cast(Ranking, self.score if bind is None else bind(model, layers))
 
     def pooled(self, scores: Sequence[Tensor], heads: Heads = ALONE) -> Tensor:
         """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree, and for those

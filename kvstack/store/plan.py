@@ -15,7 +15,7 @@ from ..encode.exact import EXACT, Exact
 from ..heads import ALONE, Heads
 from ..read import latents
 from ..select.evict import Evict
-from ..stage import BoundTransform, Codec, Encode, Encoder, Reader, check
+from ..stage import BoundTransform, Codec, Encode, Encoder, Ranking, Reader, check
 
 __all__ = ["Plan", "Spans"]
 
@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         codecs: one for each group of layers that a transform stores together, in the order of the layers.
+        ranking: what ranks tokens for `evict`.
         heads: the kv heads that other processes hold.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     device: torch.device | None = None
     codecs: Sequence[Codec] = ()
     heads: Heads = ALONE
+    ranking: Ranking | None = None
     _granules: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -243,15 +243,15 @@ class Store:
 
     def _track(self, seen: int, scalings: Sequence[float], work: Workspace) -> None:
         """Let the score update its memory of each token with the queries that it has not seen."""
-        evict = self.plan.evict
-        if evict is None or not evict.tracks:
+        evict, ranking = self.plan.evict, self.plan.ranking
+        if evict is None or ranking is None or not evict.tracks:
             return
         for slot, known in enumerate(self.queries):
             queries = known.unseen()
             if queries is not None:
                 kv = self._attended(slot, seen, work)
                 context = self._context(slot, seen, scalings[slot], queries, self.memory[slot].grown(kv.tokens))
-                self.memory[slot].tensors = dict(evict.ranking.track(kv, context))
+                self.memory[slot].tensors = dict(ranking.track(kv, context))
                 known.untracked = 0
 
     def _context(
@@ -320,11 +320,12 @@ class Store:
 
     def _scores(self, slot: int, seen: int, scaling: float, work: Workspace) -> Tensor:
         """(B, H, sealed + middle) scores of one layer, checked; H are the heads that hold something."""
-        evict, layer = self.plan.evict, self.layers[slot]
+        evict, ranking, layer = self.plan.evict, self.plan.ranking, self.layers[slot]
         assert evict is not None
+        assert ranking is not None
         kv = self._attended(slot, seen, work)
         queries = self.queries[slot].newest(evict.queries)
-        score = evict.ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
+        score = ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
         if score.shape != kv.keys.shape[:3]:
             raise UseError(
                 f"{evict!r} on layer {layer}: score gave {tuple(score.shape)}, "
@@ -563,7 +564,7 @@ class Store:
 
     def _any_memory(self, slot: int, layout: Layout) -> Mapping[str, Tensor]:
         """What the score remembers of any numbers: for its names and types."""
-        assert self.plan.evict is not None
+        assert self.plan.ranking is not None
         heads, device = layout.heads, layout.device
         keys = torch.ones(1, heads, SAMPLE, layout.key_width, dtype=layout.key_dtype, device=device)
         values = torch.ones(1, heads, SAMPLE, layout.value_width, dtype=layout.value_dtype, device=device)
@@ -576,4 +577,4 @@ class Store:
             queries=queries,
             rope=self.ropes.get(self.layers[slot]),
         )
-        return self.plan.evict.ranking.track(KV(keys, values), context)
+        return self.plan.ranking.track(KV(keys, values), context)

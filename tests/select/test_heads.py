@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvstack import KV, Context, Evict, registry
 from kvstack.heads import ALONE, Heads
 from kvstack.store.budget import choose
+from kvstack.testing import tiny_model
 
 
 @dataclass
@@ -70,6 +71,7 @@ few = settings(max_examples=20)  # each starts threads
 @given(size=SIZES, seed=st.integers(0, 99))
 def test_a_head_scores_as_it_does_among_all_heads(name, size, seed):
     evict = Evict(0.5, name)
+    ranking = evict.bind(tiny_model(hidden_size=128, num_attention_heads=8, num_key_value_heads=4), range(4))
     kv = KV(numbers(2, 4, 40, 16, seed=seed), numbers(2, 4, 40, 16, seed=seed + 1))
     queries = numbers(2, 8, 40 if evict.queries < 0 else min(40, evict.queries), 16, seed=seed + 2)
     context = Context(3, 40, torch.arange(40)[None, None], queries if evict.looks_at_queries else None, 0.25)
@@ -82,8 +84,8 @@ def test_a_head_scores_as_it_does_among_all_heads(name, size, seed):
         )
         here = replace(here, heads=heads)
         if evict.tracks:
-            here = replace(here, memory=evict.ranking.track(mine, here))
-        return evict.ranking.score(mine, here)
+            here = replace(here, memory=ranking.track(mine, here))
+        return ranking.score(mine, here)
 
     torch.testing.assert_close(torch.cat(together(size, score), dim=1), score(0, ALONE))
 

@@ -1,0 +1,107 @@
+"""What a score is fitted to: found once for a model by reading texts, and kept for all processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..errors import BindError, CalibrationError
+from ..model.attention import expands
+from ..model.fingerprint import kv_fingerprint
+from ..model.layers import LayerGroups
+from ..model.ranks import heads_of
+from ..model.rest import at_rest
+from . import keep
+from .by_layer import ByLayer, Sizes
+from .in_float32 import in_float32
+from .listening import Read, listening
+from .windows import longest_text, own_text, windows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..stage import Score
+
+__all__ = ["Find", "fitted_to"]
+
+Find = Callable[[Read, Sequence[Tensor], LayerGroups], Mapping[int, Mapping[str, Tensor]]]
+"""Reads texts (1, T) and returns, for every layer, tensors by name."""
+
+
+def fitted_to(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    score: Score,
+    sizes: Mapping[int, Sizes],
+    find: Find,
+    tokens: int,
+    readings: int = 1,
+) -> ByLayer:
+    """What `find` finds for `score` in `layers` of `model`, of these `sizes`: known in this process, loaded from the
+    user's cache folder, or found now in some `tokens` of text, and kept there.
+
+    Args:
+        readings: how often `find` reads each text in one go: they are short enough for that.
+
+    Raises:
+        BindError: the model caches latents, or its attention looks at something else than it caches.
+        CalibrationError: the model is split among processes, and they do not all find what one of them has kept.
+    """
+    latent = next((i for i, module in LayerGroups(model, 1).modules.items() if i in layers and expands(module)), None)
+    if latent is not None:
+        raise BindError(
+            f"{score!r} is fitted to keys and values, and {type(model).__name__} caches latents in their place (layer "
+            f'{latent}). Use score="snapkv".'
+        )
+    make = _refused if heads_of(model).size > 1 else _made
+    kind = type(model).__name__
+    told = f"{type(score).__name__} calibrates itself for this {kind}, once: about a minute for a small model."
+
+    def notice() -> str:
+        return " ".join(filter(None, [told, own_text(model)])) if make is _made else ""
+
+    return keep.load_or_make(
+        model,
+        _file_name(model, layers, score),
+        partial(ByLayer.load, model=model, score=repr(score), sizes=sizes),
+        partial(make, model, layers, score, find, tokens, readings),
+        notice,
+    )
+
+
+def _file_name(model: PreTrainedModel, layers: Sequence[int], score: Score) -> str:
+    told = hashlib.sha256(f"{score!r} {list(layers)}".encode()).hexdigest()[:8]
+    model_type = model.config.get_text_config(decoder=True).model_type
+    return f"{model_type}-{kv_fingerprint(model)}-{score.name}-{told}.safetensors"
+
+
+def _made(
+    model: PreTrainedModel, layers: Sequence[int], score: Score, find: Find, tokens: int, readings: int
+) -> ByLayer:
+    windows, source = windows_of(model, None, tokens, None)
+    longest = longest_text(model) // readings
+    texts = [ids[:, : min(prompt, longest)] for ids, prompt in windows]
+    with at_rest(model), in_float32(model), listening(model, layers) as read:
+        found = find(read, texts, LayerGroups(model, 1, layers))
+    manifest = {
+        "score": repr(score),
+        "model": getattr(model, "name_or_path", "") or type(model).__name__,
+        "identity": kv_fingerprint(model),
+        "texts": source,
+        "tokens": str(sum(ids.shape[1] for ids in texts)),
+    }
+    return ByLayer({layer: dict(found[layer]) for layer in layers}, manifest)
+
+
+def _refused(
+    model: PreTrainedModel, layers: Sequence[int], score: Score, find: Find, tokens: int, readings: int
+) -> ByLayer:
+    raise CalibrationError(
+        f"{score!r} needs a calibration. One process makes it of a whole model, and this {type(model).__name__} is "
+        f"split among {heads_of(model).size} processes, which do not all find one in {keep.folder()}. Make it there in "
+        f"one process: KVStack([Evict(0.5, {score!r})], model=model)."
+    )
