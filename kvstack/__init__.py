@@ -43,6 +43,7 @@ __all__ = [
     "StageError",
     "Streaming",
     "Transform",
+    "TriAttention",
     "UseError",
     "WriteError",
     "__version__",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .select.snapkv import SnapKV
     from .select.streaming import Streaming
     from .select.tova import TOVA
+    from .select.triattention import TriAttention
     from .stage import Encode, Score, Share, Stage, Transform
     from .transform.commonkv import CommonKV
     from .types import KV, Channels, Context, Latent

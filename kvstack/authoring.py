@@ -1,6 +1,7 @@
 """What authors of stages may import, beside kvstack's public names. Everything else is the inside, and may move.
 
-contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Reader, Score, Settings, check, as_path
+contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Reader, Score, Ranking, Settings, check,
+              as_path
 abilities     NeedsHidden, ReadsDirectly, ReadsLinearly, FitsText, RefitsText, Budgeted
 values        KV, Latent, Channels, Context, Packed, Workspace, take_tokens, check_places, wide, fitting, saturated
 codes         pack, unpack, ChannelCodes, spread, nearly_best and the figures behind them
@@ -48,6 +49,7 @@ from .stage import (
     Codec,
     Encode,
     Encoder,
+    Ranking,
     Reader,
     Score,
     Settings,
@@ -89,6 +91,7 @@ __all__ = [
     "NeedsHidden",
     "Packed",
     "PackedAxes",
+    "Ranking",
     "Reader",
     "ReadsDirectly",
     "ReadsLinearly",

@@ -46,6 +46,7 @@ BUILT_IN: dict[Family, dict[str, EntryPoint]] = {
         snapkv="kvstack.select.snapkv:SnapKV",
         streaming="kvstack.select.streaming:Streaming",
         tova="kvstack.select.tova:TOVA",
+        triattention="kvstack.select.triattention:TriAttention",
     ),
 }
 """kvstack's own: a line here makes a stage or a score known by its name, and its class a name of the package."""

@@ -14,7 +14,7 @@ STACKS = {
     "nf4": [Quant(4, codec="nf4")],
     "unmerged": [CommonKV(keep=1.0, unmerged=0.25)],
     "all": [CommonKV(), Quant(4), Evict(0.5)],
-} | {score: [Evict(0.5, score=score)] for score in ("expected", "h2o", "keydiff", "knorm", "snapkv", "tova")}
+} | {score: [Evict(0.5, score=score)] for score in ("expected", "h2o", "keydiff", "knorm", "kvzap", "snapkv", "tova", "triattention")}
 
 
 def logits(model, stack):

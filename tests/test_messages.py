@@ -35,6 +35,8 @@ BUILD = [
     (lambda: SnapKV(kernel=4), "kernel must be an odd number of tokens. Use 5, or 1 for no smoothing."),
     (lambda: SnapKV(over="sum"), "'sum' is no way to reduce"),
     (lambda: ExpectedAttention(future=0), "window and future count tokens. Use 1 or more."),
+    (lambda: TriAttention(horizon=0), "TriAttention(horizon=0): horizon counts tokens. Use 1 or more."),
+    (lambda: TriAttention(over="sum"), "'sum' is no way to reduce. Use \"mean\" or \"max\"."),
     (lambda: Quant(7), "Quant(bits=7): kivi packs codes of 2, 3, 4, 8 bits. Use one of these."),
     (lambda: Quant(2.0), "kivi packs codes of 2, 3, 4, 8 bits"),
     (lambda: Quant(2, codec="nf4"), "nf4 packs codes of 4 bits. Use Quant(4, codec='nf4')."),

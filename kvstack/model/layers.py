@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..turns import Pairs, Turns
 from .attention import attention_modules, cross_attention_layers, device_of
 from .rope import find_ropes
 
@@ -135,6 +136,15 @@ class LayerGroups:
         if rope is None:
             return x
         return rope.unrotate(x, rope.marked(torch.arange(x.shape[2], device=x.device)[None, None]))
+
+    def pairs(self, layer: int, width: int) -> Pairs | None:
+        """The channels of a layer's heads of `width` that turn together: none where it does not rotate; None where its
+        rotation is not one of pairs."""
+        rope, device = self.ropes[layer], self.devices[layer]
+        if rope is None:
+            return Turns.none(1, width, device).pairs
+        turns = rope.turns(rope.marked(torch.ones(1, 1, 1, dtype=torch.int32, device=device)), width)
+        return None if turns is None else turns.pairs
 
     def number_of(self, layers: Sequence[int]) -> int:
         """Which of the groups is `layers`."""

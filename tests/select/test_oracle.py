@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from kvstack import Evict, KVStack, SnapKV
 from tests import tiny
 
-SCORES = ["snapkv", "h2o", "tova", "keydiff", "knorm", "expected", "streaming", "random"]
+SCORES = ["snapkv", "h2o", "tova", "keydiff", "knorm", "kvzap", "expected", "streaming", "random", "triattention"]
 
 
 def masked_by_layer(model, visible):
