@@ -9,12 +9,13 @@ from kvstack import CommonKV, Evict, KVStack, Quant
 from kvstack.authoring import fitting, saturated
 from tests import tiny
 
+SCORES = ("expected", "h2o", "keydiff", "knorm", "kvzap", "snapkv", "tova", "triattention")
 STACKS = {
     "kivi": [Quant(2)],
     "nf4": [Quant(4, codec="nf4")],
     "unmerged": [CommonKV(keep=1.0, unmerged=0.25)],
     "all": [CommonKV(), Quant(4), Evict(0.5)],
-} | {score: [Evict(0.5, score=score)] for score in ("expected", "h2o", "keydiff", "knorm", "kvzap", "snapkv", "tova", "triattention")}
+} | {score: [Evict(0.5, score=score)] for score in SCORES}
 
 
 def logits(model, stack):

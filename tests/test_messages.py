@@ -8,7 +8,19 @@ import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvstack import BindError, Evict, KVStack, KVStackWarning, Quant, SnapKV, SpecError, Stage, StageError, UseError
+from kvstack import (
+    BindError,
+    Evict,
+    KVStack,
+    KVStackWarning,
+    Quant,
+    SnapKV,
+    SpecError,
+    Stage,
+    StageError,
+    TriAttention,
+    UseError,
+)
 from kvstack.select.expected import ExpectedAttention
 from tests import tiny
 from tests.stages import Pairs
@@ -36,7 +48,7 @@ BUILD = [
     (lambda: SnapKV(over="sum"), "'sum' is no way to reduce"),
     (lambda: ExpectedAttention(future=0), "window and future count tokens. Use 1 or more."),
     (lambda: TriAttention(horizon=0), "TriAttention(horizon=0): horizon counts tokens. Use 1 or more."),
-    (lambda: TriAttention(over="sum"), "'sum' is no way to reduce. Use \"mean\" or \"max\"."),
+    (lambda: TriAttention(over="sum"), '\'sum\' is no way to reduce. Use "mean" or "max".'),
     (lambda: Quant(7), "Quant(bits=7): kivi packs codes of 2, 3, 4, 8 bits. Use one of these."),
     (lambda: Quant(2.0), "kivi packs codes of 2, 3, 4, 8 bits"),
     (lambda: Quant(2, codec="nf4"), "nf4 packs codes of 4 bits. Use Quant(4, codec='nf4')."),
