@@ -41,6 +41,9 @@ class Pairs:
     second: Tensor
     still: Tensor
 
+    def to(self, device: torch.device) -> Pairs:
+        return Pairs(self.first.to(device), self.second.to(device), self.still.to(device))
+
     @cached_property
     def every(self) -> Tensor:
         """(D,): the first of each pair, the second of each pair, and those that do not turn."""
@@ -95,9 +98,7 @@ class Turns:
         return cls(Pairs(nothing, nothing, torch.arange(width, device=device)), angles, angles)
 
     def to(self, device: torch.device) -> Turns:
-        pairs = self.pairs
-        moved = Pairs(pairs.first.to(device), pairs.second.to(device), pairs.still.to(device))
-        return Turns(moved, self.cos.to(device), self.sin.to(device))
+        return Turns(self.pairs.to(device), self.cos.to(device), self.sin.to(device))
 
     @property
     def rotates(self) -> bool:

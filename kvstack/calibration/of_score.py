@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..stage import Score
 
-__all__ = ["Find", "fitted_to"]
+__all__ = ["Find", "check_finite", "fitted_to"]
 
 Find = Callable[[Read, Sequence[Tensor], LayerGroups], Mapping[int, Mapping[str, Tensor]]]
 """Reads texts (1, T) and returns, for every layer, tensors by name."""
@@ -71,6 +71,19 @@ def fitted_to(
         partial(make, model, layers, score, find, tokens, readings),
         notice,
     )
+
+
+def check_finite(x: Tensor, layer: int) -> None:
+    """Refuse sums over the tokens of a layer that are no numbers.
+
+    Raises:
+        CalibrationError: they are not.
+    """
+    if not bool(x.isfinite().all()):
+        raise CalibrationError(
+            f"queries, keys or values of layer {layer} are not finite, or so large that their squares are not. Load "
+            "the model in bfloat16 or float32, or look for weights that are not finite."
+        )
 
 
 def _file_name(model: PreTrainedModel, layers: Sequence[int], score: Score) -> str:

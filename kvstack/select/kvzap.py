@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..calibration.by_layer import ByLayer, Sizes
 from ..calibration.listening import Heard, Read
-from ..calibration.of_score import fitted_to
-from ..errors import CalibrationError
+from ..calibration.of_score import check_finite, fitted_to
 from ..model.probing import SINKS
 from ..model.ranks import whole_shapes
 from ..stage import Ranking, Score
@@ -107,11 +106,7 @@ def find(read: Read, texts: Sequence[Tensor], groups: LayerGroups) -> Mapping[in
 
 def regression(joint: Tensor, layer: int) -> dict[str, Tensor]:
     """The regression of one layer, from sums of products (H, F + 2, F + 2) of features, ones, and what is guessed."""
-    if not bool(joint.isfinite().all()):
-        raise CalibrationError(
-            f"keys or values of layer {layer} are not finite, or so large that their squares are not. Load the model "
-            "in bfloat16 or float32, or look for weights that are not finite."
-        )
+    check_finite(joint, layer)
     count, total = joint[:, -2, -2, None, None], joint[:, -2:-1]  # (H, 1, F + 2): sums
     spread = joint - total.mT @ total / count
     own = spread.diagonal(dim1=-2, dim2=-1)[:, :-2]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibration.by_layer import ByLayer, Sizes
 from ..calibration.listening import Heard, Read
-from ..calibration.of_score import fitted_to
+from ..calibration.of_score import check_finite, fitted_to
 from ..errors import BindError
 from ..model.layers import LayerGroups
 from ..model.probing import SINKS
@@ -38,19 +38,20 @@ class TriAttention(Score):
     at first use and kept in the user's cache folder.
 
     Args:
-        horizon: how far ahead; attention is averaged over distances of 1, 2, 4, ... tokens up to it (default 4,096).
+        horizon: how far ahead; attention is averaged over distances of 1, 2, 4, ... tokens up to it (default 65,536).
         over: `max` (default) or `mean` over the query heads of a kv head, brought to one scale.
 
-    Source: TriAttention, arXiv 2604.04921. Differs from the paper: tokens go a block at a time, and the stack's sinks
-    and window stay.
+    Source: TriAttention, arXiv 2604.04921. Differs from the paper: by default one choice for all heads of five layers;
+    tokens go a block at a time, and the stack's sinks and window stay.
     """
 
-    horizon: int = 4096
+    horizon: int = 65_536
     over: Literal["mean", "max"] = "max"
 
     name = "triattention"
     source = "arXiv 2604.04921"
     needs_rope = True
+    layers = 5
     is_fitted = True
 
     def __post_init__(self) -> None:
@@ -123,15 +124,17 @@ def find(read: Read, texts: Sequence[Tensor], groups: LayerGroups) -> Mapping[in
     shapes: dict[int, tuple[int, Pairs]] = {}
 
     def hear(layer: int, heard: Heard) -> None:
-        queries = groups.unrotated(layer, heard.queries)[0, :, SINKS:].double().cpu()  # (H*G, T, D)
+        queries = groups.unrotated(layer, heard.queries)[0, :, SINKS:].float()  # (H*G, T, D)
         pairs = groups.pairs(layer, queries.shape[-1])
         assert pairs is not None  # `bind` has refused
-        shapes[layer] = heard.keys.shape[1], pairs
+        shapes[layer] = heard.keys.shape[1], pairs.to(torch.device("cpu"))
         each = torch.cat([queries, norms(queries, pairs), torch.ones_like(queries[..., :1])], dim=-1)
-        sums[layer] = sums.get(layer, 0) + each.sum(1)
+        sums[layer] = sums.get(layer, 0) + each.sum(1).cpu().double()
 
     for ids in texts:
         read([ids], hear)
+    for layer, summed in sums.items():
+        check_finite(summed, layer)
     return {layer: _means(summed, *shapes[layer]) for layer, summed in sums.items()}
 
 

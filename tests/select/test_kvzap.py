@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvstack import BindError, CalibrationError, Context, Evict, KVStack, KVzap
+from kvstack import CalibrationError, Context, Evict, KVStack, KVzap
 from kvstack.calibration import keep
 from kvstack.calibration.by_layer import ByLayer
 from kvstack.calibration.listening import listening
@@ -114,8 +114,3 @@ def test_a_caller_without_a_model_is_refused():
     kv = torch.zeros(1, 2, 8, 16)
     with pytest.raises(Exception, match="does not know its model"):
         KVStack([Evict(0.4, "kvzap")]).update(kv, kv, 0)
-
-
-def test_latents_are_refused():
-    with pytest.raises(BindError, match=r'caches latents in their place \(layer 0\). Use score="snapkv"'):
-        KVStack([Evict(0.4, "kvzap")], model=tiny.model("deepseek_v3"))
