@@ -59,7 +59,7 @@ def fitted_to(
         )
     make = _refused if heads_of(model).size > 1 else _made
     kind = type(model).__name__
-    told = f"{type(score).__name__} calibrates itself for this {kind}, once: about a minute for a small model."
+    told = f"{type(score).__name__} calibrates itself for this {kind}, once: it reads {readings * tokens:,} tokens."
 
     def notice() -> str:
         return " ".join(filter(None, [told, own_text(model)])) if make is _made else ""
