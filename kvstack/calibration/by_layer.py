@@ -32,7 +32,7 @@ Sizes = Mapping[str, tuple[int | None, ...]]
 
 @dataclass(frozen=True, eq=False)
 class ByLayer:
-    """What the score `who` found about a model.
+    """What a score found about a model.
 
     Attributes:
         layers: layer -> its tensors by name, float32.
