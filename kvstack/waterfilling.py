@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DISTORTION", "STEPS", "error_left", "leading", "nearly_best", "spread"]
+__all__ = ["DISTORTION", "STEPS", "error_left", "leading", "nearly_best", "spread", "spread_by_class"]
 
 STEPS = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308, 0.0165, 0.00879, 0.00465, 0.00245)
 """Step of the best uniform quantizer of 1, 2, ... 12 bits for a Gaussian of variance 1 (Max 1960, table II; its
@@ -34,13 +34,35 @@ def spread(energies: Sequence[Tensor], bits: int) -> list[Tensor]:
     Spends exactly `bits`, or 12 on every channel where that is less. A channel never gets fewer bits than one of
     less energy. Of equal channels the first come first.
     """
+    return spread_by_class(energies, bits, (1.0,), (1.0,))[0]
+
+
+def spread_by_class(
+    energies: Sequence[Tensor], bits: float, shares: Sequence[float], weights: Sequence[float]
+) -> list[list[Tensor]]:
+    """One water level for the channels of tokens of several classes: for each class what `spread` gives.
+
+    A class is a share of the tokens, whose errors weigh so much: a bit for each token of class c costs `shares[c]` bits
+    per token, and takes off its part of `weights[c]` times the energy, for as many tokens. So bits go where weight times
+    energy is largest, whatever the shares are.
+
+    Args:
+        bits: spent per token, in the mean over all tokens: at most that many, and less than one share below.
+        shares: of the tokens, 1 in all.
+        weights: how much a squared error counts in each class.
+    """
     lengths = [len(energy) for energy in energies]
-    flat = torch.cat([energy.double().cpu() for energy in energies])
+    one = torch.cat([energy.double().cpu() for energy in energies])
+    flat = torch.outer(torch.tensor(weights, dtype=torch.float64), one).flatten()  # class by class
+    costs = torch.tensor(shares, dtype=torch.float64).repeat_interleave(len(one))
     less = -torch.tensor(DISTORTION, dtype=torch.float64).diff()  # what the first, second, ... bit takes off
     gains = torch.outer(less, flat).flatten()  # all first bits, all second bits, ...
-    best = gains.sort(descending=True, stable=True).indices[:bits]
-    counts = torch.bincount(best % len(flat), minlength=len(flat)).to(torch.uint8)
-    return [part.to(energy.device) for part, energy in zip(counts.split(lengths), energies, strict=True)]
+    best = gains.sort(descending=True, stable=True).indices % len(flat)
+    # sums of shares are rounded: a budget that is just spent is not overspent
+    affordable = int((costs[best].cumsum(0) <= bits * (1 + 1e-9)).sum())
+    counts = torch.bincount(best[:affordable], minlength=len(flat)).to(torch.uint8)
+    by_class = [counts[i : i + len(one)].split(lengths) for i in range(0, len(flat), len(one))]
+    return [[part.to(x.device) for part, x in zip(parts, energies, strict=True)] for parts in by_class]
 
 
 def leading(energies: Sequence[Tensor], numbers: int) -> list[int]:

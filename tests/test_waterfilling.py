@@ -1,5 +1,7 @@
 """Bits go where the energy is, and exactly as many as there are."""
 
+import itertools
+
 import hypothesis.strategies as st
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import given
 from kvstack import Channels, Quant
 from kvstack.encode.bits import MOST
 from kvstack.encode.channel_codes import bits_of
-from kvstack.waterfilling import DISTORTION, STEPS, spread
+from kvstack.waterfilling import DISTORTION, STEPS, spread, spread_by_class
 
 spectra = st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40), min_size=1, max_size=4)
 
@@ -46,6 +48,61 @@ def test_beats_uniform_bits_on_a_decaying_spectrum(decay, bits, channels):
     # a bit moves where the energies differ by more than what one more bit takes off
     if energy[0] > 3.4 * energy[-1]:
         assert ours < uniform
+
+
+classes = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(*(st.lists(st.integers(1, 64), min_size=n, max_size=n) for _ in range(2)))
+)
+
+
+def shares_of(parts):
+    return [part / sum(parts) for part in parts]
+
+
+@given(spectra, st.integers(0, 200), classes)
+def test_classes_spend_one_budget_per_token(spectrum, bits, some):
+    energies, (parts, weights) = [torch.tensor(part) for part in spectrum], some
+    shares = shares_of(parts)
+    counts = spread_by_class(energies, bits, shares, weights)
+    spent = sum(share * int(count.sum()) for share, each in zip(shares, counts, strict=True) for count in each)
+    full = MOST * sum(map(len, energies))
+    assert spent <= bits * (1 + 1e-6)
+    assert spent > min(bits, full) - max(shares) - 1e-6
+    for energy, *each in zip(energies, *counts, strict=True):
+        assert all(count.shape == energy.shape for count in each)
+
+
+@given(spectra, st.integers(0, 200), classes)
+def test_no_class_of_more_weight_gets_fewer_bits(spectrum, bits, some):
+    energies, (parts, weights) = [torch.tensor(part) for part in spectrum], some
+    weights = sorted(weights, reverse=True)
+    counts = spread_by_class(energies, bits, shares_of(parts), weights)
+    for heavy, light in itertools.pairwise(counts):
+        assert all(bool((more >= fewer).all()) for more, fewer in zip(heavy, light, strict=True))
+
+
+@given(spectra, st.integers(0, 200), classes)
+def test_classes_of_one_weight_are_one_class(spectrum, bits, some):
+    """They differ by the bits that a budget cannot give to all of them."""
+    energies, (parts, _) = [torch.tensor(part) for part in spectrum], some
+    whole = spread(energies, bits)
+    for each in spread_by_class(energies, bits, shares_of(parts), [3.0] * len(parts)):
+        assert sum(int((x.int() - y.int()).abs().sum()) for x, y in zip(each, whole, strict=True)) <= 1
+
+
+def test_classes_leave_less_than_any_other_split_of_the_budget():
+    """Against every split of what it spent among two classes, each spread as well as can be."""
+    energies, shares, weights = [0.8 ** torch.arange(12, dtype=torch.float64)], (0.25, 0.75), (16.0, 1.0)
+
+    def left(counts):
+        each = zip(shares, weights, counts, strict=True)
+        return sum(share * weight * distortion(energies, count) for share, weight, count in each)
+
+    counts = spread_by_class(energies, 24, shares, weights)
+    ours, (many, few) = left(counts), (int(count.sum()) for (count,) in counts)
+    others = [left([spread(energies, many + 3 * (few - n)), spread(energies, n)]) for n in range(few + many // 3)]
+    assert ours <= min(others) * (1 + 1e-12)
+    assert ours < 0.7 * left([spread(energies, 24)] * 2)
 
 
 def test_distortions_are_those_of_the_quantizers():
