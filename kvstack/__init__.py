@@ -42,6 +42,7 @@ __all__ = [
     "Stage",
     "StageError",
     "Streaming",
+    "Tiers",
     "Transform",
     "TriAttention",
     "UseError",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .select.random import Random
     from .select.snapkv import SnapKV
     from .select.streaming import Streaming
+    from .select.tiers import Tiers
     from .select.tova import TOVA
     from .select.triattention import TriAttention
     from .stage import Encode, Score, Share, Stage, Transform

@@ -172,10 +172,15 @@ class RefitsText(FitsText):
 
 @dataclass(frozen=True)
 class Allotment:
-    """What one latent may store: its leading `rank` channels, packed by `encoder` (None: by the stack's own)."""
+    """What one latent may store: its leading `rank` channels, packed by `encoder` (None: by the stack's own).
+
+    Attributes:
+        lower: where tokens are in classes, the encoders of the other classes, which keep as many channels or fewer.
+    """
 
     rank: int
     encoder: Encoder | None = None
+    lower: Sequence[Encoder] = ()
 
 
 class Budgeted(BoundTransform):

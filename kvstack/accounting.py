@@ -41,7 +41,7 @@ def held(batch: Batch, others: Sequence[Any]) -> Iterator[tuple[str, str, Tensor
         for part in store.sealed:
             yield from ((repr(payer), name, x) for payer, name, x in part.paid_parts())
         for track in (store.kept_positions, *store.memory, *store.queries, *store.biases, *store.references):
-            yield from ((repr(store.plan.evict), name, x) for name, x in track.parts())
+            yield from ((repr(store.plan.select), name, x) for name, x in track.parts())
     for other in others:
         yield from (("model", "uncompressed layers", x) for x in tensors_in(vars(other)))
 

@@ -138,8 +138,8 @@ class Attention:
         promise, own = self._promises.held_by(call.layer, key, value), self._promises.of(call.layer)
         if promise is None and own is None:  # a layer that is not ours to compress
             return plain(query, key, value, mask)
-        evict = self.batch.binding.plan.evict
-        looks = evict is not None and evict.looks_at_queries
+        select = self.batch.binding.plan.select
+        looks = select is not None and select.looks_at_queries
         # learn how this layer attends
         scaling = kwargs.get("scaling")
         self.learned.scaling[call.layer] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -149,7 +149,7 @@ class Attention:
             known, asked = True, _untiled(query, own.kv.keys.shape[1])
         if own is not None and looks and not known:
             raise UseError(
-                f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {evict!r} "
+                f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {select!r} "
                 'cannot work with it. Use a score without queries, such as "keydiff".'
             )
         if own is not None and (promise is None or (mask is not call.mask and _by_head(mask))):
@@ -163,10 +163,10 @@ class Attention:
                 if cohort.new:
                     cohort.stores[group].remember(slot, cohort.its(asked), cohort.seen, self.batch.recording)
         direct = promise is not None and mask is call.mask
-        if own is not None and evict is not None and evict.refit and not (direct and _is_simple(kwargs)):
+        if own is not None and select is not None and select.refit and not (direct and _is_simple(kwargs)):
             raise UseError(
                 f"layer {call.layer} of {self._bound.name} attends with more than a softmax over the keys it caches, "
-                f"so {evict!r} cannot make tokens stand in for others there. Use refit=False."
+                f"so {select!r} cannot make tokens stand in for others there. Use refit=False."
             )
         if direct:
             self.learned.direct.add(call.layer)

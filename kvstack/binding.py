@@ -36,8 +36,10 @@ from .model.probing import cached_shapes
 from .model.ranks import heads_of
 from .model.rope import find_ropes
 from .model.rotation import Rope
+from .select.choosing import Select
 from .select.evict import Evict
-from .stage import BoundTransform, Encode, Share, Stage, Transform
+from .select.tiers import Tiers
+from .stage import BoundTransform, Codec, Encode, Share, Stage, Transform
 from .store.plan import Plan, Spans
 from .store.store import Expand, Store
 from .waterfilling import leading
@@ -144,22 +146,22 @@ class Binding:
 
 def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
     """For a caller that is no transformers model, and that has named `layers` layers so far."""
-    evict = _of_kind(stages, Evict)
-    plan = Plan(evict, None, _of_kind(stages, Encode), *spans, ranking=evict and evict.score)
+    select = _of_kind(stages, Select)
+    plan = Plan(select, None, _of_kind(stages, Encode), *spans, ranking=select and select.score)
     return Binding(plan, _grouped(range(layers), plan.layers))
 
 
 def is_fitted(stages: Sequence[Stage]) -> bool:
     """Whether some of these stages are fitted to the weights of a model."""
     return any(
-        isinstance(stage, Transform | Share) or (isinstance(stage, Evict) and stage.is_fitted) for stage in stages
+        isinstance(stage, Transform | Share) or (isinstance(stage, Select) and stage.is_fitted) for stage in stages
     )
 
 
 def needs_model(stages: Sequence[Stage]) -> bool:
     """Whether these stages cannot work for a caller that is no transformers model."""
-    evict = _of_kind(stages, Evict)
-    return is_fitted(stages) or (evict is not None and evict.looks_at_queries)
+    select = _of_kind(stages, Select)
+    return is_fitted(stages) or (select is not None and select.looks_at_queries)
 
 
 def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
@@ -201,16 +203,16 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         _check_settings(who, stages, heads)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
-            evict, transform = (_of_kind(stages, kind) for kind in (Evict, Transform))
-            if (transform and transform.unrotated) or (evict and evict.needs_rope is not False):
+            select, transform = (_of_kind(stages, kind) for kind in (Select, Transform))
+            if (transform and transform.unrotated) or (select and select.needs_rope is not False):
                 ropes = find_ropes(model, {i: modules[i] for i in full})
-                _check_ropes(transform and transform.unrotated and transform, evict, name, ropes)
+                _check_ropes(transform and transform.unrotated and transform, select, name, ropes)
             shares = _shares(stages, model, full, modules)
             plan = _plan(stages, model, [i for i in full if i not in shares], spans, heads)
             _check_agreed(who, plan, shares)
             if plan.transform and plan.transform.unrotated and not ropes:
                 ropes = find_ropes(model, {i: modules[i] for i in full})
-                _check_ropes(plan.transform.stage, evict, name, ropes)
+                _check_ropes(plan.transform.stage, select, name, ropes)
         if layers.growing:
             left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
             warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
@@ -249,7 +251,7 @@ def _of_kind(stages: Sequence[Stage], kind: type[Any]) -> Any:
 
 # ---- the stages of one stack
 
-KINDS: dict[str, Any] = {"share": Share, "select": Evict, "transform": Transform, "encode": Encode}
+KINDS: dict[str, Any] = {"share": Share, "select": Select, "transform": Transform, "encode": Encode}
 """What a stage of each kind is."""
 
 
@@ -281,7 +283,18 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
         if transform.encodes_itself and encode:
             raise StageError(f"{transform!r} packs its numbers itself, and {encode!r} has none left. Leave it out.")
         _check_nesting(transform, transform.layers, by_kind.get("select"))
+    _check_classes(by_kind.get("select"), transform, encode)
     return tuple(stages)
+
+
+def _check_classes(select: Any, transform: Any, encode: Any) -> None:
+    """Classes of tokens differ in bits: somebody must know which channels are worth them, and somebody spend them."""
+    if isinstance(select, Tiers) and not (transform and encode):
+        lacks = " and ".join(what for what, there in (("no transform", transform), ("no encoder", encode)) if not there)
+        raise StageError(
+            f"{select!r} spreads bits over tokens and channels, and this stack has {lacks}. "
+            f"Use KVStack([CommonKV(), Quant(2), {select!r}])."
+        )
 
 
 def _check_nesting(transform: Transform, layers: int | None, evict: Any) -> None:
@@ -302,7 +315,7 @@ def _check_nesting(transform: Transform, layers: int | None, evict: Any) -> None
 def _check_model(
     who: str, stages: Sequence[Stage], name: str, full: Sequence[int], modules: Mapping[int, nn.Module]
 ) -> None:
-    transform, evict, share = (_of_kind(stages, kind) for kind in (Transform, Evict, Share))
+    transform, select, share = (_of_kind(stages, kind) for kind in (Transform, Select, Share))
     if share is None and transform and transform.layers and len(full) % transform.layers:
         divisors = [n for n in range(1, len(full) + 1) if len(full) % n == 0]
         raise BindError(
@@ -310,8 +323,8 @@ def _check_model(
             f"layers, which do not divide. Use layers= one of {divisors}."
         )
     silent = [i for i in full if not gives_queries(modules[i])]
-    if evict:
-        _check_evict(evict, name, modules, full)
+    if select:
+        _check_attention(select, name, modules, full)
     if share:
         problem = None
         if silent:
@@ -325,28 +338,29 @@ def _check_model(
             )
 
 
-def _check_evict(evict: Evict, name: str, modules: Mapping[int, nn.Module], full: Sequence[int]) -> None:
-    """Refuse attention whose masks and position biases are as wide as all that was seen, where nobody can cut them to
-    what is held. The one place to lift this."""
+def _check_attention(select: Select, name: str, modules: Mapping[int, nn.Module], full: Sequence[int]) -> None:
+    """Refuse attention without queries where a score looks at them and, where tokens are dropped, masks and position
+    biases that are as wide as all that was seen: nobody can cut them to what is held. The one place to lift this."""
+    drops = isinstance(select, Evict)
     for layer in full:
-        if not gives_queries(modules[layer]):
-            lacks = "needs the queries" if evict.looks_at_queries else "drops tokens"
+        if not gives_queries(modules[layer]) and (drops or select.looks_at_queries):
+            lacks = "needs the queries" if select.looks_at_queries else "drops tokens"
             why = (
                 "does not go through transformers' interface: it gives no queries, and its masks and biases count "
                 "every token it has seen"
             )
-        elif counts_tokens(modules[layer]):
+        elif drops and counts_tokens(modules[layer]):
             lacks, why = "drops tokens", "makes a bias of its own that counts every token it has seen"
-        elif evict.refit and (expands(modules[layer]) or adds_to_softmax(modules[layer])):
+        elif select.refit and (expands(modules[layer]) or adds_to_softmax(modules[layer])):
             latent = "caches latents, of which keys and values are made"
             why = latent if expands(modules[layer]) else "attends with more than a softmax over keys"
             raise BindError(
-                f"{evict!r} makes tokens stand in for others, and {name} (layer {layer}) {why}. Use refit=False."
+                f"{select!r} makes tokens stand in for others, and {name} (layer {layer}) {why}. Use refit=False."
             )
         else:
             continue
         raise BindError(
-            f"{evict!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: "
+            f"{select!r} {lacks}, and the attention of {name} (layer {layer}) {why}. Leave it out for this model: "
             "stages that keep all tokens work."
         )
 
@@ -376,13 +390,15 @@ def _check_same(who: str, here: object, heads: Heads) -> None:
 
 def _check_agreed(who: str, plan: Plan, shares: Mapping[int, int]) -> None:
     """Refuse processes that would choose differently, and then wait for each other for ever."""
-    evict = plan.evict
+    select = plan.select
     here = [
         [
             type(stage).__name__
-            for stage in (evict and evict.score, plan.transform and plan.transform.stage, plan.encode)
+            for stage in (select and select.score, plan.transform and plan.transform.stage, plan.encode)
         ],
-        evict and (evict.keep, evict.pool, plan.share_heads),
+        plan.evict and plan.evict.keep,
+        plan.tiers and (plan.tiers.shares, plan.tiers.weights),
+        select and (select.pool, plan.share_heads),
         (plan.layers, plan.stored_together, plan.sinks, plan.window, plan.block),
         sorted(shares.items()),
     ]
@@ -417,13 +433,13 @@ def _shares(
 def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int], spans: Spans, heads: Heads) -> Plan:
     """Bind the encoder, then the score and the transform, which may take a minute to fit to the `layers` that hold
     something."""
-    evict, encode, transform = (_of_kind(stages, kind) for kind in (Evict, Encode, Transform))
+    select, encode, transform = (_of_kind(stages, kind) for kind in (Select, Encode, Transform))
     encode = encode and encode.bind(model)
-    ranking = evict and evict.bind(model, layers)
+    ranking = select and select.bind(model, layers)
     if transform is None:
-        return Plan(evict, None, encode, *spans, heads=heads, ranking=ranking)
+        return Plan(select, None, encode, *spans, heads=heads, ranking=ranking)
     bound: BoundTransform = transform.bind(model, layers)
-    _check_nesting(transform, bound.layers, evict)
+    _check_nesting(transform, bound.layers, select)
     if len(layers) % bound.layers and not bound.remainder:
         divisors = [n for n in range(1, len(layers) + 1) if len(layers) % n == 0]
         raise BindError(
@@ -432,22 +448,45 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         )
     encode = encode or EXACT
     if isinstance(bound, Budgeted):
-        allotments = _allotments(bound, encode)
-        ample = bound.ample(allotments)
-        bound = ample.allotted(allotments if ample is bound else _allotments(ample, encode))
+        bound = bound.ample(_allotments(bound, encode, None))
+        bound = bound.allotted(_allotments(bound, encode, select))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
-    return Plan(evict, bound, encode, *spans, codecs=codecs, heads=heads, ranking=ranking)
+    if isinstance(select, Tiers):
+        _check_tiered(select, transform, encode, codecs)
+    return Plan(select, bound, encode, *spans, codecs=codecs, heads=heads, ranking=ranking)
 
 
-def _allotments(bound: Budgeted, encode: Encode) -> list[Allotment]:
-    """Channels of all groups compete: for bits where the encoder can spend them unevenly, for places otherwise."""
+def _check_tiered(tiers: Tiers, transform: Transform, encode: Encode, codecs: Sequence[Codec]) -> None:
+    """Refuse latents that cannot be packed class by class."""
+    for codec in codecs:
+        if not codec.lower:
+            raise BindError(
+                f"{tiers!r} spreads bits over tokens and channels: {transform!r} must know the energy of its channels, "
+                f"and {encode!r} spend bits unevenly. Use CommonKV() and Quant(2), or leave {tiers!r} out."
+            )
+        if codec.granule > 1:
+            raise BindError(
+                f"{tiers!r} puts single tokens into classes, and {transform!r} keeps some of every {codec.granule} "
+                "tokens apart. Use unmerged=0."
+            )
+
+
+def _allotments(bound: Budgeted, encode: Encode, select: Select | None) -> list[Allotment]:
+    """Channels of all groups compete: for bits where the encoder can spend them unevenly, for places otherwise. So do
+    tokens of several classes."""
+    if isinstance(select, Tiers):
+        by_class = encode.allot_by_class(bound.channels, bound.numbers, select.shares, select.weights)
+        if by_class is not None:
+            return [Allotment(first.rank, first, lower) for first, *lower in zip(*by_class, strict=True)]
     encoders = encode.allot(bound.channels, bound.numbers)
     if encoders is not None:
         return [Allotment(encoder.rank, encoder) for encoder in encoders]
     return [Allotment(rank) for rank in leading([known.energy for known in bound.channels], bound.numbers)]
 
 
-def _check_ropes(transform: Transform | None, evict: Evict | None, name: str, ropes: Mapping[int, Rope | None]) -> None:
+def _check_ropes(
+    transform: Transform | None, select: Select | None, name: str, ropes: Mapping[int, Rope | None]
+) -> None:
     """Refuse stages that need keys without rotary embedding (`transform` is None where it does not)."""
     refused = [(layer, rope.refusal) for layer, rope in ropes.items() if rope is not None and rope.refusal]
     switches = {rope.switch for rope in ropes.values() if rope is not None and rope.switch is not None}
@@ -461,9 +500,9 @@ def _check_ropes(transform: Transform | None, evict: Evict | None, name: str, ro
             f"{transform!r} wants keys without rotary embedding, and kvstack cannot take it off in layer {layer} of "
             f"{name}: {reason}. Leave {transform!r} out for this model: Evict and Quant take keys as they are cached."
         )
-    if evict and evict.needs_rope:
-        fix = "refit=False" if evict.refit else 'score="snapkv" or another one that takes keys as they are cached'
+    if select and select.needs_rope:
+        fix = "refit=False" if select.refit else 'score="snapkv" or another one that takes keys as they are cached'
         raise BindError(
-            f"{evict!r} needs to know how keys are rotated, and kvstack cannot tell for layer {layer} of {name}: "
+            f"{select!r} needs to know how keys are rotated, and kvstack cannot tell for layer {layer} of {name}: "
             f"{reason}. Use {fix}."
         )

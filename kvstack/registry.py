@@ -34,6 +34,7 @@ BUILT_IN: dict[Family, dict[str, EntryPoint]] = {
         commonkv="kvstack.transform.commonkv:CommonKV",
         evict="kvstack.select.evict:Evict",
         quant="kvstack.encode.quant:Quant",
+        tiers="kvstack.select.tiers:Tiers",
     ),
     "scores": _own(
         "scores",

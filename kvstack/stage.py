@@ -2,7 +2,7 @@
 
     kind        write                                        it decides
     share       Share.bind(model)                            which layers read another layer's keys and values
-    select      Score.score(kv, context), given to Evict     which tokens stay
+    select      Score.score(kv, context), given to Evict     which tokens stay (Tiers: how many bits they get)
     transform   Transform.forward(group), .inverse           how adjacent layers become named latents, and back
     encode      Encode.encode(x, role), .decode              how one tensor is stored in fewer bytes
 
@@ -254,6 +254,17 @@ class Encode(Stage, Encoder):
         """This stage, for `model`; raise `BindError` where the two cannot work together."""
         return self
 
+    def allot_by_class(
+        self, channels: Sequence[Channels], numbers: int, shares: Sequence[float], weights: Sequence[float]
+    ) -> Sequence[Sequence[ChannelEncoder]] | None:
+        """The same for tokens of several classes, which spend one budget: for each class what `allot` gives.
+
+        Args:
+            shares: of the tokens, 1 in all, the most important class first.
+            weights: how much an error counts in each class, falling.
+        """
+        return None
+
     def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[ChannelEncoder] | None:
         """Spread the bits of `numbers` numbers a token over the channels of all groups: one encoder for each group's
         latent. None (the default) where every number takes the same."""
@@ -275,6 +286,8 @@ class Codec:
     """Whether latents that are stored exactly need not be contiguous, see `Encoder.reads_room`."""
     encoders: Mapping[str, Encoder] = {}
     """Encoders of its own by the name of the latent. Name all latents that are not exact, or none."""
+    lower: Mapping[str, Sequence[Encoder]] = {}
+    """Where tokens are in classes: the encoders of the classes below the first, whose encoder is in `encoders`."""
     tensors: Sequence[Tensor] = ()
     """What was fitted to the model for this group; all caches of the model share it."""
     fingerprint: str = ""

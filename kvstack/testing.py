@@ -25,6 +25,7 @@ from .cache import KVStack
 from .errors import UseError
 from .files import read_tensors, write_tensors
 from .packed import Packed, storage_bytes
+from .select.choosing import Select
 from .select.evict import Evict
 from .spec import parse, to_dict, to_spec
 from .stage import Codec, Encode, Encoder, Share, Stage, Transform
@@ -95,12 +96,12 @@ def check_stage(stage: Stage, model: Any = None) -> None:
         check_transform(stage, model)
     elif isinstance(stage, Share):
         check_share(stage, model)
-    elif isinstance(stage, Evict):
+    elif isinstance(stage, Select):
         check_select(stage)
     else:
         raise AssertionError(f"{stage!r} is of no kind: subclass Share, Transform or Encode, or give a Score to Evict")
     check_in_stack(stage, model)
-    if not isinstance(stage, Evict | Share):
+    if not isinstance(stage, Select | Share):
         check_file(stage, model)
 
 
@@ -246,7 +247,7 @@ def _check_fitted(stage: Transform, codec: FitsText, data: dict[str, Tensor], la
     assert same, f"{stage!r}: with_fitted() with rows swapped does not give the rows swapped"
 
 
-def check_select(stage: Evict) -> None:
+def check_select(stage: Select) -> None:
     """Scores are finite, one per row, kv head and token, and do not change what they look at."""
     _check_scores(stage, stage)
 
@@ -258,7 +259,7 @@ def check_score(score: Any, model: Any = None) -> None:
     check_in_stack(stage, model)
 
 
-def _check_scores(who: Any, stage: Evict) -> None:
+def _check_scores(who: Any, stage: Select) -> None:
     model = tiny_model()
     bound, wants = stage.bind(model, range(model.config.num_hidden_layers)), stage.queries
     kv = KV(_numbers(2, 2, 48, 16), _numbers(2, 2, 48, 16, seed=1))

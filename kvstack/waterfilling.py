@@ -42,9 +42,8 @@ def spread_by_class(
 ) -> list[list[Tensor]]:
     """One water level for the channels of tokens of several classes: for each class what `spread` gives.
 
-    A class is a share of the tokens, whose errors weigh so much: a bit for each token of class c costs `shares[c]` bits
-    per token, and takes off its part of `weights[c]` times the energy, for as many tokens. So bits go where weight times
-    energy is largest, whatever the shares are.
+    A class is a share of the tokens, whose errors weigh so much. A bit for each token of it costs this share of a bit
+    per token, and serves this share of the tokens. So bits go where weight times energy is largest.
 
     Args:
         bits: spent per token, in the mean over all tokens: at most that many, and less than one share below.

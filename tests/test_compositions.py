@@ -21,11 +21,15 @@ SPECS = {
     "kvtc": "kvtc",
     "minicache": "minicache",
     "quant": "quant:4",
+    "tiers": "tiers",
     "xkv": "xkv:layers=2",
 }
 """How each stage is built here."""
 REFUSED = {("kvtc", "quant"): "packs its numbers itself"}
 """Stages of two kinds that cannot be together, and words of the sentence that says so."""
+
+SPREAD = {"commonkv", "quant"}
+"""What `tiers` needs: somebody knows what bits are worth in each channel, and somebody spends them."""
 
 SINKS, WINDOW, BLOCK = 4, 16, 16
 TOKENS, NEW = 480, 40
@@ -44,6 +48,8 @@ def named(kind: str) -> list[str]:
 
 
 def refusal(names: tuple[str, ...]) -> str | None:
+    if "tiers" in names and not ({*names} >= SPREAD or {*names} >= {"kvtc", "quant"}):
+        return "spreads bits over tokens and channels"
     return next((REFUSED[pair] for pair in combinations(sorted(names), 2) if pair in REFUSED), None)
 
 

@@ -14,8 +14,8 @@ from kvstack.cli.commands import EXAMPLE
 from kvstack.testing import tiny_model
 
 ROOT = Path(__file__).parent.parent
-WRITTEN = {"evict": "evict:0.2", "quant": "quant:4"}
-"""How to write stages that have no default for what they need most."""
+WRITTEN = {"evict": "evict:0.2", "quant": "quant:4", "tiers": "commonkv+quant:2+tiers"}
+"""How to write stages that have no default for what they need most, or need others."""
 NOT_HERE = ("vnorm", "kvpress", "out/", "'FILE'")
 """What a page writes or asks to be installed first: a score of its own, another package, a file."""
 

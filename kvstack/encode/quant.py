@@ -15,7 +15,7 @@ from ..packed import Packed
 from ..read.codes import fastest
 from ..stage import Encode, Reader, check
 from ..types import Channels
-from ..waterfilling import spread
+from ..waterfilling import spread_by_class
 from ..workspace import Workspace
 from .blockwise import Blockwise
 from .channel_codes import ChannelCodes, bits_of
@@ -99,14 +99,17 @@ class Quant(Encode):
         return isinstance(self.coder, Kivi)  # bitsandbytes reads codes that lie side by side
 
     def allot(self, channels: Sequence[Channels], numbers: int) -> Sequence[ChannelCodes] | None:
+        each = self.allot_by_class(channels, numbers, (1.0,), (1.0,))
+        return None if each is None else each[0]
+
+    def allot_by_class(
+        self, channels: Sequence[Channels], numbers: int, shares: Sequence[float], weights: Sequence[float]
+    ) -> Sequence[Sequence[ChannelCodes]] | None:
         if self.codec != "kivi":
             return None
         energies = [known.energy for known in channels]
-        encoders = []
-        for energy, widths in zip(energies, _within(energies, self.bits * numbers), strict=True):
-            rank = int((widths > 0).sum())
-            encoders.append(ChannelCodes(energy[:rank].clone(), widths[:rank].clone()))
-        return encoders
+        by_class = _within(energies, self.bits * numbers, shares, weights)
+        return [[_encoder(*each) for each in zip(energies, counts, strict=True)] for counts in by_class]
 
     def reader(self, device: torch.device) -> Reader:
         return fastest(self.coder, device) if isinstance(self.coder, Kivi) else self
@@ -124,18 +127,27 @@ class Quant(Encode):
         return self.coder.mix(weights, packed, role, work)
 
 
-def _within(energies: Sequence[Tensor], bits: int) -> list[Tensor]:
-    """Widths of all channels that take `bits` bits a token at most, gains included, or one bit for each latent where
-    that is more: without any channel it could not be stored."""
-    for_codes = bits
+def _within(
+    energies: Sequence[Tensor], bits: int, shares: Sequence[float], weights: Sequence[float]
+) -> list[list[Tensor]]:
+    """Widths of all channels, for tokens of each class, that take `bits` bits a token at most in the mean, gains
+    included, or one bit for each latent where that is more: without any channel it could not be stored."""
+    for_codes = float(bits)
     while True:
-        widths = spread(energies, for_codes)
-        for each in widths:
-            each[:1].clamp_(min=1)
-        over = sum(map(bits_of, widths)) - bits
+        by_class = spread_by_class(energies, for_codes, shares, weights)
+        for widths in by_class:
+            for each in widths:
+                each[:1].clamp_(min=1)
+        spent = sum(share * sum(map(bits_of, widths)) for share, widths in zip(shares, by_class, strict=True))
+        over = spent - bits * (1 + 1e-9)
         if over <= 0 or not for_codes:
-            return widths
-        for_codes = max(0, for_codes - over)
+            return by_class
+        for_codes = max(0.0, for_codes - max(over, min(shares)))
+
+
+def _encoder(energy: Tensor, widths: Tensor) -> ChannelCodes:
+    rank = int((widths > 0).sum())
+    return ChannelCodes(energy[:rank].clone(), widths[:rank].clone())
 
 
 def _head_sizes(config: Any) -> set[int]:

@@ -14,7 +14,9 @@ from ..abilities import FitsText, NeedsHidden, ReadsLinearly, RefitsText
 from ..encode.exact import EXACT, Exact
 from ..heads import ALONE, Heads
 from ..read import latents
+from ..select.choosing import Select
 from ..select.evict import Evict
+from ..select.tiers import Tiers
 from ..stage import BoundTransform, Codec, Encode, Encoder, Ranking, Reader, check
 
 __all__ = ["Plan", "Spans"]
@@ -40,7 +42,7 @@ class Plan:
         heads: the kv heads that other processes hold.
     """
 
-    evict: Evict | None
+    select: Select | None
     transform: BoundTransform | None
     encode: Encode | None
     sinks: int
@@ -62,6 +64,16 @@ class Plan:
                 "Leave out hidden states, or what fits it anew.",
             )
 
+    @property
+    def evict(self) -> Evict | None:
+        """What drops tokens."""
+        return self.select if isinstance(self.select, Evict) else None
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """What puts tokens into classes."""
+        return self.select if isinstance(self.select, Tiers) else None
+
     @cached_property
     def seals(self) -> bool:
         """Whether tokens are encoded at all."""
@@ -80,21 +92,23 @@ class Plan:
     @cached_property
     def layers(self) -> int:
         """Adjacent layers that are handled together: stored together, or evicted together."""
-        if self.evict is None:
+        if self.select is None:
             return self.stored_together
         stored = self.transform.layers if self.transform else None
-        return max(self.evict.layers or stored or self.evict.usual_layers, self.stored_together)
+        return max(self.select.layers or stored or self.select.usual_layers, self.stored_together)
 
     @cached_property
     def share_heads(self) -> bool:
         """Whether one token set serves all heads (and layers) of a group."""
-        wish = bool(self.evict and self.evict.share_heads) or bool(self.transform and self.transform.stage.share_heads)
+        wish = bool(self.select and self.select.share_heads) or bool(
+            self.transform and self.transform.stage.share_heads
+        )
         return wish or self.layers > 1
 
     @cached_property
     def refits(self) -> bool:
         """Whether tokens that stay are made to stand in for those that are dropped."""
-        return self.evict is not None and self.evict.refit
+        return self.select is not None and self.select.refit
 
     @cached_property
     def hidden(self) -> bool:
@@ -125,7 +139,8 @@ class Plan:
     def _encoders_of(self, codec: Codec) -> Sequence[Encoder]:
         """What packs the latents that are read in place, if any."""
         assert self.encode is not None
-        reads = isinstance(codec, ReadsLinearly) and codec.exact is not None
+        # codes of classes are joined before they are read
+        reads = isinstance(codec, ReadsLinearly) and codec.exact is not None and self.tiers is None
         return (list(codec.encoders.values()) or [self.encode]) if reads else [EXACT]
 
     def granule(self, width: int) -> int:
@@ -140,7 +155,8 @@ class Plan:
 
 
 def _granule(codec: Codec, encode: Encode, width: int) -> int:
-    encoders = codec.encoders.values() or [encode]
+    lower = (encoder for classes in codec.lower.values() for encoder in classes)
+    encoders = [*codec.encoders.values(), *lower] or [encode]
     packed = math.lcm(*(encoder.granule(width) for encoder in encoders))
     # as many granules of the transform as make whole ones of the encoder out of any share of them
     return codec.granule * (packed // math.gcd(packed, codec.latent_multiple))

@@ -55,9 +55,10 @@ class Sealed(Track):
     # ---- writing
 
     @abstractmethod
-    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False) -> None:
+    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False, scores: Tensor | None = None) -> None:
         """Encode `block`, one `KV` (B, H, T, D) per layer, of tokens that the model was given `positions` for, (B or 1,
-        H or 1, T) or (B, axes, H or 1, T). `spare`: more such blocks will come, so room is left for them."""
+        H or 1, T) or (B, axes, H or 1, T). `spare`: more such blocks will come, so room is left for them. `scores`:
+        (B, 1, T), how important they are, where tokens are in classes."""
 
     def needs(self, raw: Sequence[KV]) -> int:
         """How many tokens the first block must have."""
@@ -116,6 +117,10 @@ class Sealed(Track):
     def _share(self, packed: Packed, tokens: int) -> int:
         """How many of `tokens` sealed tokens a latent holds that may hold only some."""
         return tokens * packed.tokens // self.tokens
+
+    def whole(self, tokens: int, granule: int) -> int:
+        """How many of the first `tokens` can stay sealed without those behind them."""
+        return tokens // granule * granule
 
     def _emptied(self) -> None:
         """Codes of no tokens go with the last of them: the next ones may be of another width."""
@@ -200,11 +205,14 @@ class Sealed(Track):
             name = described["role"]
             if not isinstance(name, str) or name not in like or name in self.packed:
                 raise misfit(f"{what} hold {name!r} twice, or where there are only {list(like)}.")
-            times = self.tokens // granule
-            self.packed[name] = self._restore_packed(name, described, like[name], times, get)
+            self.packed[name] = self._restore_packed(name, described, like[name], self._granules(name, granule), get)
         if lost := like.keys() - self.packed.keys():
             raise misfit(f"{what} lack {sorted(lost)}.")
         self._check_decoded(get)
+
+    def _granules(self, name: str, granule: int) -> int:
+        """How many granules of a latent are sealed."""
+        return self.tokens // granule
 
     def _restore_packed(self, name: str, entry: Mapping[str, Any], like: Packed, times: int, get: Get) -> Packed:
         what = get.where(name)
@@ -282,7 +290,7 @@ def _check_shape(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, w
 class LayerCodes(Sealed):
     """Sealed tokens of one layer."""
 
-    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False) -> None:
+    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False, scores: Tensor | None = None) -> None:
         (kv,) = block
         encode = self.plan.encode
         assert encode is not None
@@ -368,18 +376,18 @@ class GroupLatents(Sealed):
     def needs(self, raw: Sequence[KV]) -> int:
         return self.codec.min_tokens(raw) if isinstance(self.codec, FitsText) else 0
 
-    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False) -> None:
+    def append(self, block: Sequence[KV], positions: Tensor, spare: bool = False, scores: Tensor | None = None) -> None:
         if self._unrotated:
             block = [replace(kv, keys=self._unrotate(i, kv.keys, positions)) for i, kv in enumerate(block)]
         new = block[0].tokens
-        for name, packed in self._packed(self._fit(block)).items():
+        for name, packed in self._packed(self._fit(block), scores).items():
             self._add(name, packed, spare)
         self.tokens += new
 
     def _reads_room(self, name: str, packed: Packed) -> bool:
         return self.codec.reads_room if self._exact(name, packed) else self._encoder(name).reads_room
 
-    def _packed(self, latents: Mapping[str, Latent]) -> dict[str, Packed]:
+    def _packed(self, latents: Mapping[str, Latent], scores: Tensor | None) -> dict[str, Packed]:
         made = {}
         for name, latent in latents.items():
             encoder = EXACT if latent.exact else self._encoder(name)
@@ -581,8 +589,12 @@ class GroupLatents(Sealed):
             self.codec.check_fitted([_any_numbers(layout, get.rows, 1) for layout in get.layouts])
 
     def _sample(self, get: Get) -> dict[str, Packed]:
+        return self._packed(self._latents_of_sample(get), None)
+
+    def _latents_of_sample(self, get: Get) -> Mapping[str, Latent]:
+        """Those of one granule of any numbers."""
         granule = self.plan.granule(get.layouts[0].key_width)
-        return self._packed(self.codec.forward([_any_numbers(layout, get.rows, granule) for layout in get.layouts]))
+        return self.codec.forward([_any_numbers(layout, get.rows, granule) for layout in get.layouts])
 
     def _exact(self, name: str, packed: Packed) -> bool:
         return packed.exact or isinstance(self._encoder(name), Exact)

@@ -35,6 +35,7 @@ from .given import Given, Placed
 from .plan import Plan
 from .refit import Refitted, refitted
 from .sealed import GroupLatents, LayerCodes, Sealed
+from .tiered import TieredLatents
 from .tracks import Bias, Crop, Cut, Memory, Positions, Put, Queries, RawTokens, References, Track
 
 __all__ = ["Expand", "Store"]
@@ -94,11 +95,12 @@ class Store:
 
     def _nothing_sealed(self) -> list[Sealed]:
         size, parts = self.plan.stored_together, list[Sealed]()
+        latents = GroupLatents if self.plan.tiers is None else TieredLatents
         for i in range(0, len(self.layers), size):
             mine = self.layers[i : i + size]
             if self.codecs:
                 ropes = [self.ropes.get(layer) for layer in mine]
-                parts.append(GroupLatents(self.plan, mine, self.codecs[i // size], ropes))
+                parts.append(latents(self.plan, mine, self.codecs[i // size], ropes))
             else:
                 parts.append(LayerCodes(self.plan, mine))
         return parts
@@ -182,11 +184,11 @@ class Store:
     def remember(self, slot: int, queries: Tensor, seen: int, may_be_cropped: bool) -> None:
         """Keep what is wanted of the running forward's queries (B, H*G, Q, D): by the score, and some more where tokens
         may be taken back before it looks; by refitting."""
-        evict = self.plan.evict
-        if evict is None or not evict.looks_at_queries:
+        select = self.plan.select
+        if select is None or not select.looks_at_queries:
             return
         guesses = GUESSES if may_be_cropped else 0
-        keep = -1 if evict.tracks or evict.queries < 0 else max(1, evict.queries) + guesses
+        keep = -1 if select.tracks or select.queries < 0 else max(1, select.queries) + guesses
         self.queries[slot].add(queries, keep)
         if self.references and queries.shape[2] > 1:
             self.references[slot].add(queries, seen, guesses)
@@ -214,6 +216,7 @@ class Store:
             dropped = how_many(between, raw, budget, granule, plan.block)
         # evict, unless nothing has to go
         seals = plan.seals and not (plan.first_block_only and self.sealed_tokens)
+        seals = seals and (plan.tiers is None or self._can_score())
         block = max(plan.block, granule)
         if dropped:
             cut = self._cut(seen, granule, dropped, scalings, work)
@@ -227,24 +230,27 @@ class Store:
         enough = seals and self.middle >= self._first_block(granule) and bool(dropped or self.middle >= block)
         if enough and (count := self.middle // granule * granule):
             # after an eviction, the next one copies what is left anyway; after a prompt, maybe nothing follows
-            self._seal(seen, count, spare=not dropped and new <= plan.block)
+            scores = None
+            if plan.tiers is not None:
+                scores = self._ranking(seen, scalings, work)[..., self.sealed_tokens : self.sealed_tokens + count]
+            self._seal(seen, count, spare=not dropped and new <= plan.block, scores=scores)
         for queries in self.queries:
-            queries.settled(bool(dropped) or (plan.evict is not None and not plan.evict.queries and not plan.refits))
+            queries.settled(bool(dropped) or (plan.select is not None and not plan.select.queries and not plan.refits))
         for references in self.references:
             references.forget()
         self.close()
 
     def _can_score(self) -> bool:
         """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
-        evict = self.plan.evict
-        assert evict is not None
-        blind = evict.queries == 0 and not self.plan.refits
-        return blind or evict.tracks or all(known.newest(-1) is not None for known in self.queries)
+        select = self.plan.select
+        assert select is not None
+        blind = select.queries == 0 and not self.plan.refits
+        return blind or select.tracks or all(known.newest(-1) is not None for known in self.queries)
 
     def _track(self, seen: int, scalings: Sequence[float], work: Workspace) -> None:
         """Let the score update its memory of each token with the queries that it has not seen."""
-        evict, ranking = self.plan.evict, self.plan.ranking
-        if evict is None or ranking is None or not evict.tracks:
+        select, ranking = self.plan.select, self.plan.ranking
+        if select is None or ranking is None or not select.tracks:
             return
         for slot, known in enumerate(self.queries):
             queries = known.unseen()
@@ -281,14 +287,8 @@ class Store:
         return -(-needed // granule) * granule
 
     def _cut(self, seen: int, granule: int, drop: int, scalings: Sequence[float], work: Workspace) -> Cut:
-        """Score all held tokens of all layers and decide which of the middle ones stay."""
-        evict = self.plan.evict
-        assert evict is not None
-        scores: list[Tensor] = []
-        for slot in range(len(self.layers)):
-            score = self._scores(slot, seen, scalings[slot], work)
-            scores.append(score.to(scores[0].device) if scores else score)
-        pooled = evict.pooled(scores, self.plan.heads) if self.plan.share_heads or self.mixes_heads else scores[0]
+        """Decide which of the middle tokens stay."""
+        pooled = self._ranking(seen, scalings, work)
         sinks, sealed, middle = self.sinks, self.sealed_tokens, self.middle
         choice: Choice = choose(pooled, sealed, granule, drop, self.plan.heads)
         positions = self.positions(seen)[..., sinks : sinks + sealed + middle]
@@ -318,43 +318,54 @@ class Store:
         assert queries is not None  # `_can_score` has asked
         return queries, torch.arange(seen - queries.shape[2], seen)
 
+    def _ranking(self, seen: int, scalings: Sequence[float], work: Workspace) -> Tensor:
+        """(B, H or 1, sealed + middle): score all held tokens of all layers."""
+        select = self.plan.select
+        assert select is not None
+        scores: list[Tensor] = []
+        for slot in range(len(self.layers)):
+            score = self._scores(slot, seen, scalings[slot], work)
+            scores.append(score.to(scores[0].device) if scores else score)
+        return select.pooled(scores, self.plan.heads) if self.plan.share_heads or self.mixes_heads else scores[0]
+
     def _scores(self, slot: int, seen: int, scaling: float, work: Workspace) -> Tensor:
         """(B, H, sealed + middle) scores of one layer, checked; H are the heads that hold something."""
-        evict, ranking, layer = self.plan.evict, self.plan.ranking, self.layers[slot]
-        assert evict is not None
+        select, ranking, layer = self.plan.select, self.plan.ranking, self.layers[slot]
+        assert select is not None
         assert ranking is not None
         kv = self._attended(slot, seen, work)
-        queries = self.queries[slot].newest(evict.queries)
+        queries = self.queries[slot].newest(select.queries)
         score = ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
         if score.shape != kv.keys.shape[:3]:
             raise UseError(
-                f"{evict!r} on layer {layer}: score gave {tuple(score.shape)}, "
+                f"{select!r} on layer {layer}: score gave {tuple(score.shape)}, "
                 f"one number per row, kv head and token is needed: {tuple(kv.keys.shape[:3])}."
             )
         score = score[:, :, self.sinks : self.sinks + self.sealed_tokens + self.middle]
         if not bool(torch.isfinite(score).all()):
             raise UseError(
-                f"{evict!r} on layer {layer}: scores hold NaN or infinity, so the keys do. "
+                f"{select!r} on layer {layer}: scores hold NaN or infinity, so the keys do. "
                 "Check the model's dtype (float16 overflows) and its input."
             )
         # all heads of latent attention read one latent of a token
         one = score.shape[1] != self.raw[slot].kv.keys.shape[1]
-        return evict.pooled([score], self.plan.heads) if one else score
+        return select.pooled([score], self.plan.heads) if one else score
 
     def _attended(self, slot: int, seen: int, work: Workspace) -> KV:
         """What a score compares: with queries, the keys that these attend to, where latents are held in their place."""
-        kv, evict = self.read(slot, seen, work), self.plan.evict
-        expand = self.expansions.get(self.layers[slot]) if evict is not None and evict.looks_at_queries else None
+        kv, select = self.read(slot, seen, work), self.plan.select
+        expand = self.expansions.get(self.layers[slot]) if select is not None and select.looks_at_queries else None
         return kv if expand is None else KV(*expand(kv.keys, kv.values))
 
-    def _seal(self, seen: int, count: int, spare: bool) -> None:
-        """Move the oldest `count` raw middle tokens into the sealed part, with room left for more if `spare`."""
+    def _seal(self, seen: int, count: int, spare: bool, scores: Tensor | None) -> None:
+        """Move the oldest `count` raw middle tokens into the sealed part, with room left for more if `spare`. `scores`
+        (B, 1, count) say how important they are, where classes of tokens are told apart."""
         first = self.sinks + self.sealed_tokens
         given = self.given.at(self.positions(seen)[..., first : first + count])
         block = [track.draw(self.sinks, count) for track in self.raw]
         size = self.plan.stored_together
         for i, part in enumerate(self.sealed):
-            part.append(block[i * size : (i + 1) * size], given, spare)
+            part.append(block[i * size : (i + 1) * size], given, spare, scores)
 
     # ---- reading
 
@@ -484,7 +495,7 @@ class Store:
     def crop(self, seen: int, remove: int, stay: int) -> None:
         """Forget the newest `remove` of `seen` tokens. `stay` tokens beside the sinks are left, in every layer."""
         sinks, granule = min(self.sinks, seen - remove), self.granule
-        whole = min(self.sealed_tokens, stay) // granule * granule
+        whole = min(part.whole(min(self.sealed_tokens, stay), granule) for part in self.sealed)
         rest = max(0, min(self.sealed_tokens, stay) - whole)
         thawed = self._thawed(seen, whole, rest, granule) if rest else ()
         crop = Crop(remove, seen - remove, sinks, stay, whole, max(0, stay - self.sealed_tokens), thawed)
@@ -550,12 +561,12 @@ class Store:
 
     def _check_scores(self, slot: int, layout: Layout, get: Get) -> None:
         """Refuse memory and queries that the score does not keep."""
-        evict, queries, memory = self.plan.evict, self.queries[slot].before, self.memory[slot].tensors
+        select, queries, memory = self.plan.select, self.queries[slot].before, self.memory[slot].tensors
         what = get.part(slot, 1).where("the memory of a score")
-        if queries is not None and (evict is None or not evict.looks_at_queries or queries.shape[2] > self.held):
+        if queries is not None and (select is None or not select.looks_at_queries or queries.shape[2] > self.held):
             raise misfit(f"{what} holds queries, and no score looks at them.")
         like: Mapping[str, Tensor] = {}
-        if evict is not None and evict.tracks and self.held:
+        if select is not None and select.tracks and self.held:
             like = self._any_memory(slot, layout)
         if memory.keys() != like.keys() or any(x.dtype != like[name].dtype for name, x in memory.items()):
             raise misfit(f"{what} is of {sorted(memory)}, not of {sorted(like)}.")

@@ -246,6 +246,11 @@ class Calibrated(Budgeted):
         codec = Project(bases, None if self.apart is None else self.apart[number], self._heads_of(layers))
         encoders = {name: one.encoder for name, one in zip(codec.names, allotments, strict=True) if one.encoder}
         codec.encoders = {name: x.to(device) if isinstance(x, ChannelCodes) else x for name, x in encoders.items()}
+        codec.lower = {
+            name: [x.to(device) if isinstance(x, ChannelCodes) else x for x in one.lower]
+            for name, one in zip(codec.names, allotments, strict=True)
+            if one.lower
+        }
         codec.exact, codec.rough = self.stage.exact, self.stage.rough
         codec.tensors = [*(x for basis in bases for x in basis.tensors), *self.calibration.tensors(layers)]
         codec.fingerprint = _fingerprint(self.calibration.fingerprint, layers, codec)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvstack import Calibration, CommonKV, Evict, KVStack, Quant, calibrate
+from kvstack import Calibration, CommonKV, Evict, KVStack, Quant, Tiers, calibrate
 
 from .modes import tokens
 
@@ -81,6 +81,7 @@ STACKS: dict[str, Entry] = {
     "CommonKV": Entry(lambda model: [CommonKV(1.0, layers=1, calibration=_calibration(model, layers=1))], 0.01),
     "CommonKV, weights": Entry(lambda model: [CommonKV(1.0, layers=1, basis="weights")], 0.01),
     "the line": Entry(lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Evict(0.2)], None),
+    "the line, Tiers": Entry(lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Tiers()], None),
     **_scores(),
     **_plugins(),
 }

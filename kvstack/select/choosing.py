@@ -1,0 +1,107 @@
+"""What stages of the kind `select` have in common: a score for each token, and how scores of several heads and layers
+become one ranking. What they do with it is their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..heads import ALONE, Heads
+from ..registry import score_names
+from ..spec import make_score
+from ..stage import Ranking, Score, Stage, check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["DEFAULT", "Select"]
+
+DEFAULT = "snapkv"
+
+
+class Select(Stage):
+    """Ranks the tokens between sinks and window. Subclasses are dataclasses that have these settings, or fix them.
+
+    Attributes:
+        score: the name of a score, or any object with `score(kv, context)`; the object once it is made.
+        layers: adjacent layers that share one ranking; None: as many as a transform stores together, or else what suits
+            the score.
+        share_heads: whether all kv heads of a layer share one ranking.
+        pool: how the scores of heads and layers that share a ranking become one.
+        refit: whether tokens are made to stand in for others (default False).
+    """
+
+    score: Score | str
+    layers: int | None
+    share_heads: bool
+    pool: Literal["mean", "max"]
+    refit: bool = False
+
+    kind = "select"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score, str):
+            object.__setattr__(self, "score", make_score(self.score))
+        check(self.pool in ("mean", "max"), self, f"{self.pool!r} is no way to pool.", 'Use "mean" or "max".')
+        check(
+            callable(getattr(self.score, "score", None)) and not isinstance(self.score, type),
+            self,
+            "a score is a name or an object with a method score(kv, context).",
+            f"Use one of: {', '.join(score_names())}.",
+        )
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        if settings["score"] == make_score(DEFAULT):
+            del settings["score"]
+        return settings
+
+    # A score may be any object with a `score` method: what it does not say about itself has the default of `Score`.
+
+    @property
+    def usual_layers(self) -> int:
+        """Adjacent layers that share one ranking where nobody says how many."""
+        return int(getattr(self.score, "layers", Score.layers))
+
+    @property
+    def queries(self) -> int:
+        """Newest queries that the score looks at; -1 for all of the running forward."""
+        return int(getattr(self.score, "queries", Score.queries))
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the score keeps a memory per token."""
+        return bool(getattr(self.score, "tracks", Score.tracks))
+
+    @property
+    def needs_rope(self) -> bool | None:
+        """Whether the score uses `Context.rope`, or refitting does; None: the score may."""
+        needs: bool | None = getattr(self.score, "needs_rope", Score.needs_rope)
+        return True if self.refit else needs
+
+    @property
+    def looks_at_queries(self) -> bool:
+        return self.queries != 0 or self.tracks or self.refit
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the score is fitted to the weights of a model."""
+        return bool(getattr(self.score, "is_fitted", Score.is_fitted))
+
+    def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
+        """What ranks the tokens of `model`, see `Score.bind`."""
+        bind = getattr(self.score, "bind", None)
+        return cast(Ranking, self.score if bind is None else bind(model, layers))
+
+    def pooled(self, scores: Sequence[Tensor], heads: Heads = ALONE) -> Tensor:
+        """One ranking (B, 1, T) for all heads of all `scores`, one (B, H, T) per layer that must agree, and for those
+        that other processes hold (`heads`)."""
+        each = torch.cat(list(scores), dim=1)  # (B, heads of all layers, T)
+        # scores of one head are comparable with each other, those of two heads are not: some are attention
+        # weights that sum to one, some are distances
+        spread = each.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
+        each = (each - each.mean(-1, keepdim=True)) / spread
+        return heads.max(each) if self.pool == "max" else heads.mean(each)
