@@ -501,7 +501,7 @@ class Store:
         crop = Crop(remove, seen - remove, sinks, stay, whole, max(0, stay - self.sealed_tokens), thawed)
         for track in self.tracks():
             track.crop(crop)
-        self.close()
+        self.end_forward()  # what was read to thaw tokens is not needed any more, positions included
 
     def _thawed(self, seen: int, whole: int, rest: int, granule: int) -> tuple[KV, ...]:
         """`rest` tokens behind the `whole` ones that stay sealed, decoded: the crop cuts through their granule."""
