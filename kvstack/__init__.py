@@ -31,6 +31,7 @@ __all__ = [
     "KVzap",
     "KeyDiff",
     "Latent",
+    "LookAhead",
     "Packed",
     "Quant",
     "Random",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .select.keydiff import KeyDiff
     from .select.knorm import KNorm
     from .select.kvzap import KVzap
+    from .select.lookahead import LookAhead
     from .select.random import Random
     from .select.snapkv import SnapKV
     from .select.streaming import Streaming

@@ -136,6 +136,8 @@ class Score(Settings, Ranking):
 
     queries: int = 0
     """How many of the newest queries `score` wants in `Context.queries`; -1 for all of the running forward."""
+    references: ClassVar[bool] = False
+    """Whether `score` wants queries of the whole forward, evenly spaced, in `Context.references`."""
     tracks: ClassVar[bool] = False
     """Whether `track` keeps a memory per token."""
     needs_rope: ClassVar[bool | None] = None

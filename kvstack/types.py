@@ -107,6 +107,9 @@ class Context:
             did not ask for any (`Score.queries`).
         scaling: the factor attention multiplies `q @ k` with.
         memory: per-token tensors (B, H, T) that the score's own `track` returned last time.
+        references: queries (B, H*G, n, D) that are spread evenly over the newest forward of several tokens, or the last
+            single ones, and the indices (n,) of their tokens in the text; None if the score did not ask for them
+            (`Score.references`).
         rope: rotates and un-rotates keys of this layer, or None where it has no rotary embedding. It takes indices
             such as `positions`, and goes through the positions that the model was given for them.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
@@ -124,6 +127,7 @@ class Context:
     sinks: int = 0
     window: int = 0
     heads: Heads = ALONE
+    references: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["attention_received"]
+from ..types import TokenRotation
+
+__all__ = ["attention_received", "moved_behind"]
 
 NUMBERS = 2**24
 """Weights computed at once: 64 MiB in float32."""
+
+
+def moved_behind(queries: Tensor, tokens: Tensor, rope: TokenRotation | None, seen: int, ahead: int) -> Tensor:
+    """Queries (B, H*G, n, D) of the tokens with indices `tokens` (n,), as if they stood evenly spaced among the `ahead`
+    tokens behind the `seen` ones. Without `rope` attention does not depend on positions."""
+    if rope is None:
+        return queries
+    places = seen + torch.linspace(0, ahead - 1, len(tokens)).long()
+    at = (x.to(queries.device)[None, None] for x in (tokens, places))
+    return rope.rotate(rope.unrotate(queries.float(), next(at)), next(at))
 
 
 def attention_received(queries: Tensor, keys: Tensor, scaling: float, over: Literal["mean", "max", "sum"]) -> Tensor:

@@ -83,8 +83,13 @@ class Select(Stage):
         return True if self.refit else needs
 
     @property
+    def references(self) -> bool:
+        """Whether queries of the whole forward are wanted, by the score or to refit tokens."""
+        return self.refit or bool(getattr(self.score, "references", Score.references))
+
+    @property
     def looks_at_queries(self) -> bool:
-        return self.queries != 0 or self.tracks or self.refit
+        return self.queries != 0 or self.tracks or self.references
 
     @property
     def is_fitted(self) -> bool:

@@ -106,6 +106,11 @@ class Plan:
         return wish or self.layers > 1
 
     @cached_property
+    def references(self) -> bool:
+        """Whether queries of the whole forward are wanted."""
+        return self.select is not None and self.select.references
+
+    @cached_property
     def refits(self) -> bool:
         """Whether tokens that stay are made to stand in for those that are dropped."""
         return self.select is not None and self.select.refit

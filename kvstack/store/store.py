@@ -27,6 +27,7 @@ from ..checks import Get, items, misfit
 from ..errors import UseError
 from ..floats import saturated, wide
 from ..packed import Packed
+from ..select.attention import moved_behind
 from ..stage import Codec
 from ..types import KV, Context, Layout, Rotation, positions_between
 from ..workspace import Workspace
@@ -89,7 +90,7 @@ class Store:
                 "memory": [Memory() for _ in slots],
                 "recent": [Queries() for _ in slots],
                 **({"bias": [Bias() for _ in slots]} if plan.refits else {}),
-                **({"references": [References() for _ in slots]} if plan.refits else {}),
+                **({"references": [References() for _ in slots]} if plan.references else {}),
             }
         )
 
@@ -235,7 +236,7 @@ class Store:
                 scores = self._ranking(seen, scalings, work)[..., self.sealed_tokens : self.sealed_tokens + count]
             self._seal(seen, count, spare=not dropped and new <= plan.block, scores=scores)
         for queries in self.queries:
-            queries.settled(bool(dropped) or (plan.select is not None and not plan.select.queries and not plan.refits))
+            queries.settled(bool(dropped) or (plan.select is not None and not (plan.select.queries or plan.references)))
         for references in self.references:
             references.forget()
         self.close()
@@ -244,7 +245,7 @@ class Store:
         """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
         select = self.plan.select
         assert select is not None
-        blind = select.queries == 0 and not self.plan.refits
+        blind = select.queries == 0 and not select.references
         return blind or select.tracks or all(known.newest(-1) is not None for known in self.queries)
 
     def _track(self, seen: int, scalings: Sequence[float], work: Workspace) -> None:
@@ -263,20 +264,24 @@ class Store:
     def _context(
         self, slot: int, seen: int, scaling: float, queries: Tensor | None, memory: Mapping[str, Tensor]
     ) -> Context:
-        layer = self.layers[slot]
-        rope = self.ropes.get(layer)
         return Context(
-            layer=layer,
+            layer=self.layers[slot],
             seen=seen,
             positions=self.positions(seen).to(self.raw[slot].device),
             queries=queries,
             scaling=scaling,
             memory=memory,
-            rope=None if rope is None else Placed(rope, self.given),
+            rope=self._rope(slot),
+            references=self._reference(slot, seen) if self.references else None,
             sinks=self.sinks,
             window=self.plan.window,
             heads=self.plan.heads,
         )
+
+    def _rope(self, slot: int) -> Placed | None:
+        """How a layer rotates the tokens of this text, by their indices."""
+        rope = self.ropes.get(self.layers[slot])
+        return None if rope is None else Placed(rope, self.given)
 
     def _first_block(self, granule: int) -> int:
         """Raw tokens that must be there before any are sealed, whole granules, where none are."""
@@ -298,12 +303,7 @@ class Store:
         """What the tokens of a layer that a cut leaves become, to stand in for those that go."""
         kv = self.read(slot, seen, work)
         queries, tokens = self._reference(slot, seen)
-        rope = self.ropes.get(self.layers[slot])
-        if rope is not None:  # ask as tokens that come next would
-            placed, device = Placed(rope, self.given), queries.device
-            ahead = seen + torch.linspace(0, AHEAD - 1, len(tokens)).long()
-            queries = placed.unrotate(queries.float(), tokens.to(device)[None, None])
-            queries = placed.rotate(queries, ahead.to(device)[None, None])
+        queries = moved_behind(queries, tokens, self._rope(slot), seen, AHEAD)
         middle = slice(cut.sinks, cut.sinks + cut.sealed + cut.middle)
         bias = self.biases[slot].of(self.sinks, self.held)
         return refitted(kv, bias, queries, cut.stay, cut.raw.shape[-1], middle, scaling)

@@ -7,7 +7,10 @@ from transformers import DynamicCache
 from kvstack import Evict, KVStack, SnapKV
 from tests import tiny
 
-SCORES = ["snapkv", "h2o", "tova", "keydiff", "knorm", "kvzap", "expected", "streaming", "random", "triattention"]
+SCORES = [
+    *("snapkv", "h2o", "tova", "keydiff", "knorm", "kvzap", "expected", "lookahead", "streaming", "random"),
+    "triattention",
+]
 
 
 def masked_by_layer(model, visible):
