@@ -273,6 +273,7 @@ def _check_scores(who: Any, stage: Select) -> None:
         scaling=0.25,
         sinks=4,
         window=8,
+        references=(_numbers(2, 4, 6, 16, seed=3), torch.arange(12, 60, 8)) if stage.references else None,
     )
     if stage.tracks:
         memory = bound.track(kv, context)

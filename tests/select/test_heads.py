@@ -75,6 +75,7 @@ def test_a_head_scores_as_it_does_among_all_heads(name, size, seed):
     kv = KV(numbers(2, 4, 40, 16, seed=seed), numbers(2, 4, 40, 16, seed=seed + 1))
     queries = numbers(2, 8, 40 if evict.queries < 0 else min(40, evict.queries), 16, seed=seed + 2)
     context = Context(3, 40, torch.arange(40)[None, None], queries if evict.looks_at_queries else None, 0.25)
+    spread = numbers(2, 8, 5, 16, seed=seed + 3)
 
     def score(rank, heads):
         own = None if context.queries is None else part(queries, rank, heads.size)
@@ -82,7 +83,8 @@ def test_a_head_scores_as_it_does_among_all_heads(name, size, seed):
             KV(part(kv.keys, rank, heads.size), part(kv.values, rank, heads.size)),
             replace(context, queries=own),
         )
-        here = replace(here, heads=heads)
+        references = (part(spread, rank, heads.size), torch.arange(0, 40, 8)) if evict.references else None
+        here = replace(here, heads=heads, references=references)
         if evict.tracks:
             here = replace(here, memory=ranking.track(mine, here))
         return ranking.score(mine, here)
