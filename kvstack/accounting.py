@@ -73,7 +73,9 @@ def model_bytes(batch: Batch) -> int:
     codecs, ranking = batch.binding.plan.codecs, batch.binding.plan.ranking
     fitted = [x for codec in codecs for x in codec.tensors]
     fitted += getattr(ranking, "tensors", ())  # a score may be any object
-    return storage_bytes(fitted + [x for codec in codecs for own in codec.encoders.values() for x in own.tensors])
+    encoders = [own for codec in codecs for own in codec.encoders.values()]
+    encoders += [own for codec in codecs for lower in codec.lower.values() for own in lower]
+    return storage_bytes(fitted + [x for own in encoders for x in own.tensors])
 
 
 def dense_bytes(batch: Batch, others: Sequence[Any]) -> int:

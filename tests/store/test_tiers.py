@@ -248,3 +248,14 @@ def test_a_stack_that_cannot_spend_bits(stages):
 def test_latents_that_cannot_be_told_apart(stages, problem):
     with pytest.raises(BindError, match=problem):
         KVStack([*stages, Tiers()], model=model())
+
+
+def test_what_encoders_of_all_classes_know_is_counted():
+    stack = filled(STAGES, 90)
+    codecs = stack.binding.plan.codecs
+    lower = [x for codec in codecs for each in codec.lower.values() for one in each for x in one.tensors]
+    first = [x for codec in codecs for one in codec.encoders.values() for x in one.tensors]
+    whole = [x for codec in codecs for x in codec.tensors]
+    tensors = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*lower, *first, *whole)}
+    assert lower
+    assert stack.model_nbytes == sum(tensors.values())
