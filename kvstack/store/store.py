@@ -245,8 +245,9 @@ class Store:
         """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
         select = self.plan.select
         assert select is not None
-        blind = select.queries == 0 and not select.references
-        return blind or select.tracks or all(known.newest(-1) is not None for known in self.queries)
+        # what was tracked is enough for the score, but not to refit tokens
+        blind = (select.queries == 0 or select.tracks) and not select.references
+        return blind or all(known.newest(-1) is not None for known in self.queries)
 
     def _track(self, seen: int, scalings: Sequence[float], work: Workspace) -> None:
         """Let the score update its memory of each token with the queries that it has not seen."""
@@ -534,6 +535,7 @@ class Store:
         self._check_lengths(get)
         if self.held:
             self._check_positions(get)
+        self._check_biases(get)
         for slot, layout in enumerate(get.layouts):
             self._check_scores(slot, layout, get)
 
@@ -558,6 +560,15 @@ class Store:
             fits = bool((positions.diff(dim=-1) > 0).all() and (positions >= 0).all() and (positions < get.seen).all())
         if not fits:
             raise misfit(f"{get.where('positions')} are not ascending, or not those of {self.held} tokens.")
+
+    def _check_biases(self, get: Get) -> None:
+        """Refuse tokens that stand in for others where none was dropped, and the other way round."""
+        kept = self.kept_positions.kept
+        most = 0 if kept is None else kept.shape[2]
+        for slot, bias in enumerate(self.biases):
+            count = None if bias.steps is None else bias.steps.shape[2]
+            if (count is None) != (self.held == get.seen) or (count or 0) > most:
+                raise misfit(f"{get.part(slot, 1).where('biases')} are {count}, for {self.held} of {get.seen} tokens.")
 
     def _check_scores(self, slot: int, layout: Layout, get: Get) -> None:
         """Refuse memory and queries that the score does not keep."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, Get, entries, items, misfit
-from ..floats import fitting
+from ..floats import saturated
 from ..packed import storage_bytes
 from ..types import KV, take_tokens
 from .raw import Buffer
@@ -182,10 +182,11 @@ class RawTokens(Track):
             buffer.replace(torch.cat([x[:, :, :first], middle, x[:, :, last:]], dim=2))
 
     def revalue(self, first: int, values: Tensor) -> None:
-        """Other values (B, H, n, D) for the tokens from `first` on."""
+        """Other values (B, H, n, D) for the tokens from `first` on, in the type of the old ones: attention takes no
+        other, and they only come near to what is wanted."""
         buffer, n = self.buffers[1], values.shape[2]
         x = buffer.view
-        buffer.replace(torch.cat([x[:, :, :first], fitting(values, x.dtype), x[:, :, first + n :]], dim=2))
+        buffer.replace(torch.cat([x[:, :, :first], saturated(values, x.dtype), x[:, :, first + n :]], dim=2))
 
     def crop(self, crop: Crop) -> None:
         if not crop.thawed:

@@ -202,3 +202,57 @@ def test_goes_on_alike_token_by_token_and_all_at_once(name):
         answers.append(torch.cat([model(x, past_key_values=stack).logits for x in ids.split(size, dim=1)], dim=1))
     torch.testing.assert_close(answers[0], answers[1], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(answers[0], answers[2], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("score", ["h2o", "knorm", "snapkv"])
+def test_a_crop_beyond_the_running_forward_waits_for_queries(score):
+    """No query of the text is known then: what is over the budget goes with the next forward."""
+    model = tiny.model("llama")
+    stack = KVStack([Evict(0.3, score, refit=True)], model=model, **SMALL)
+    stack.activate_past_recording()
+    filled(model, stack, 150)
+    stack.crop(-2)
+    filled(model, stack, 10)
+    stack.crop(-70)
+    assert bool(torch.isfinite(filled(model, stack, 10).read(0).values).all())
+
+
+def test_values_too_large_for_a_half_are_its_largest_ones(monkeypatch):
+    """Attention takes no values of another type than its queries."""
+
+    def far(*args):
+        fit = refitted(*args)
+        return fit._replace(values=fit.values.sign() * 7e4)
+
+    monkeypatch.setattr("kvstack.store.store.refitted", far)
+    model = tiny.with_large("values", torch.float16)
+    stack = KVStack([Evict(0.2, "knorm", refit=True)], model=model, **SMALL)
+    filled(model, stack, 150)
+    for layer in stack.compressed_layers:
+        values = stack.read(layer).values
+        assert values.dtype == torch.float16
+        assert float(values.abs().max()) == torch.finfo(torch.float16).max
+    assert model(tiny.tokens(1, 3), past_key_values=stack).logits.dtype == torch.float16
+
+
+@pytest.mark.parametrize("change", [lambda steps: None, lambda steps: steps.repeat(1, 1, 3)])
+def test_biases_of_a_file_are_those_of_its_tokens(change, tmp_path):
+    model = tiny.model("llama")
+    stack = filled(model, KVStack([Evict(0.4, refit=True)], model=model, **SMALL))
+    for store in stack.batch.stores:
+        for bias in store.biases:
+            bias.steps = change(bias.steps)
+    stack.save(tmp_path / "cache")
+    with pytest.raises(UseError, match="biases"):
+        KVStack.load(tmp_path / "cache", model=model)
+
+
+def test_a_file_in_which_nothing_was_dropped_has_no_biases(tmp_path):
+    model = tiny.model("llama")
+    stack = filled(model, KVStack([Evict(0.4, "streaming", refit=True)], model=model, **SMALL), 8)
+    stack.save(tmp_path / "cache")
+    again = KVStack.load(tmp_path / "cache", model=model)
+    filled(model, again)
+    again.crop(-(again.seen - 2))  # every token that was seen is there again
+    again.save(tmp_path / "cache")
+    assert KVStack.load(tmp_path / "cache", model=model).held == 2
