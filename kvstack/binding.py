@@ -357,6 +357,11 @@ def _check_attention(select: Select, name: str, modules: Mapping[int, nn.Module]
             raise BindError(
                 f"{select!r} makes tokens stand in for others, and {name} (layer {layer}) {why}. Use refit=False."
             )
+        elif select.references and expands(modules[layer]):
+            raise BindError(
+                f"{select!r} moves queries behind the text, and {name} (layer {layer}) caches latents and rotates its "
+                'queries by itself. Use score="snapkv".'
+            )
         else:
             continue
         raise BindError(

@@ -172,10 +172,10 @@ def test_codes_of_other_widths_are_refused(tmp_path, monkeypatch):
     stack.save(path)
     assert torch.equal(KVStack.load(path, model=model).read(0).keys, stack.read(0).keys)
 
-    def flatter(energies, bits, spread=quant.spread):
-        return spread([energy.sqrt() for energy in energies], bits)
+    def flatter(energies, *budget, spread=quant.spread_by_class):
+        return spread([energy.sqrt() for energy in energies], *budget)
 
-    monkeypatch.setattr(quant, "spread", flatter)
+    monkeypatch.setattr(quant, "spread_by_class", flatter)
     with pytest.raises(UseError, match="by a version that gives channels other bits: read the text again"):
         KVStack.load(path, model=model)
 

@@ -57,7 +57,7 @@ projections with a bias."""
 CALIBRATED = {
     "numbers": ("joint", "commonkv:0.5,layers=2"),
     "bits": ("joint", "commonkv:0.5,layers=2+quant:2"),
-    "all rebuilt": ("joint", "commonkv:0.5,layers=2,exact=None+quant:4+evict:0.3"),
+    "all rebuilt": ("joint", "commonkv:0.4,layers=2,exact=None+quant:4+evict:0.3"),
     "unmerged": ("joint", "commonkv:0.5,layers=2,unmerged=0.25"),
     "runs": ("runs", "commonkv:0.5,layers=2+quant:2"),
     "kvtc": ("kvtc", "kvtc:8"),

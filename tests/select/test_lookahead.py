@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kvstack import KV, Context, Evict, KVStack, LookAhead
+from kvstack import KV, BindError, Context, Evict, KVStack, LookAhead
 from kvstack.store.tracks import REFERENCES, References
 from tests import tiny
 
@@ -71,3 +71,8 @@ def test_no_queries_are_held_after_a_prompt():
     for i in range(20):  # the last few are held while decoding
         model(tiny.tokens(1, 1, seed=i), past_key_values=stack)
     assert stack.held < 60
+
+
+def test_latent_attention_is_refused():
+    with pytest.raises(BindError, match="moves queries"):
+        KVStack([Evict(0.4, "lookahead")], model=tiny.model("deepseek_v3"))

@@ -21,6 +21,7 @@ STACKS = (
     "commonkv:0.12+quant:2@window=16",
     "commonkv:0.12,layers=10+quant:2@window=16",
     "commonkv+quant:2+evict:0.2@window=16",
+    *(f"commonkv:{keep},layers=10+quant:2+tiers:score=lookahead@window=16" for keep in (0.7, 0.35, 0.11)),
     # peers, from a half down
     "hqq:4,group=16",
     "hqq:4",
