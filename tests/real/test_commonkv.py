@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvstack import CommonKV, Evict, KVStack, Quant
+from kvstack import CommonKV, Evict, KVStack, Quant, Tiers
 from kvstack.bench.measure.sizes import share_of_bfloat16
 from tests.real.quality import check_quality, divergence, text
 
@@ -34,6 +34,19 @@ def test_a_sixteenth_of_the_bytes(smollm2):
     small = KVStack([CommonKV(0.45), Quant(2)], window=16, model=model)
     model(text(tokenizer, 4096), past_key_values=small, logits_to_keep=1)
     assert share_of_bfloat16(small, model) <= 0.0625
+
+
+def test_classes_drift_half_as_far_in_as_many_bytes(smollm2):
+    model, tokenizer = smollm2
+    drift, share = [], []
+    for select in ([], [Tiers("lookahead")]):
+        stack = KVStack([CommonKV(0.14), Quant(2), *select], window=16)
+        drift.append(divergence(model, text(tokenizer, 1280), 1024, stack)[0])
+        held = KVStack([CommonKV(0.14), Quant(2), *select], window=16, model=model)
+        model(text(tokenizer, 1024), past_key_values=held, logits_to_keep=1)
+        share.append(share_of_bfloat16(held, model))
+    assert drift[1] < 0.5 * drift[0]
+    assert share[1] < share[0] + 0.002
 
 
 def test_the_paper_s_form(smollm2):
