@@ -453,8 +453,10 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
         )
     encode = encode or EXACT
     if isinstance(bound, Budgeted):
-        bound = bound.ample(_allotments(bound, encode, None))
-        bound = bound.allotted(_allotments(bound, encode, select))
+        allotments = _allotments(bound, encode, None)
+        ample = bound.ample(allotments)
+        settled = ample is bound and not isinstance(select, Tiers)
+        bound = ample.allotted(allotments if settled else _allotments(ample, encode, select))
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
     if isinstance(select, Tiers):
         _check_tiered(select, transform, encode, codecs)

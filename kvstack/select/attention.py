@@ -21,8 +21,8 @@ def moved_behind(queries: Tensor, tokens: Tensor, rope: TokenRotation | None, se
     if rope is None:
         return queries
     places = seen + torch.linspace(0, ahead - 1, len(tokens)).long()
-    at = (x.to(queries.device)[None, None] for x in (tokens, places))
-    return rope.rotate(rope.unrotate(queries.float(), next(at)), next(at))
+    before, behind = (x.to(queries.device)[None, None] for x in (tokens, places))
+    return rope.rotate(rope.unrotate(queries.float(), before), behind)
 
 
 def attention_received(queries: Tensor, keys: Tensor, scaling: float, over: Literal["mean", "max", "sum"]) -> Tensor:
