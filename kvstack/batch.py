@@ -17,6 +17,7 @@ from .columns import Columns
 from .errors import UseError
 from .lazy import refusing_gradient
 from .store.given import Given
+from .store.split import SplitStore
 from .store.store import Store
 from .types import KV
 from .workspace import Workspace
@@ -36,10 +37,11 @@ class Cohort:
         places: which of the running forward's columns they are; None: all of them.
         unsettled: tokens since the last settling.
         given: the positions that the model was given for them.
+        stores: one for each group of layers.
     """
 
     rows: Tensor | None
-    stores: list[Store]
+    stores: list[Store | SplitStore]
     seen: int = 0
     columns: Columns = field(default_factory=Columns)
     new: int = 0
@@ -50,6 +52,11 @@ class Cohort:
     def __post_init__(self) -> None:
         for store in self.stores:
             store.given = self.given
+
+    @property
+    def pieces(self) -> list[Store]:
+        """The stores of heads that hold equally many tokens, of all groups."""
+        return [piece for store in self.stores for _, piece in store.pieces]
 
     def its(self, x: Tensor) -> Tensor:
         """This cohort's rows and new tokens of `x` (B, heads, new, ...)."""
@@ -99,39 +106,58 @@ class Batch:
 
     @property
     def held(self) -> int:
-        """Tokens held in each compressed layer (the most of any row)."""
-        return max((store.held for cohort in self.cohorts for store in cohort.stores[:1]), default=0)
+        """Tokens held in each compressed layer and kv head, as a mean over these (the most of any row)."""
+        each = [[store.mean_held for store in cohort.stores for _ in store.layers] for cohort in self.cohorts]
+        return max((round(sum(held) / len(held)) for held in each if held), default=0)
 
     @property
     def is_even(self) -> bool:
-        """Whether all rows hold equally many tokens."""
-        return len({store.held for cohort in self.cohorts for store in cohort.stores[:1]}) < 2
+        """Whether all rows and heads of each layer hold equally many tokens."""
+        of_layers = zip(*(cohort.stores for cohort in self.cohorts), strict=True)
+        return all(len({piece.held for store in stores for _, piece in store.pieces}) < 2 for stores in of_layers)
 
     @property
     def stores(self) -> list[Store]:
-        return [store for cohort in self.cohorts for store in cohort.stores]
+        """Those of heads that hold equally many tokens, of all rows and groups."""
+        return [store for cohort in self.cohorts for store in cohort.pieces]
 
-    def positions(self, layer: int, row: int) -> Tensor:
-        """True positions of the tokens a layer holds for one row: (H or 1, held)."""
-        group, _ = self.binding.places[layer]
+    def positions(self, layer: int, row: int, head: int | None = None) -> Tensor:
+        """True positions of the tokens a layer holds for one row: (H or 1, held), of one `head` (1, held)."""
         cohort, local = self._cohort_of(row)
-        positions = cohort.stores[group].positions(cohort.seen)
-        return positions[local if positions.shape[0] > 1 else 0]
+        store, _, here = self._store_of(cohort, layer, head)
+        positions = store.positions(cohort.seen)
+        positions = positions[local if positions.shape[0] > 1 else 0]
+        return positions if here is None or len(positions) == 1 else positions[here : here + 1]
 
-    def read(self, layer: int, row: int) -> KV:
-        """What a layer holds for one row, decoded: (1, H, held, D) in the order of `positions`."""
-        group, slot = self.binding.places[layer]
+    def read(self, layer: int, row: int, head: int | None = None) -> KV:
+        """What a layer holds for one row, decoded: (1, H, held, D) in the order of `positions`, of one `head` (1, 1,
+        held, D)."""
         cohort, local = self._cohort_of(row)
-        store = cohort.stores[group]
+        store, slot, here = self._store_of(cohort, layer, head)
+        heads = slice(None) if here is None else slice(here, here + 1)
         if not store.held:  # nothing but padding so far
-            return KV(*(self._like(layer, kind)[:1, :, :0].clone() for kind in ("keys", "values")))
+            return KV(*(self._like(layer, kind)[:1, heads, :0].clone() for kind in ("keys", "values")))
         kv = store.read(slot, cohort.seen, Workspace())
         store.end_forward()
-        rows = [kv.keys[local : local + 1].clone(), kv.values[local : local + 1].clone()]
+        rows = [x[local : local + 1, heads].clone() for x in (kv.keys, kv.values)]
         if self.attached and torch.is_grad_enabled():
             why = "a KVStack keeps no gradients of the forwards that filled it. Use a DynamicCache for them."
             rows = [refusing_gradient(x, why) for x in rows]
         return KV(*rows)
+
+    def _store_of(self, cohort: Cohort, layer: int, head: int | None) -> tuple[Store | SplitStore, int, int | None]:
+        """The store of a layer and its slot there; of a head its store, its slot, and the head's place there."""
+        group, slot = self.binding.places[layer]
+        store = cohort.stores[group]
+        if head is None:
+            return store, slot, None
+        heads = self._like(layer, "keys").shape[1]
+        if not 0 <= head < heads:
+            raise UseError(f"layer {layer} of this cache has no kv head {head}: it has {heads}, from 0 on.")
+        if isinstance(store, Store):
+            return store, slot, head
+        piece, here = store.piece_of(head)
+        return piece, slot, here
 
     def shape_of(self, layer: int, kind: str) -> tuple[tuple[int, int, int, int], Tensor]:
         """The shape (B, H, held, D) of the `keys` or `values` of a layer, and a tensor of their type."""
@@ -143,10 +169,11 @@ class Batch:
         """Some `keys` or `values` (rows, H, n, D) of a layer, for their type and shape."""
         group, slot = self.binding.places[layer]
         # in the middle of a forward the layers of a group have not all got their first tokens
-        stores = [cohort.stores[group] for cohort in self.cohorts if cohort.stores[group].raw[slot].length]
-        if not stores:
+        samples = (cohort.stores[group].sample(slot) for cohort in self.cohorts)
+        sample = next((kv for kv in samples if kv is not None), None)
+        if sample is None:
             raise UseError(f"layer {layer} of this cache holds nothing yet but padding, which is left out.")
-        like: Tensor = getattr(stores[0].raw[slot].kv, kind)
+        like: Tensor = getattr(sample, kind)
         return like
 
     def _cohort_of(self, row: int) -> tuple[Cohort, int]:
@@ -165,10 +192,13 @@ class Batch:
         for cohort in self.cohorts:
             stores = binding.stores()
             for i, store in enumerate(cohort.stores):
-                if store.layers == stores[i].layers:
+                grown = stores[i]
+                if store.layers == grown.layers:
                     stores[i] = store
-                else:  # a layer more in its group
-                    stores[i].take_over(store)
+                else:  # a layer more in its group; heads are held apart only for a model
+                    assert isinstance(store, Store)
+                    assert isinstance(grown, Store)
+                    grown.take_over(store)
                 stores[i].given = cohort.given
             cohort.stores = stores
 
@@ -272,10 +302,12 @@ class Batch:
             gone = cohort.seen - cohort.columns.before(limit, cohort.seen)
             if not gone:
                 continue
-            # one count for all layers: one attention mask serves them all
-            stay = min(store.older_than(cohort.seen - gone, cohort.seen) for store in cohort.stores)
-            stay = min(self.binding.plan.heads.gathered(stay))
-            for store in cohort.stores:
+            plan, pieces = self.binding.plan, cohort.pieces
+            older = [store.older_than(cohort.seen - gone, cohort.seen) for store in pieces]
+            stays = [min(each) for each in zip(*plan.heads.gathered(older), strict=True)]
+            if plan.budgets is None:  # all layers and heads go on holding equally many
+                stays = [min(stays)] * len(stays)
+            for store, stay in zip(pieces, stays, strict=True):
                 store.crop(cohort.seen, gone, stay)
             cohort.seen -= gone
             cohort.columns = cohort.columns.first(cohort.seen)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from .abilities import Allotment, Budgeted
 from .encode.exact import EXACT
 from .errors import BindError, KVStackWarning, StageError
+from .head_budgets import shares_of
 from .heads import Heads
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
 from .model.attention import (
@@ -40,7 +42,9 @@ from .select.choosing import Select
 from .select.evict import Evict
 from .select.tiers import Tiers
 from .stage import BoundTransform, Codec, Encode, Share, Stage, Transform
+from .store.budget import Profile, alike
 from .store.plan import Plan, Spans
+from .store.split import SplitStore
 from .store.store import Expand, Store
 from .waterfilling import leading
 
@@ -94,13 +98,24 @@ class Binding:
         object.__setattr__(self, "places", places)
         object.__setattr__(self, "ends", ends)
 
-    def stores(self) -> list[Store]:
+    def stores(self) -> list[Store | SplitStore]:
         """An empty store for every group."""
         size = self.plan.layers // self.plan.stored_together if self.plan.codecs else 0
-        return [
-            Store(self.plan, group, self.plan.codecs[g * size : (g + 1) * size], self.ropes, self._expansions)
-            for g, group in enumerate(self.groups)
+        return [self._store(group, self.plan.codecs[g * size : (g + 1) * size]) for g, group in enumerate(self.groups)]
+
+    def _store(self, group: Sequence[int], codecs: Sequence[Codec]) -> Store | SplitStore:
+        plan, evict, build = self.plan, self.plan.evict, partial(Store, self.plan, group, codecs, self.ropes)
+        if plan.budgets is None or evict is None:
+            return build(self._expansions)
+        if evict.budgets == "layers":
+            every = torch.cat([plan.budgets[layer] for layer in group])
+            return build(self._expansions, Profile(every.mean(0).tolist()))
+        (layer,) = group
+        pieces = [
+            (heads, build(self._expansions, profile, replace(plan.heads, chosen=heads)))
+            for heads, profile in alike(plan.budgets[layer], evict.keep)
         ]
+        return pieces[0][1] if len(pieces) == 1 else SplitStore(plan, layer, pieces)
 
     @property
     def _expansions(self) -> dict[int, Expand]:
@@ -199,7 +214,7 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         _check_takes_cache(name, model)
         warnings.warn(_nothing_to_do(who, name, layers), KVStackWarning, stacklevel=4)
     elif stages:
-        _check_model(who, stages, name, full, modules)
+        _check_model(who, stages, name, full, modules, heads)
         _check_settings(who, stages, heads)
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
@@ -313,7 +328,7 @@ def _check_nesting(transform: Transform, layers: int | None, evict: Any) -> None
 
 
 def _check_model(
-    who: str, stages: Sequence[Stage], name: str, full: Sequence[int], modules: Mapping[int, nn.Module]
+    who: str, stages: Sequence[Stage], name: str, full: Sequence[int], modules: Mapping[int, nn.Module], heads: Heads
 ) -> None:
     transform, select, share = (_of_kind(stages, kind) for kind in (Transform, Select, Share))
     if share is None and transform and transform.layers and len(full) % transform.layers:
@@ -323,6 +338,8 @@ def _check_model(
             f"layers, which do not divide. Use layers= one of {divisors}."
         )
     silent = [i for i in full if not gives_queries(modules[i])]
+    if isinstance(select, Evict) and select.budgets == "heads":
+        _check_apart(select, transform, name, modules, full, heads)
     if select:
         _check_attention(select, name, modules, full)
     if share:
@@ -336,6 +353,27 @@ def _check_model(
                 f"{share!r} lets layers read each other's keys and values, and {problem}. "
                 f"Leave {share!r} out for this model."
             )
+
+
+def _check_apart(
+    evict: Evict,
+    transform: Transform | None,
+    name: str,
+    modules: Mapping[int, nn.Module],
+    full: Sequence[int],
+    heads: Heads,
+) -> None:
+    """Refuse whatever needs all heads of a layer to keep equally many tokens."""
+    extra = next((i for i in full if adds_to_softmax(modules[i])), None)
+    if transform and transform.share_heads:
+        why = f"{transform!r} stores all heads of a token together"
+    elif heads.size > 1:
+        why = f"{name} is split among {heads.size} processes"
+    elif extra is not None:
+        why = f"layer {extra} of {name} attends with more than a softmax over keys"
+    else:
+        return
+    raise BindError(f'{evict!r} lets kv heads keep different numbers of tokens, and {why}. Use budgets="layers".')
 
 
 def _check_attention(select: Select, name: str, modules: Mapping[int, nn.Module], full: Sequence[int]) -> None:
@@ -401,7 +439,7 @@ def _check_agreed(who: str, plan: Plan, shares: Mapping[int, int]) -> None:
             type(stage).__name__
             for stage in (select and select.score, plan.transform and plan.transform.stage, plan.encode)
         ],
-        plan.evict and plan.evict.keep,
+        plan.evict and (plan.evict.keep, plan.evict.budgets),
         plan.tiers and (plan.tiers.shares, plan.tiers.weights),
         select and (select.pool, plan.share_heads),
         (plan.layers, plan.stored_together, plan.sinks, plan.window, plan.block),
@@ -441,8 +479,11 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
     select, encode, transform = (_of_kind(stages, kind) for kind in (Select, Encode, Transform))
     encode = encode and encode.bind(model)
     ranking = select and select.bind(model, layers)
+    budgets = None
+    if isinstance(select, Evict) and select.budgets != "equal":
+        budgets = shares_of(model, layers, select, ranking)
     if transform is None:
-        return Plan(select, None, encode, *spans, heads=heads, ranking=ranking)
+        return Plan(select, None, encode, *spans, heads=heads, ranking=ranking, budgets=budgets)
     bound: BoundTransform = transform.bind(model, layers)
     _check_nesting(transform, bound.layers, select)
     if len(layers) % bound.layers and not bound.remainder:
@@ -460,7 +501,7 @@ def _plan(stages: Sequence[Stage], model: PreTrainedModel, layers: Sequence[int]
     codecs = tuple(bound.for_group(group) for group in _grouped(layers, bound.layers))
     if isinstance(select, Tiers):
         _check_tiered(select, transform, encode, codecs)
-    return Plan(select, bound, encode, *spans, codecs=codecs, heads=heads, ranking=ranking)
+    return Plan(select, bound, encode, *spans, codecs=codecs, heads=heads, ranking=ranking, budgets=budgets)
 
 
 def _check_tiered(tiers: Tiers, transform: Transform, encode: Encode, codecs: Sequence[Codec]) -> None:

@@ -311,7 +311,7 @@ class KVStack(Cache):
 
     @property
     def held(self) -> int:
-        """Tokens held in each compressed layer (the most of any row)."""
+        """Tokens held in each compressed layer (the most of any row; a mean, where layers or heads differ)."""
         return self.batch.held
 
     @property
@@ -319,13 +319,19 @@ class KVStack(Cache):
         """Indices of the layers this stack compresses: those with full attention. Empty before it is bound."""
         return sorted(self.batch.binding.places)
 
-    def positions(self, layer_idx: int, row: int = 0) -> Tensor:
-        """True positions of the tokens a layer holds for one row: (H or 1, held), ascending, padding not counted."""
-        return self.batch.positions(layer_idx, row)
+    def positions(self, layer_idx: int, row: int = 0, head: int | None = None) -> Tensor:
+        """True positions of the tokens a layer holds for one row: (H or 1, held), ascending, padding not counted; of
+        one kv `head` (1, held)."""
+        return self.batch.positions(layer_idx, row, head)
 
-    def read(self, layer_idx: int, row: int = 0) -> KV:
-        """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`."""
-        return self.batch.read(layer_idx, row)
+    def read(self, layer_idx: int, row: int = 0, head: int | None = None) -> KV:
+        """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`; of one
+        kv `head` (1, 1, held, D).
+
+        Raises:
+            UseError: heads hold different numbers of tokens (`Evict(budgets="heads")`), and none is named.
+        """
+        return self.batch.read(layer_idx, row, head)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and sliding window of every layer, as a DynamicCache gives them: `for keys, values, _ in cache`.

@@ -109,7 +109,11 @@ def write(
                 "seen": cohort.seen,
                 "columns": cohort.columns.runs,
                 "given": writer.put(cohort.given.told),
-                "stores": [_describe_store(store, writer) for store in cohort.stores],
+                "stores": [
+                    _describe_store(piece, writer) | ({} if heads is None else {"heads": list(heads)})
+                    for store in cohort.stores
+                    for heads, piece in store.pieces
+                ],
             }
             for cohort in batch.cohorts
         ],
@@ -291,19 +295,22 @@ class Saved:
             cohort = Cohort(mine, binding.stores(), seen, _columns(entry.get("columns"), seen, most or 0))
             if entry.get("given") is not None:
                 cohort.given.restore(self._given(entry["given"], (rows or 0) if mine is None else len(mine), seen))
-            states = items(entry["stores"], "the list of groups of layers", len(cohort.stores))
-            for store, state in zip(cohort.stores, states, strict=True):
+            pieces = [piece for store in cohort.stores for piece in store.pieces]
+            states = items(entry["stores"], "the list of groups of layers", len(pieces))
+            for (heads, store), state in zip(pieces, states, strict=True):
+                whole = [layouts[layer] for layer in store.layers]
                 get = Get(
                     self.tensors.read,
                     store.layers,
-                    [layouts[layer] for layer in store.layers],
+                    whole if heads is None else [replace(layout, heads=len(heads)) for layout in whole],
                     rows=(rows or 0) if mine is None else len(mine),
                     seen=seen,
                     sealed=0,
                 )
-                _fill_store(store, state, get)
-            if len({store.held for store in cohort.stores}) > 1:
-                raise misfit(f"its layers hold {sorted({store.held for store in cohort.stores})} tokens.")
+                _fill_store(store, state, get, heads)
+            held = {store.held for store in cohort.pieces}
+            if len(held) > 1 and binding.plan.budgets is None:
+                raise misfit(f"its layers hold {sorted(held)} tokens.")
             cohorts.append(cohort)
         return cohorts
 
@@ -371,9 +378,14 @@ def _layout(binding: Binding, layer: int, held: Any) -> Layout:
     )
 
 
-def _fill_store(store: Store, state: Any, get: Get) -> None:
+def _fill_store(store: Store, state: Any, get: Get, heads: Sequence[int] | None) -> None:
     stage = store.plan.transform.stage if store.plan.transform else None
-    described = entries(state, get.where("what is held"), [*STORE, *store.names], ["bases"])
+    described = entries(state, get.where("what is held"), [*STORE, *store.names], ["bases", "heads"])
+    if described.get("heads") != (None if heads is None else list(heads)):
+        raise UseError(
+            f"the heads of layer {store.layers[0]} had other budgets than {store.plan.select!r} gives them here. Keep "
+            "the calibration with the cache: the folder of calibrations that kvstack logs."
+        )
     if described["fitted"] != _fitted(store):
         raise UseError(
             f"it was saved with another calibration than {stage!r} has here, or by a version that gives channels other "

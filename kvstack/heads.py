@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Heads:
-    """The processes that hold equally many kv heads each, or all of them the same. Every method but `first` is called
+    """The processes that hold equally many kv heads each, or all of them the same. Every method but `places` is called
     by all of them in turn, with tensors of one shape.
 
     Attributes:
@@ -27,16 +27,21 @@ class Heads:
         size: how many there are (default 1: this one holds all heads).
         whole: layers of which each process holds all heads.
         group: torch's process group; None for one process.
+        chosen: places in their layer of the heads that somebody looks at; None: all that are here.
     """
 
     rank: int = 0
     size: int = 1
     whole: frozenset[int] = frozenset()
     group: Any = field(default=None, repr=False, compare=False)
+    chosen: tuple[int, ...] | None = None
 
-    def first(self, layer: int, held: int) -> int:
-        """Index in its layer of the first of the `held` heads that are here."""
-        return 0 if layer in self.whole else self.rank * held
+    def places(self, layer: int, held: int) -> list[int]:
+        """Of the `held` heads that are here, their places in the layer."""
+        if self.chosen is not None:
+            return list(self.chosen)
+        first = 0 if layer in self.whole else self.rank * held
+        return list(range(first, first + held))
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every process' `x`."""

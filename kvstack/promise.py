@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .batch import Batch, Cohort
 from .lazy import Lazy, refusing_gradient
+from .store.split import SplitStore
+from .store.store import Store
 from .types import KV
 from .workspace import Workspace
 
@@ -89,7 +91,9 @@ class Promises:
         self._attached[layer] = attached
         stores = [cohort.stores[group] for cohort in batch.cohorts]
         store, dense = stores[0], batch.columns[layer]
-        if len(stores) == 1 and store.held == dense and not store.sealed_tokens:
+        if len(stores) == 1 and isinstance(store, SplitStore) and new.keys.shape[2] == dense:
+            return Promise(layer, new, True, attached)  # all that was seen is of this forward
+        if len(stores) == 1 and isinstance(store, Store) and store.held == dense and not store.sealed_tokens:
             # views: they stay right for whoever holds on to them until the forward ends
             kv = self.attach(store.read(slot, dense, batch.work), batch.cohorts[0], attached)
             return Promise(layer, kv, True, attached)
@@ -99,7 +103,7 @@ class Promises:
             promise.kv = lay()
             return promise
         rows, heads, width = new.keys.shape[0], new.keys.shape[1], self._width(group, dense)
-        raw = store.raw[slot].kv if store.raw_tokens else new
+        raw = store.sample(slot) or new
         decoded: list[KV] = []
 
         def part(name: str) -> Tensor:

@@ -88,7 +88,7 @@ class Sight:
         # an earlier one
         reads = call.layer in batch.binding.shares
         held = [
-            store.sealed_tokens + store.raw[slot].length - (cohort.new if reads else 0)
+            store.tokens_in(slot) - (cohort.new if reads else 0)
             for store, cohort in zip(stores, batch.cohorts, strict=True)
         ]
         if call.mask is None or all(n == c.seen - c.new for n, c in zip(held, batch.cohorts, strict=True)):

@@ -15,6 +15,7 @@ STACKS = {
     "quant": [Quant(4, group=8)],
     "h2o": [Evict(0.4, "h2o")],
     "refit": [Evict(0.4, refit=True), Quant(4, group=8)],
+    "budgets": [Evict(0.4, budgets="heads"), Quant(4, group=8)],
     "snapkv": [Evict(0.4), Quant(2, group=8)],
     "commonkv": [CommonKV(0.5, layers=2), Quant(2), Evict(0.5)],
     "mean": [CommonKV(0.5, layers=2, basis="weights", merge="mean")],

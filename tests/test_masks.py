@@ -15,6 +15,7 @@ SETTINGS = {"sinks": 2, "window": 6, "block": 4}
 STACKS = {
     "nothing": [],
     "evict": [Evict(0.5, "keydiff", layers=1)],
+    "evict by budgets": [Evict(0.5, "keydiff", budgets="heads")],
     "evict by queries": [Evict(0.4, layers=2)],
     "evict a count": [Evict(9, "knorm", layers=1)],
 }
@@ -28,8 +29,8 @@ def held_in(stack, layer, row, before, new):
     for cohort in stack.batch.cohorts:
         for r in range(stack.batch_size) if cohort.rows is None else cohort.rows.tolist():
             columns[r] = cohort.columns.of(cohort.seen, torch.device("cpu")).tolist()
-    held = [{columns[row][p] for p in head} for head in stack.positions(layer, row).tolist()]
-    return [head | set(range(before, before + new)) for head in (held if len(held) > 1 else held * 2)]
+    held = [{columns[row][p] for p in head} for head in tiny.positions_by_head(stack, layer, row)]
+    return [head | set(range(before, before + new)) for head in held]
 
 
 def masks_by_loops(allowed, stack, layers, before):

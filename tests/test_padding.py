@@ -18,6 +18,10 @@ STACKS = {
     "h2o": [Evict(0.4, "h2o")],
     "refit": [Evict(0.4, refit=True)],
     "refit_sealed": [Evict(0.4, "keydiff", refit=True), Quant(8, group=8)],
+    "budgets": [Evict(0.4, "keydiff", budgets="heads")],
+    # rows of one length drop packed tokens together, so a score that is the same for all rows
+    "budgets_sealed": [Evict(0.4, "streaming", budgets="heads"), Quant(8, group=8)],
+    "budgets_layers": [Evict(0.4, budgets="layers"), Quant(8, group=8)],
     "shared_layers": [Evict(0.4, layers=2, pool="max")],
     "quant2_evict": [Quant(2, group=8), Evict(0.5)],
     "commonkv": [CommonKV(0.5, layers=2), Evict(0.5), Quant(2)],
@@ -50,7 +54,7 @@ def test_padded_row_equals_row_alone(stack, name, attention):
         expected = torch.cat([first[:, None], decode(model, alone, torch.ones_like(own), steps, row)], dim=1)
         torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
         for layer in alone.compressed_layers:
-            assert torch.equal(together.positions(layer, row), alone.positions(layer))
+            assert tiny.positions_by_head(together, layer, row) == tiny.positions_by_head(alone, layer)
 
 
 def decode(model, cache, mask, steps, first_row=0):
@@ -93,7 +97,7 @@ def test_chunked_prefill_of_a_padded_batch(stack):
         first = model(chunk, past_key_values=alone).logits[:, -1]
     torch.testing.assert_close(batch.logits[0][1:].double(), first, atol=1e-4, rtol=1e-4)
     for layer in range(4):
-        assert torch.equal(together.positions(layer, 1), alone.positions(layer))
+        assert tiny.positions_by_head(together, layer, 1) == tiny.positions_by_head(alone, layer)
 
 
 def test_second_turn_may_be_padded_too():
@@ -132,7 +136,7 @@ def test_padding_may_stand_on_the_right(stack):
         expected = torch.cat([first[:, None], decode(model, alone, torch.ones_like(own), 12, row)], dim=1)
         torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
         for layer in alone.compressed_layers:
-            assert torch.equal(together.positions(layer, row), alone.positions(layer))
+            assert tiny.positions_by_head(together, layer, row) == tiny.positions_by_head(alone, layer)
 
 
 def test_a_row_may_have_nothing_but_padding_so_far():

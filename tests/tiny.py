@@ -165,6 +165,12 @@ def with_large(kind: str, dtype: torch.dtype = torch.float16, most: float = 3.5e
     return made.to(dtype)
 
 
+def positions_by_head(stack: Any, layer: int, row: int = 0) -> list[list[int]]:
+    """Positions of the tokens that each kv head of a layer holds for a row."""
+    heads = range(stack.batch.shape_of(layer, "keys")[0][1])
+    return [stack.positions(layer, row, head)[0].tolist() for head in heads]
+
+
 def mask_for(stack: Any, new: int) -> torch.Tensor | None:
     """The attention mask (B, all tokens) for `new` tokens behind what a stack has seen: padding that it left out stays
     hidden. None where there is none."""

@@ -49,8 +49,7 @@ class ByLayer:
     def of(self, layer: int, name: str, heads: Heads, like: Tensor) -> Tensor:
         """A tensor of a layer, of the kv heads of this process that keys `like` (B, H, T, D) belong to, and on their
         device."""
-        first, held = heads.first(layer, like.shape[1]), like.shape[1]
-        return self.layers[layer][name][first : first + held].to(like.device)
+        return self.layers[layer][name][heads.places(layer, like.shape[1])].to(like.device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, complete or not at all.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -24,9 +24,15 @@ from .windows import longest_text, own_text, windows_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..stage import Score
+__all__ = ["Find", "Fits", "check_finite", "fitted_to"]
 
-__all__ = ["Find", "check_finite", "fitted_to"]
+
+class Fits(Protocol):
+    """A score, or something else that is fitted by reading texts; its repr tells the settings."""
+
+    @property
+    def name(self) -> str: ...
+
 
 Find = Callable[[Read, Sequence[Tensor], LayerGroups], Mapping[int, Mapping[str, Tensor]]]
 """Reads texts (1, T) and returns, for every layer, tensors by name."""
@@ -35,7 +41,7 @@ Find = Callable[[Read, Sequence[Tensor], LayerGroups], Mapping[int, Mapping[str,
 def fitted_to(
     model: PreTrainedModel,
     layers: Sequence[int],
-    score: Score,
+    score: Fits,
     sizes: Mapping[int, Sizes],
     find: Find,
     tokens: int,
@@ -86,14 +92,14 @@ def check_finite(x: Tensor, layer: int) -> None:
         )
 
 
-def _file_name(model: PreTrainedModel, layers: Sequence[int], score: Score) -> str:
+def _file_name(model: PreTrainedModel, layers: Sequence[int], score: Fits) -> str:
     told = hashlib.sha256(f"{score!r} {list(layers)}".encode()).hexdigest()[:8]
     model_type = model.config.get_text_config(decoder=True).model_type
     return f"{model_type}-{kv_fingerprint(model)}-{score.name}-{told}.safetensors"
 
 
 def _made(
-    model: PreTrainedModel, layers: Sequence[int], score: Score, find: Find, tokens: int, readings: int
+    model: PreTrainedModel, layers: Sequence[int], score: Fits, find: Find, tokens: int, readings: int
 ) -> ByLayer:
     windows, source = windows_of(model, None, tokens, None)
     longest = longest_text(model) // readings
@@ -111,10 +117,10 @@ def _made(
 
 
 def _refused(
-    model: PreTrainedModel, layers: Sequence[int], score: Score, find: Find, tokens: int, readings: int
+    model: PreTrainedModel, layers: Sequence[int], score: Fits, find: Find, tokens: int, readings: int
 ) -> ByLayer:
     raise CalibrationError(
         f"{score!r} needs a calibration. One process makes it of a whole model, and this {type(model).__name__} is "
         f"split among {heads_of(model).size} processes, which do not all find one in {keep.folder()}. Make it there in "
-        f"one process: KVStack([Evict(0.5, {score!r})], model=model)."
+        "one process, with the same stages: KVStack([...], model=model)."
     )

@@ -28,6 +28,10 @@ class Evict(Select):
             every token (a byte), added to its attention logits, and other values for those that are not compressed yet.
             Queries of the text, as if they came behind it, say which (Attention Matching, arXiv 2602.16284). Default
             False.
+        budgets: whether all keep equally many. `equal` (default): every layer and kv head keeps the same number of
+            tokens. `layers`: each layer has a budget of its own, and `keep` is the mean. `heads`: each kv head of each
+            layer has one. The budgets are found once for the model and the score, on a few texts (the idea of AdaKV,
+            arXiv 2407.11550).
 
     The budget holds while decoding and at every later turn.
 
@@ -43,6 +47,7 @@ class Evict(Select):
     share_heads: bool = field(default=False, kw_only=True)
     pool: Literal["mean", "max"] = field(default="mean", kw_only=True)
     refit: bool = field(default=False, kw_only=True)
+    budgets: Literal["equal", "layers", "heads"] = field(default="equal", kw_only=True)
 
     name = "evict"
     source = "one paper a score"
@@ -62,3 +67,20 @@ class Evict(Select):
         counts = layers is None or (isinstance(layers, int) and not isinstance(layers, bool) and layers >= 1)
         check(counts, self, "layers counts layers.", "Use 1 or more.")
         check(isinstance(self.refit, bool), self, "refit is yes or no.", "Use refit=True.")
+        known = self.budgets in ("equal", "layers", "heads")
+        check(known, self, f"{self.budgets!r} is no way to share tokens.", 'Use "equal", "layers" or "heads".')
+        alone = layers in (None, 1) and not self.share_heads
+        check(
+            self.budgets != "heads" or alone,
+            self,
+            "heads that keep the same tokens cannot have budgets of their own.",
+            'Leave out layers and share_heads, or use budgets="layers".',
+        )
+
+    @property
+    def usual_layers(self) -> int:
+        return 1 if self.budgets == "heads" else super().usual_layers
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.budgets != "equal" or super().is_fitted

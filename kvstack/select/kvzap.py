@@ -14,9 +14,10 @@ from ..calibration.listening import Heard, Read
 from ..calibration.of_score import check_finite, fitted_to
 from ..model.probing import SINKS
 from ..model.ranks import whole_shapes
-from ..stage import Ranking, Score
+from ..stage import Ranking, Score, check
 from ..types import KV, Context
 from .attention import attention_received
+from .snapkv import smooth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,25 +39,41 @@ class KVzap(Score):
     """A linear guess at KVzip's score, the largest attention that a token gets while the model repeats the text: for
     each kv head, a ridge regression from the token's un-rotated key and value to the logarithm of that attention.
 
-    Needs no queries and looks at one token at a time, so it works the same while decoding. The regression belongs to
-    the model. It is fitted at first use and kept in the user's cache folder.
+    Args:
+        window: newest queries that are asked too (default 0: none). The score is then the sum of the logarithms of the
+            guess and of the largest attention from these queries: a token must matter to the text and to its end.
+        kernel: tokens that their attention is smoothed over, odd (default 5).
+
+    Without a window it needs no queries and looks at one token at a time, so it works the same while decoding. The
+    regression belongs to the model. It is fitted at first use and kept in the user's cache folder.
 
     Source: KVzap, arXiv 2601.07891; KVzip, arXiv 2505.23416. Differs from the paper: the features are the key and the
     value of the kv head with their norms, which the cache has anyway, not the hidden state, which it would have to
     hold; the budget is `Evict`'s, not a threshold; the text is repeated without an instruction before it.
     """
 
+    window: int = 0
+    kernel: int = 5
+
     name = "kvzap"
     source = "arXiv 2601.07891"
     needs_rope = True
     is_fitted = True
+
+    def __post_init__(self) -> None:
+        counts = isinstance(self.window, int) and not isinstance(self.window, bool) and self.window >= 0
+        check(counts, self, "window counts queries.", "Use 0 or more.")
+        odd = isinstance(self.kernel, int) and self.kernel >= 1 and self.kernel % 2 == 1
+        check(odd, self, "kernel must be an odd number of tokens.", "Use 5, or 1 for no smoothing.")
+        object.__setattr__(self, "queries", self.window)
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
         sizes: dict[int, Sizes] = {}
         for layer in layers:
             heads, keys, values = whole_shapes(model)[layer]
             sizes[layer] = {"weight": (heads, keys + values + 4), "bias": (heads,)}
-        return Guess(fitted_to(model, layers, self, sizes, find, TOKENS, readings=2))
+        # the regression is the same, whoever else is asked
+        return Guess(fitted_to(model, layers, KVzap(), sizes, find, TOKENS, readings=2), self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +85,7 @@ class Guess(Ranking):
     """
 
     found: ByLayer
+    settings: KVzap
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -77,7 +95,11 @@ class Guess(Ranking):
         keys = kv.keys if context.rope is None else context.rope.unrotate(kv.keys, context.positions)
         weight, bias = (self.found.of(context.layer, name, context.heads, keys) for name in ("weight", "bias"))
         guess: Tensor = torch.einsum("bhtf,hf->bht", features(keys, kv.values), weight) + bias[:, None]
-        return guess
+        if not self.settings.window:
+            return guess
+        assert context.queries is not None
+        received = attention_received(context.queries, kv.keys, context.scaling, "max").amax(2)
+        return guess + (smooth(received, self.settings.kernel, "max") + FLOOR).log()
 
 
 def features(keys: Tensor, values: Tensor) -> Tensor:

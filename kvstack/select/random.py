@@ -30,8 +30,8 @@ class Random(Score):
     needs_rope = False
 
     def score(self, kv: KV, context: Context) -> Tensor:
-        held = kv.keys.shape[1]
-        heads = torch.arange(held, device=kv.keys.device)[None, :, None] + context.heads.first(context.layer, held)
+        places = context.heads.places(context.layer, kv.keys.shape[1])
+        heads = torch.tensor(places, device=kv.keys.device)[None, :, None]
         x = context.positions.long() * 40_503 + heads * 9_973 + context.layer * 7_919 + self.seed * 104_729 + 1
         for _ in range(3):  # a few rounds of multiply and fold are random enough for a control
             x = (x * 48_271) % PRIME

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +11,53 @@ from torch import Tensor
 
 from ..heads import ALONE, Heads
 
-__all__ = ["Choice", "allowance", "choose", "how_many"]
+__all__ = ["GRID", "Choice", "Profile", "alike", "allowance", "choose", "how_many"]
+
+GRID = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+"""Shares of all tokens that are kept, for which the share of each head was found."""
+NEAR = 1.1
+"""Heads of a layer whose shares differ by no more than this factor keep equally many tokens."""
 
 
-def allowance(keep: float | int, seen: int, sinks: int, window: int) -> int:
-    """Tokens that may stay beside sinks and window: a share of those between them, or a count."""
+@dataclass(frozen=True)
+class Profile:
+    """The share of its tokens that a head keeps where all heads together keep some share. The mean over all heads of
+    what their profiles give is the share of all: between the points of `GRID` it is interpolated.
+
+    Attributes:
+        shares: one for each point of `GRID`, from 0 to 1, not falling.
+    """
+
+    shares: Sequence[float]
+
+    def at(self, keep: float) -> float:
+        """The share of this head where all heads keep `keep`, from 0 to 1."""
+        x, y = (0.0, *GRID, 1.0), (0.0, *self.shares, 1.0)
+        i = min(bisect.bisect_right(x, keep), len(x) - 1)
+        return y[i - 1] + (y[i] - y[i - 1]) * (keep - x[i - 1]) / (x[i] - x[i - 1])
+
+
+def alike(shares: Tensor, keep: float | int) -> list[tuple[tuple[int, ...], Profile]]:
+    """Heads of a layer that keep equally many tokens, and the mean of their profiles. `shares` is (H, len(GRID))."""
+    at = [Profile(own.tolist()).at(keep if isinstance(keep, float) else GRID[len(GRID) // 2]) for own in shares]
+    runs: list[list[int]] = []
+    for head in sorted(range(len(at)), key=lambda i: at[i]):
+        near = runs and at[head] <= NEAR * at[runs[-1][0]]
+        runs[-1].append(head) if near else runs.append([head])
+    return [(tuple(sorted(run)), Profile(shares[sorted(run)].mean(0).tolist())) for run in runs]
+
+
+def allowance(keep: float | int, seen: int, sinks: int, window: int, profile: Profile | None = None) -> int:
+    """Tokens that may stay beside sinks and window: a share of those between them, or a count; of a head with a
+    `profile` its part of that."""
+    between = max(0, seen - sinks - window)
+    if profile is not None and between:
+        share = profile.at(min(1.0, keep / between) if isinstance(keep, int) else keep)
+        return int(share * between + 1e-4)  # profiles are in float32
     if isinstance(keep, int):
         return keep
     # the small number keeps 0.3 * 10 from becoming 2
-    return int(keep * max(0, seen - sinks - window) + 1e-9)
+    return int(keep * between + 1e-9)
 
 
 def how_many(middle: int, raw: int, budget: int, granule: int, block: int) -> int:

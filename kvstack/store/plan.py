@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..abilities import FitsText, NeedsHidden, ReadsLinearly, RefitsText
 from ..encode.exact import EXACT, Exact
@@ -39,6 +40,8 @@ class Plan:
     Attributes:
         codecs: one for each group of layers that a transform stores together, in the order of the layers.
         ranking: what ranks tokens for `evict`.
+        budgets: layer -> (H, points of `GRID`), the shares of the tokens that its heads keep; None: all keep equally
+            many.
         heads: the kv heads that other processes hold.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     codecs: Sequence[Codec] = ()
     heads: Heads = ALONE
     ranking: Ranking | None = None
+    budgets: Mapping[int, Tensor] | None = None
     _granules: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False, compare=False)
 

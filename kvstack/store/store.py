@@ -26,12 +26,13 @@ from torch import Tensor
 from ..checks import Get, items, misfit
 from ..errors import UseError
 from ..floats import saturated, wide
+from ..heads import Heads
 from ..packed import Packed
 from ..select.attention import moved_behind
 from ..stage import Codec
 from ..types import KV, Context, Layout, Rotation, positions_between
 from ..workspace import Workspace
-from .budget import Choice, allowance, choose, how_many
+from .budget import Choice, Profile, allowance, choose, how_many
 from .given import Given, Placed
 from .plan import Plan
 from .refit import Refitted, refitted
@@ -63,6 +64,9 @@ class Store:
         codecs: one for each run of layers that are stored together; empty without a transform.
         ropes: how each layer rotates keys.
         expansions: of layers that cache latents (multi-head latent attention), what makes keys and values of them.
+        profile: its part of the tokens that may stay; None: as many as every other store.
+        heads: the kv heads that other processes hold; or, where the heads of a layer are held apart, which of them
+            these are.
     """
 
     def __init__(
@@ -72,9 +76,11 @@ class Store:
         codecs: Sequence[Codec],
         ropes: Mapping[int, Rotation | None],
         expansions: Mapping[int, Expand],
+        profile: Profile | None = None,
+        heads: Heads | None = None,
     ) -> None:
         self.plan, self.layers, self.codecs, self.ropes = plan, list(layers), codecs, ropes
-        self.expansions = expansions
+        self.expansions, self.profile, self.heads = expansions, profile, plan.heads if heads is None else heads
         self.given = Given()  # the cohort's, which all its stores share
         self.dirty = False  # holds tokens of a forward that is not settled
         self.mixes_heads = False  # what attention reads of a kv head depends on other heads, too
@@ -144,6 +150,24 @@ class Store:
         return self.sealed_tokens + self.raw_tokens
 
     @property
+    def mean_held(self) -> float:
+        """Tokens held, as a mean over kv heads."""
+        return self.held
+
+    @property
+    def pieces(self) -> list[tuple[tuple[int, ...] | None, Store]]:
+        """Stores of heads that hold equally many tokens, and the places of these heads; None: of all."""
+        return [(None, self)]
+
+    def tokens_in(self, slot: int) -> int:
+        """Tokens held in a layer: in the middle of a forward the layers of a group have not all got their new ones."""
+        return self.sealed_tokens + self.raw[slot].length
+
+    def sample(self, slot: int) -> KV | None:
+        """Keys and values (rows, H, n, D) as a layer holds them, for their type and shape; None: it holds none yet."""
+        return self.raw[slot].kv if self.raw[slot].length else None
+
+    @property
     def sinks(self) -> int:
         return min(self.plan.sinks, self.raw_tokens)
 
@@ -207,10 +231,10 @@ class Store:
         plan, granule = self.plan, self.granule
         self.dirty = False
         self._track(seen, scalings, work)
-        # how many must go: a number that is equal in all layers, since one attention mask serves them all
+        # how many must go: a number that is equal in all layers and heads of this store
         dropped = 0
         if plan.evict is not None and self._can_score():
-            budget = allowance(plan.evict.keep, seen, plan.sinks, plan.window)
+            budget = allowance(plan.evict.keep, seen, plan.sinks, plan.window, self.profile)
             raw = max(0, new - plan.sinks - plan.window)  # a bound that holds in every layer
             # after a crop the window may reach into what is sealed, and is not whole yet: it is no part of the budget
             between = max(0, self.held - self.sinks - plan.window)
@@ -276,7 +300,7 @@ class Store:
             references=self._reference(slot, seen) if self.references else None,
             sinks=self.sinks,
             window=self.plan.window,
-            heads=self.plan.heads,
+            heads=self.heads,
         )
 
     def _rope(self, slot: int) -> Placed | None:
@@ -296,7 +320,7 @@ class Store:
         """Decide which of the middle tokens stay."""
         pooled = self._ranking(seen, scalings, work)
         sinks, sealed, middle = self.sinks, self.sealed_tokens, self.middle
-        choice: Choice = choose(pooled, sealed, granule, drop, self.plan.heads)
+        choice: Choice = choose(pooled, sealed, granule, drop, self.heads)
         positions = self.positions(seen)[..., sinks : sinks + sealed + middle]
         return Cut(sinks, sealed, middle, granule, choice.granules, choice.raw, positions)
 
@@ -327,7 +351,13 @@ class Store:
         for slot in range(len(self.layers)):
             score = self._scores(slot, seen, scalings[slot], work)
             scores.append(score.to(scores[0].device) if scores else score)
-        return select.pooled(scores, self.plan.heads) if self.plan.share_heads or self.mixes_heads else scores[0]
+        return select.pooled(scores, self.heads) if self.plan.share_heads or self.mixes_heads else scores[0]
+
+    def scored(self, seen: int, scaling: float) -> Tensor:
+        """(B, H, middle): the scores of all tokens between sinks and window, of a store of one layer that has just got
+        its first tokens."""
+        self._track(seen, [scaling], Workspace())
+        return self._scores(0, seen, scaling, Workspace())
 
     def _scores(self, slot: int, seen: int, scaling: float, work: Workspace) -> Tensor:
         """(B, H, sealed + middle) scores of one layer, checked; H are the heads that hold something."""
@@ -350,7 +380,7 @@ class Store:
             )
         # all heads of latent attention read one latent of a token
         one = score.shape[1] != self.raw[slot].kv.keys.shape[1]
-        return select.pooled([score], self.plan.heads) if one else score
+        return select.pooled([score], self.heads) if one else score
 
     def _attended(self, slot: int, seen: int, work: Workspace) -> KV:
         """What a score compares: with queries, the keys that these attend to, where latents are held in their place."""
@@ -481,7 +511,7 @@ class Store:
 
     def rows(self, index: Tensor) -> Store:
         """A store with the batch rows at `index`; nothing is shared with this one."""
-        other = Store(self.plan, self.layers, self.codecs, self.ropes, self.expansions)
+        other = Store(self.plan, self.layers, self.codecs, self.ropes, self.expansions, self.profile, self.heads)
         other.dirty, other.mixes_heads = self.dirty, self.mixes_heads
         other._hold({name: [track.rows(index) for track in tracks] for name, tracks in self._held.items()})
         return other

@@ -74,6 +74,7 @@ def _plugins() -> dict[str, Entry]:
 STACKS: dict[str, Entry] = {
     "empty": Entry(lambda model: []),
     "Evict": Entry(lambda model: [Evict(0.4)]),
+    "Evict, budgets": Entry(lambda model: [Evict(0.4, "knorm", budgets="layers"), Quant(8)], 0.02),
     "Evict, keydiff": Entry(lambda model: [Evict(0.4, "keydiff", layers=1)]),
     "Quant(8)": Entry(lambda model: [Quant(8)], 0.02),
     "Quant(8), not fused": Entry(lambda model: [Quant(8)], 0.02, fused=False),

@@ -80,5 +80,7 @@ def test_several_processes_need_a_calibration_that_is_there(monkeypatch, tmp_pat
     monkeypatch.setattr(of_score, "heads_of", lambda model: Heads(0, 2))
     monkeypatch.setattr(of_score.keep, "folder", lambda: tmp_path)
     model = copy.deepcopy(tiny.model())
-    with pytest.raises(CalibrationError, match=r"is split among 2 processes.*Make it there in one process: KVStack"):
+    with pytest.raises(
+        CalibrationError, match=r"is split among 2 processes.*Make it there in one process, with the same stages"
+    ):
         make_score("kvzap").bind(model, range(4))

@@ -120,7 +120,9 @@ def test_one_mix_of_granules_and_single_tokens(size, granules, raw, granule, dat
 
 def test_first_head():
     heads = Heads(1, 2, frozenset({3}))
-    assert (heads.first(0, 4), heads.first(3, 4), ALONE.first(0, 4)) == (4, 0, 0)
+    assert heads.places(0, 4) == [4, 5, 6, 7]
+    assert heads.places(3, 4) == ALONE.places(0, 4) == [0, 1, 2, 3]
+    assert replace(ALONE, chosen=(1, 5)).places(0, 2) == [1, 5]
 
 
 def test_alone_says_what_it_is_told():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvstack import CalibrationError, Context, Evict, KVStack, KVzap
+from kvstack import CalibrationError, Context, Evict, KVStack, KVzap, StageError
 from kvstack.calibration import keep
 from kvstack.calibration.by_layer import ByLayer
 from kvstack.calibration.listening import listening
@@ -114,3 +114,32 @@ def test_a_caller_without_a_model_is_refused():
     kv = torch.zeros(1, 2, 8, 16)
     with pytest.raises(Exception, match="does not know its model"):
         KVStack([Evict(0.4, "kvzap")]).update(kv, kv, 0)
+
+
+def test_the_newest_queries_are_asked_too():
+    """Sum of the guess and of the logarithm of the largest attention, smoothed: against plain loops."""
+    model = tiny.model("llama", "eager")
+    ids = tiny.tokens(1, 40)
+    stack = KVStack([Evict(1.0, KVzap(window=6, kernel=3), layers=1)], model=model, **SETTINGS)
+    stack.activate_past_recording()  # queries are known until the forward is settled
+    model(ids, past_key_values=stack)
+    layers = model(ids, output_attentions=True).attentions
+    ranking = KVzap().bind(model, range(4))
+    for layer, store in enumerate(stack.batch.stores):
+        found = store._scores(0, 40, 16**-0.5, stack._work)  # of the tokens between sinks and window
+        kv, rope = stack.read(layer), stack.binding.ropes[layer]
+        guess = ranking.score(kv, Context(layer, 40, torch.arange(40)[None, None], rope=rope))
+        for head in range(2):
+            most = [
+                max(float(layers[layer][0, h, q, t]) for h in (2 * head, 2 * head + 1) for q in range(34, 40))
+                for t in range(40)
+            ]
+            for t in range(2, 32):
+                expected = guess[0, head, t] + np.log(max(most[max(0, t - 1) : t + 2]) + kvzap.FLOOR)
+                assert float(found[0, head, t - 2]) == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"window": -1}, {"window": True}, {"kernel": 4}, {"kernel": 0}])
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(StageError, match="KVzap"):
+        KVzap(**settings)

@@ -16,6 +16,7 @@ STACKS |= {
     "heads": [Evict(0.4, "snapkv(window=8)", layers=1)],
     "quant": [Quant(8, group=8), Evict(20, "tova")],
     "refit": [Evict(0.4, refit=True)],
+    "budgets": [Evict(0.4, budgets="heads")],
     "commonkv": [CommonKV(1.0, layers=2), Quant(8), Evict(0.5)],
 }
 
@@ -41,7 +42,7 @@ def test_how_many_guesses_there_were_steers_nothing(stages):
     one = conversation(stages, [(60, 4), *((1, n) for n in rejected), (3, 5), (1, 0)], seed=100, fused=False)
     other = conversation(stages, [(60, 0), *((1, 0) for _ in rejected), (3, 0), (1, 0)], seed=200, fused=False)
     for layer in one.compressed_layers:
-        assert torch.equal(one.positions(layer), other.positions(layer))
+        assert tiny.positions_by_head(one, layer) == tiny.positions_by_head(other, layer)
     queries = [[x for _, name, x in stack.parts() if name == "recent queries"] for stack in (one, other)]
     for mine, theirs in zip(*queries, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
@@ -75,10 +76,11 @@ def test_assistance_that_has_ended_delays_nothing():
 
 def held(stack):
     for layer in stack.compressed_layers:
-        yield stack.positions(layer)
-        kv = stack.read(layer)
-        yield kv.keys
-        yield kv.values
+        for head in range(2):
+            yield stack.positions(layer, 0, head)
+            kv = stack.read(layer, 0, head)
+            yield kv.keys
+            yield kv.values
     for store in stack.batch.stores:
         for track in store.tracks():
             yield from (x for name, x in track.parts() if name != "raw")  # behind raw tokens is reserve
