@@ -10,15 +10,16 @@ The model's mask is over all tokens it has seen, and each answer takes the part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .asked import Asked, answered, by_head, fitted
 from .batch import Batch, Cohort
 from .binding import Binding
 from .errors import UseError
@@ -61,76 +62,6 @@ class Forward:
     fed: set[int] = field(default_factory=set)
     positions: Tensor | None = None  # (B, axes, new) that the model was given
     rotated: set[Rope] = field(default_factory=set)  # by those positions, as far as was seen
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What attention asks of one cohort in one layer, of all heads or some.
-
-    Attributes:
-        number: of the cohort.
-        places, n: which of the forward's tokens ask (None: all), and how many.
-        query: (b, query heads, n, D) of the cohort's rows.
-        mask: the model's, for all rows and heads.
-        dense: tokens the model has seen.
-        every: whether the cohort has all rows, and all new tokens of them ask.
-        attached: the new keys and values, where gradients may be asked for.
-        kwargs: what else the attention function was called with.
-        heads: places of the kv heads that are asked; None: all of them. `groups`: query heads of each.
-    """
-
-    call: Call
-    cohort: Cohort
-    number: int
-    places: Tensor | None
-    n: int
-    query: Tensor
-    mask: Any
-    dense: int
-    every: bool
-    attached: KV | None
-    slot: int
-    kwargs: Mapping[str, Any]
-    heads: tuple[int, ...] | None = None
-    groups: int = 1
-
-    def of(self, heads: tuple[int, ...] | None, groups: int) -> Asked:
-        """The same of the kv heads at `heads` alone."""
-        if heads is None:
-            return self
-        asked = replace(self, heads=heads, groups=groups)
-        attached = self.attached and KV(*(x[:, list(heads)] for x in (self.attached.keys, self.attached.values)))
-        return replace(asked, query=asked.of_queries(self.query), attached=attached)
-
-    def of_queries(self, x: Tensor) -> Tensor:
-        """The query heads of these kv heads, of `x` (B, query heads, ...)."""
-        return x if self.heads is None else x.unflatten(1, (-1, self.groups))[:, list(self.heads)].flatten(1, 2)
-
-    def groups_of(self, pieces: Pieces) -> int:
-        """Query heads of each kv head."""
-        return self.query.shape[1] // max(1, sum(len(heads or ()) for heads, _ in pieces))
-
-    def by_head(self, mask: Any) -> Any:
-        """A mask for these heads: most masks are for all."""
-        return self.of_queries(mask) if _by_head(mask) else mask
-
-
-Pieces = Sequence[tuple[tuple[int, ...] | None, Store]]
-"""Places of kv heads, and the store that holds them; None: of all heads."""
-Ask = Callable[[Asked, Store], tuple[Tensor, Tensor | None]]
-
-
-def _fitted(asked: Asked, store: Store) -> Tensor:
-    """The mask for what a store holds."""
-    return masks.fitted(asked.by_head(asked.mask), store.positions(asked.cohort.seen), asked.query.shape[1])
-
-
-def _in_order(x: Tensor, dim: int, order: Sequence[int]) -> Tensor:
-    """Query heads, axis `dim` of `x`, that are those of the kv heads in `order`, as the model has them."""
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return (
-        x.unflatten(dim, (len(order), -1)).index_select(dim, torch.tensor(back, device=x.device)).flatten(dim, dim + 1)
-    )
 
 
 class Attention:
@@ -223,7 +154,7 @@ class Attention:
                 f"layer {call.layer} of {self._bound.name} does not attend to the keys it caches, so {select!r} "
                 'cannot work with it. Use a score without queries, such as "keydiff".'
             )
-        if own is not None and (promise is None or (mask is not call.mask and _by_head(mask))):
+        if own is not None and (promise is None or (mask is not call.mask and by_head(mask))):
             group, _ = self.batch.binding.places[call.layer]
             for cohort in self.batch.cohorts:
                 cohort.stores[group].mix_heads()
@@ -390,7 +321,7 @@ class Attention:
                 at = torch.arange(new, device=query.device) if places is None else places.to(query.device)
                 q = query[where[:, None], :, at].transpose(1, 2)
             asked = Asked(call, cohort, number, places, n, q, mask, dense, every, promise.attached, slot, kwargs)
-            answer, looked = self._of_cohort(asked, cohort.stores[group].pieces, partial(self._of_piece, plain=plain))
+            answer, looked = answered(asked, cohort.stores[group].pieces, partial(self._of_piece, plain=plain))
             if every:
                 return answer, looked
             if out is None:
@@ -403,17 +334,6 @@ class Attention:
         out = query.new_zeros(rows, new, heads, width) if out is None else out
         return self._with_newest(call, out, promise, query, mask, plain), weights
 
-    def _of_cohort(self, asked: Asked, pieces: Pieces, ask: Ask) -> tuple[Tensor, Tensor | None]:
-        """The answer of all heads, and their weights over all tokens seen; `ask` gives those of some heads."""
-        if len(pieces) == 1:
-            return ask(asked, pieces[0][1])
-        order = [head for heads, _ in pieces for head in heads or ()]
-        groups = asked.groups_of(pieces)
-        answers, weights = zip(*(ask(asked.of(heads, groups), store) for heads, store in pieces), strict=True)
-        answer = _in_order(torch.cat(answers, dim=2), 2, order)
-        known = [looked for looked in weights if looked is not None]
-        return answer, _in_order(torch.cat(known, dim=1), 1, order) if known else None
-
     def _of_piece(self, asked: Asked, store: Store, plain: Any) -> tuple[Tensor, Tensor | None]:
         """The answer of heads that hold equally many tokens, and their weights over all tokens seen."""
         call, cohort, dense, q, slot, attached = (
@@ -424,14 +344,14 @@ class Attention:
         part = None
         if fuses or not fits:
             part = self._sight.part(asked.mask, call, asked.number, cohort, asked.places, asked.n, dense)
-            part = part if part is None else asked.by_head(part)
+            part = part if part is None else asked.cut(part)
         if fuses:
             answer, looked = self._fused(call, store, slot, cohort, q, part, attached is not None)
         else:
             # scratch memory is written again by the next layer, and a backward pass comes later
             work = Workspace() if torch.is_grad_enabled() and q.requires_grad else self.batch.work
             kv = self._promises.attach(store.read(slot, cohort.seen, work), cohort, attached)
-            own = asked.by_head(asked.mask) if fits else self._sight.mask(call, store, cohort, q, part)
+            own = asked.cut(asked.mask) if fits else self._sight.mask(call, store, cohort, q, part)
             # positions of all rows: only flash attention looks at them, to find packed texts
             changes = {} if asked.every or "position_ids" not in asked.kwargs else {"position_ids": None}
             bias, scaling = store.bias(slot), self.learned.scaling[call.layer]
@@ -458,10 +378,10 @@ class Attention:
             q = query[rows.to(query.device), :, -1:]
             asked = Asked(call, cohort, number, None, 1, q, part, dense, False, promise.attached, slot, {})
             pieces = cohort.stores[group].pieces
-            seen = (_fitted(asked.of(heads, asked.groups_of(pieces)), piece) for heads, piece in pieces)
+            seen = (fitted(asked.of(heads, asked.groups_of(pieces)), piece) for heads, piece in pieces)
             if not any(bool(masks.visible(own).any()) for own in seen):
                 continue  # padding on the left sees nothing
-            answer, _ = self._of_cohort(asked, pieces, partial(self._of_newest, plain=plain))
+            answer, _ = answered(asked, pieces, partial(self._of_newest, plain=plain))
             out[rows.to(out.device), -1:] = answer.to(out.dtype)
         return out
 
@@ -469,7 +389,7 @@ class Attention:
         """The answer to the newest query alone, whose weights nobody wants."""
         kv = self._promises.attach(store.read(asked.slot, asked.cohort.seen, Workspace()), asked.cohort, asked.attached)
         bias, scaling = store.bias(asked.slot), self.learned.scaling[asked.call.layer]
-        return _with_bias(plain, asked.query, kv, _fitted(asked, store), bias, scaling)[0], None
+        return _with_bias(plain, asked.query, kv, fitted(asked, store), bias, scaling)[0], None
 
     def _asked(self, cohort: Cohort, queries: int) -> tuple[Tensor | None, int]:
         """Which of the `queries` are a cohort's tokens (None: all), and how many: a layer that reuses the keys of
@@ -525,11 +445,6 @@ def _with_bias(
     values = torch.nn.functional.pad(kv.values, (0, max(0, wider - width)))
     out, weights = plain(torch.cat([query, ones], dim=-1), keys, values, mask, scaling=scaling, **changes)
     return out[..., :width].contiguous(), weights
-
-
-def _by_head(mask: Any) -> bool:
-    """Whether a mask differs from head to head."""
-    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
 
 
 def exactly(call: Call) -> AbstractContextManager[Any]:

@@ -44,7 +44,8 @@ def alike(shares: Tensor, keep: float | int) -> list[tuple[tuple[int, ...], Prof
     for head in sorted(range(len(at)), key=lambda i: at[i]):
         near = runs and at[head] <= NEAR * at[runs[-1][0]]
         runs[-1].append(head) if near else runs.append([head])
-    return [(tuple(sorted(run)), Profile(shares[sorted(run)].mean(0).tolist())) for run in runs]
+    ordered = sorted(sorted(run) for run in runs)
+    return [(tuple(run), Profile(shares[run].mean(0).tolist())) for run in ordered]
 
 
 def allowance(keep: float | int, seen: int, sinks: int, window: int, profile: Profile | None = None) -> int:
