@@ -25,7 +25,7 @@ help:
 	@echo "make demo    a small model answers a question from a compressed cache"
 	@echo "make test    all tests, those of plugins/ included"
 	@echo "make fuzz    load thousands of changed files of caches and calibrations"
-	@echo "make check   linter, formatter, types"
+	@echo "make check   linter, formatter, types, words that confuse readers"
 	@echo "make bench   quality, needles, memory, speed, beside transformers' own caches and other peers"
 	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
 	@echo "make matrix  every architecture with every stage, in every way to feed a text; writes docs/models.md"
@@ -49,6 +49,7 @@ check: .venv/.check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/python tools/words.py
 
 bench: .venv/.bench
 	.venv/bin/kvstack bench all --out bench-results

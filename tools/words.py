@@ -1,0 +1,174 @@
+"""Search documents, docstrings and messages for phrases that are hard to read, listed in words.txt.
+
+    python tools/words.py                   prints what it finds; exit status 1 if there is anything new
+    python tools/words.py --known           prints everything, also what words-known.txt tolerates
+    python tools/words.py --write-known     tolerates what is there today
+
+The tolerated places are a debt: when you change such a text, mend it. Code blocks and `names` are not read.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIST, KNOWN = HERE / "words.txt", HERE / "words-known.txt"
+UNREAD = re.compile(
+    r"^ *```.*?^ *```"  # code, diagrams, output
+    r"|<!-- written by.*?<!-- end of"  # tables of make matrix: messages of the code, which are read there
+    r"|`[^`\n]*`"  # names
+    r"|\]\([^)]*\)",  # targets of links
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass
+class Rules:
+    """Phrases with a better one, and rates per 10,000 words of a page."""
+
+    phrases: dict[str, str] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
+    least: dict[str, float] = field(default_factory=dict)
+    short: int = 0
+
+    def __post_init__(self) -> None:
+        # the longest first, so that a phrase is not counted as a shorter one that it contains
+        order = sorted(self.phrases, key=len, reverse=True)
+        words = (r"\s+".join(map(re.escape, phrase.split())) for phrase in order)
+        self.pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(words) or '(?!)'})(?![\w-])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A place that a rule objects to."""
+
+    path: str
+    line: int
+    rule: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.rule!r}: {self.advice}"
+
+
+def read_rules(text: str) -> Rules:
+    """Return the rules of a list such as words.txt. A line that cannot be read raises ValueError."""
+    phrases: dict[str, str] = {}
+    rates: dict[str, dict[str, float]] = {"limits": {}, "at least": {}}
+    short, section = 0, ""
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif section == "phrases" and " -> " in line:
+            phrase, better = line.split(" -> ", 1)
+            phrases[phrase.lower()] = better
+        elif section in rates and re.fullmatch(r"\w+ \d+", line):
+            word, rate = line.split()
+            rates[section][word.lower()] = float(rate)
+        elif section == "short" and line.isdigit():
+            short = int(line)
+        else:
+            raise ValueError(f"line {number} of the list of words cannot be read: {line!r}")
+    return Rules(phrases, rates["limits"], rates["at least"], short)
+
+
+def prose(text: str) -> str:
+    """The words of a page, on the lines where they are: code and names are blanked."""
+    return UNREAD.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+
+
+def texts_of(source: str) -> Iterator[tuple[int, str]]:
+    """Docstrings and strings of a module, with the line each begins on. A field of an f-string reads as {}."""
+    tree = ast.parse(source)
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.lineno, node.value
+
+
+def phrases_in(text: str, rules: Rules, path: str, line: int = 1) -> Iterator[Finding]:
+    for match in rules.pattern.finditer(text):
+        phrase = " ".join(match[0].lower().split())
+        yield Finding(path, line + text.count("\n", 0, match.start()), phrase, f"write: {rules.phrases[phrase]}")
+
+
+def check_page(text: str, rules: Rules, path: str) -> Iterator[Finding]:
+    """What the rules object to in a page of Markdown."""
+    text = prose(text)
+    yield from phrases_in(text, rules, path)
+    words = Counter(re.findall(r"[a-z']+", text.lower()))
+    total = words.total()
+    if total < rules.short:
+        return
+    words["you"] += words["your"]
+    for word, most in rules.most.items():
+        if (rate := words[word] * 10_000 / total) > most:
+            yield Finding(path, 1, f"{word} (too often)", f"{rate:.0f} per 10,000 words, at most {most:.0f}")
+    for word, least in rules.least.items():
+        if (rate := words[word] * 10_000 / total) < least:
+            yield Finding(path, 1, f"{word} (too rare)", f"{rate:.0f} per 10,000 words, at least {least:.0f}")
+
+
+def check_module(source: str, rules: Rules, path: str) -> Iterator[Finding]:
+    """What the rules object to in docstrings and messages of a module."""
+    for line, text in texts_of(source):
+        yield from phrases_in(re.sub(r"`[^`\n]*`", " ", text), rules, path, line)
+
+
+def check_project(root: Path, rules: Rules) -> list[Finding]:
+    """What the rules object to in documents and code of the project, tests left out."""
+    found: list[Finding] = []
+    pages = [*root.glob("*.md"), *(root / "docs").rglob("*.md"), *(root / "plugins").rglob("*.md")]
+    for page in sorted(pages):
+        found += check_page(page.read_text(encoding="utf-8"), rules, page.relative_to(root).as_posix())
+    modules = [*(root / "kvstack").rglob("*.py"), *(root / "plugins").glob("*/kvstack_*.py")]
+    modules += (root / "plugins").glob("*/kvstack_*/**/*.py")
+    for module in sorted(modules):
+        found += check_module(module.read_text(encoding="utf-8"), rules, module.relative_to(root).as_posix())
+    return found
+
+
+def read_known(text: str) -> Counter[tuple[str, str]]:
+    """How many findings of a rule are tolerated in a file."""
+    rows = (line.split("\t") for line in text.splitlines() if line and not line.startswith("#"))
+    return Counter({(path, rule): int(count) for path, rule, count in rows})
+
+
+def write_known(found: list[Finding]) -> str:
+    counts = Counter((finding.path, finding.rule) for finding in found)
+    rows = [f"{path}\t{rule}\t{count}" for (path, rule), count in sorted(counts.items())]
+    head = "# Texts that words.txt objects to, tolerated for now: file, rule, how often. Mend them, and delete their lines."
+    return "\n".join([head, *rows]) + "\n"
+
+
+def new_ones(found: list[Finding], known: Counter[tuple[str, str]]) -> list[Finding]:
+    """Findings of files that have more of them than are tolerated."""
+    counts = Counter((finding.path, finding.rule) for finding in found)
+    return [f for f in found if counts[f.path, f.rule] > known[f.path, f.rule]]
+
+
+def main(arguments: list[str]) -> int:
+    found = check_project(HERE.parent, read_rules(LIST.read_text(encoding="utf-8")))
+    if "--write-known" in arguments:
+        KNOWN.write_text(write_known(found), encoding="utf-8")
+        return 0
+    known = read_known(KNOWN.read_text(encoding="utf-8")) if KNOWN.exists() else Counter[tuple[str, str]]()
+    shown = found if "--known" in arguments else new_ones(found, known)
+    for finding in shown:
+        print(finding)
+    return 1 if new_ones(found, known) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
