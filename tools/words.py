@@ -148,7 +148,7 @@ def read_known(text: str) -> Counter[tuple[str, str]]:
 def write_known(found: list[Finding]) -> str:
     counts = Counter((finding.path, finding.rule) for finding in found)
     rows = [f"{path}\t{rule}\t{count}" for (path, rule), count in sorted(counts.items())]
-    head = "# Texts that words.txt objects to, tolerated for now: file, rule, how often. Mend them, and delete their lines."
+    head = "# Texts that words.txt objects to, tolerated for now: file, rule, how often. Mend them and delete lines."
     return "\n".join([head, *rows]) + "\n"
 
 
