@@ -185,6 +185,33 @@ def test_links_lead_somewhere(page):
             assert link["anchor"] in anchors(target), f"{name_of(page)}: {link['path']}#{link['anchor']} is no heading"
 
 
+# ---- figures that stand on two pages
+
+
+def measured(page: str) -> list[tuple[str, set[str]]]:
+    """Rows of the tables of a page: the stack that they begin with, and all their cells."""
+    rows = re.findall(r"^\| *`(.+?)`(.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return [(spec.removesuffix("@window=16"), {cell.strip() for cell in rest.split("|")}) for spec, rest in rows]
+
+
+CHOSEN = [(spec, kl) for spec, _, kl in re.findall(
+    r"^\| `(.+?)` \| ([\d.]+ %) \| ([\d.e-]+) \|", (ROOT / "docs" / "choose.md").read_text("utf-8"), re.MULTILINE
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "kl"), CHOSEN, ids=[f"{spec}-{kl}" for spec, kl in CHOSEN])
+def test_figures_for_choosing_are_those_that_were_measured(spec, kl):
+    rows = measured("docs/benchmarks.md") + measured("docs/stages/tiers.md")
+    same = [cells for name, cells in rows if name == spec.removesuffix("@window=16")]
+    assert any(kl in cells for cells in same), (
+        f"docs/choose.md says {kl} for {spec}, and the pages with the figures do not"
+    )
+
+
+def test_some_figures_are_compared():
+    assert len(CHOSEN) > 10
+
+
 # ---- the tests of this file
 
 
