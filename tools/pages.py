@@ -92,7 +92,7 @@ def sections() -> dict[str, tuple[str, list[str]]]:
         return names
 
     def named(kind: type) -> Callable[[Any], bool]:
-        """Whether something is a class of this kind that has a name in specs: contracts have none."""
+        """Return a test for classes of this kind with a name in specs, which contracts do not have."""
         return lambda value: inspect.isclass(value) and issubclass(value, kind) and bool(getattr(value, "name", ""))
 
     errors = take(lambda value: inspect.isclass(value) and issubclass(value, Exception))

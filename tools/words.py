@@ -35,6 +35,7 @@ class Rules:
     phrases: dict[str, str] = field(default_factory=dict)
     most: dict[str, float] = field(default_factory=dict)
     least: dict[str, float] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
     short: int = 0
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class Finding:
 
 def read_rules(text: str) -> Rules:
     """Return the rules of a list such as words.txt. A line that cannot be read raises ValueError."""
-    phrases: dict[str, str] = {}
+    advice: dict[str, dict[str, str]] = {"phrases": {}, "first words": {}}
     rates: dict[str, dict[str, float]] = {"limits": {}, "at least": {}}
     short, section = 0, ""
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
@@ -67,9 +68,9 @@ def read_rules(text: str) -> Rules:
             continue
         if line.startswith("["):
             section = line.strip("[]")
-        elif section == "phrases" and " -> " in line:
+        elif section in advice and " -> " in line:
             phrase, better = line.split(" -> ", 1)
-            phrases[phrase.lower()] = better
+            advice[section][phrase.lower()] = better
         elif section in rates and re.fullmatch(r"\w+ \d+", line):
             word, rate = line.split()
             rates[section][word.lower()] = float(rate)
@@ -77,7 +78,7 @@ def read_rules(text: str) -> Rules:
             short = int(line)
         else:
             raise ValueError(f"line {number} of the list of words cannot be read: {line!r}")
-    return Rules(phrases, rates["limits"], rates["at least"], short)
+    return Rules(advice["phrases"], rates["limits"], rates["at least"], advice["first words"], short)
 
 
 def prose(text: str) -> str:
@@ -97,6 +98,15 @@ def texts_of(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+def first_words(source: str) -> Iterator[tuple[int, str]]:
+    """First words of the docstrings of a module, its classes and functions, with the lines of these."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            words = (ast.get_docstring(node) or "").split()
+            if words:
+                yield getattr(node, "lineno", 1), words[0]
+
+
 def phrases_in(text: str, rules: Rules, path: str, line: int = 1) -> Iterator[Finding]:
     for match in rules.pattern.finditer(text):
         phrase = " ".join(match[0].lower().split())
@@ -104,7 +114,7 @@ def phrases_in(text: str, rules: Rules, path: str, line: int = 1) -> Iterator[Fi
 
 
 def check_page(text: str, rules: Rules, path: str) -> Iterator[Finding]:
-    """What the rules object to in a page of Markdown."""
+    """Yield the findings in a page of Markdown."""
     text = prose(text)
     yield from phrases_in(text, rules, path)
     words = Counter(re.findall(r"[a-z']+", text.lower()))
@@ -121,13 +131,16 @@ def check_page(text: str, rules: Rules, path: str) -> Iterator[Finding]:
 
 
 def check_module(source: str, rules: Rules, path: str) -> Iterator[Finding]:
-    """What the rules object to in docstrings and messages of a module."""
+    """Yield the findings in docstrings and messages of a module."""
     for line, text in texts_of(source):
         yield from phrases_in(re.sub(r"`[^`\n]*`", " ", text), rules, path, line)
+    for line, word in first_words(source):
+        if word.lower() in rules.first:
+            yield Finding(path, line, f"{word} (first word)", f"begin with: {rules.first[word.lower()]}")
 
 
 def check_project(root: Path, rules: Rules) -> list[Finding]:
-    """What the rules object to in documents and code of the project, tests left out."""
+    """Return the findings in documents and code of the project, without the tests."""
     found: list[Finding] = []
     pages = [*root.glob("*.md"), *(root / "docs").rglob("*.md"), *(root / "plugins").rglob("*.md")]
     for page in sorted(pages):
@@ -140,7 +153,7 @@ def check_project(root: Path, rules: Rules) -> list[Finding]:
 
 
 def read_known(text: str) -> Counter[tuple[str, str]]:
-    """How many findings of a rule are tolerated in a file."""
+    """Return the number of tolerated findings by file and rule."""
     rows = (line.split("\t") for line in text.splitlines() if line and not line.startswith("#"))
     return Counter({(path, rule): int(count) for path, rule, count in rows})
 

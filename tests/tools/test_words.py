@@ -15,7 +15,7 @@ spec.loader.exec_module(words)
 
 RULES = words.read_rules(
     "# a comment\n[phrases]\nis no file -> is not a file\nstands in -> is in\nin -> inside\n"
-    "[limits]\nwhat 500\n[at least]\nyou 100\n[short]\n20\n"
+    "[limits]\nwhat 500\n[at least]\nyou 100\n[first words]\nWhether -> Return True if\n[short]\n20\n"
 )
 TALKS = "you and your cache " * 10
 
@@ -67,6 +67,11 @@ def test_docstrings_and_messages_of_a_module():
         '    raise ValueError(f"{path} is no file. Use {path!r}.")  # this comment is no file\n'
     )
     assert rules_of(words.check_module(module, RULES, "module.py")) == [(1, "is no file"), (6, "is no file")]
+
+
+def test_docstrings_do_not_begin_with_a_question():
+    module = 'class A:\n    """Whether it is."""\n\n    def f(self):\n        """Say whether it is."""\n'
+    assert rules_of(words.check_module(module, RULES, "module.py")) == [(1, "Whether (first word)")]
 
 
 @pytest.mark.parametrize("line", ["[phrases]\nno arrow", "[limits]\nwhat often", "lost -> found", "[short]\nmany"])
