@@ -1,4 +1,4 @@
-"""What attention asks of the tokens that are held, and the answers of several kv heads put together again."""
+"""Questions of attention to the tokens that are held, and the answers of several kv heads put together again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Asked", "answered", "by_head", "fitted"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What attention asks of one cohort in one layer, of all heads or some.
+    """A question of attention to one cohort in one layer, to all heads or some.
 
     Attributes:
         number: of the cohort.
@@ -102,5 +102,5 @@ def answered(asked: Asked, pieces: Pieces, ask: Ask) -> tuple[Tensor, Tensor | N
 
 
 def by_head(mask: Any) -> bool:
-    """Whether a mask differs from head to head."""
+    """Return True if a mask differs from head to head."""
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1

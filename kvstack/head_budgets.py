@@ -1,4 +1,4 @@
-"""Which share of the tokens each kv head of a model should keep: found by reading texts, with one threshold for all.
+"""The share of its tokens that each kv head of a model should keep: found by reading texts, with one threshold for all.
 
 A text is read, every token of every head is scored, and the best tokens of the whole model are counted for each head.
 Some heads look at the whole text and get many of them. Others look at the newest tokens only and get next to none. The
@@ -42,7 +42,7 @@ WINDOW = 64
 
 @dataclass(frozen=True)
 class Budgets:
-    """What is fitted: the shares for a score.
+    """The thing that is fitted: the shares for a score.
 
     Attributes:
         ranking: the score for a model.

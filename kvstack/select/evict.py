@@ -68,7 +68,7 @@ class Evict(Select):
         check(counts, self, "layers counts layers.", "Use 1 or more.")
         check(isinstance(self.refit, bool), self, "refit is yes or no.", "Use refit=True.")
         known = self.budgets in ("equal", "layers", "heads")
-        check(known, self, f"{self.budgets!r} is no way to share tokens.", 'Use "equal", "layers" or "heads".')
+        check(known, self, f"budgets={self.budgets!r} is not known.", 'Use "equal", "layers" or "heads".')
         alone = layers in (None, 1) and not self.share_heads
         check(
             self.budgets != "heads" or alone,
