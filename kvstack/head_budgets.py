@@ -52,6 +52,7 @@ class Budgets:
     ranking: Ranking
 
     name = "budgets"
+    instead = 'budgets="equal"'
 
     def __repr__(self) -> str:
         return f"budgets of {self.score!r}"

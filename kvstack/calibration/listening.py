@@ -71,7 +71,7 @@ class _Listener:
         if key.shape != cached.shape or not torch.equal(key, cached) or query.shape[1] % key.shape[1]:
             raise BindError(
                 f"layer {layer} of {self.name} does not attend to the keys it caches, so no score can be fitted to its "
-                'attention. Use a score that is not fitted, such as "keydiff".'
+                'attention. Use a score that is not fitted, such as "keydiff", and budgets="equal".'
             )
 
     def leave(self, call: Call) -> None:

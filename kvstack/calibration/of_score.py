@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["Find", "Fits", "check_finite", "fitted_to"]
 
 
+INSTEAD = 'score="snapkv"'
+"""Works where a score cannot be fitted."""
+
+
 class Fits(Protocol):
     """A score, or something else that is fitted by reading texts; its repr tells the settings."""
 
@@ -61,7 +65,7 @@ def fitted_to(
     if latent is not None:
         raise BindError(
             f"{score!r} is fitted to keys and values, and {type(model).__name__} caches latents in their place (layer "
-            f'{latent}). Use score="snapkv".'
+            f"{latent}). Use {getattr(score, 'instead', INSTEAD)}."
         )
     make = _refused if heads_of(model).size > 1 else _made
     kind = type(model).__name__

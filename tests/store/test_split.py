@@ -166,6 +166,8 @@ def test_what_shares_heads_is_refused():
         Evict(0.5, budgets="rows")
     with pytest.raises(BindError, match=r'stores all heads of a token together.*Use budgets="layers"'):
         KVStack([CommonKV(0.5, layers=2), Evict(0.5, budgets="heads")], model=tiny.model("llama"))
+    with pytest.raises(BindError, match=r'caches latents in their place.*Use budgets="equal"'):
+        KVStack([Evict(0.5, budgets="layers")], model=tiny.model("deepseek_v3"))
     with pytest.raises(BindError, match=r'attends with more than a softmax.*Use budgets="layers"'):
         KVStack([Evict(0.5, "knorm", budgets="heads")], model=build("gpt_oss", attentions("gpt_oss")[0]))
 
