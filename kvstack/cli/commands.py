@@ -138,6 +138,30 @@ def generate(
         typer.echo(str(cache.report()), err=True)
 
 
+@app.command()
+def play(
+    model: Model = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 for any that is free.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in your browser.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one and none is given.")] = None,
+) -> None:
+    """Open a local page: choose a stack with sliders, and compare its answers with those of a dense cache."""
+    import webbrowser
+
+    from .. import models
+    from ..play.server import Server
+
+    lm, tokenizer = models.load(model)
+    with Server(lm.to(_device(device)), tokenizer, model or models.DEFAULT_MODEL, port) as server:
+        typer.echo(f"{server.url} (Ctrl+C to stop)")
+        if browser:
+            webbrowser.open(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("")
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise KVStackError("give one prompt: as an argument, with --prompt-file, or - to read standard input.")

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import sys
 from collections import Counter
 from html.parser import HTMLParser
@@ -13,6 +12,7 @@ from kvstack.bench.show import pictures
 from kvstack.bench.show.page import Cell, Section, Table, page
 from kvstack.errors import KVStackError
 from tests.bench import made_up
+from tests.browser import headless
 
 
 class Reader(HTMLParser):
@@ -133,27 +133,11 @@ def test_missing_jinja_names_the_extra(monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser(made, tmp_path_factory):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("Chromium is missing, or its driver chromedriver is")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for switch in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"),
-    ):
-        options.add_argument(f"--{switch}")
-    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(made, encoding="utf-8")
-    try:
+    with headless(tmp_path_factory.mktemp("profile")) as running:
         running.get(path.as_uri())
         yield running
-    finally:
-        running.quit()
 
 
 def column(browser, number):
