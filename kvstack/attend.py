@@ -38,6 +38,8 @@ __all__ = ["Attention", "Learned"]
 
 CHANNELS = 8
 """Heads have a multiple of so many."""
+FLASH = 256
+"""Channels of a head that flash attention takes."""
 
 
 @dataclass
@@ -170,6 +172,8 @@ class Attention:
                 f"layer {call.layer} of {self._bound.name} attends with more than a softmax over the keys it caches, "
                 f"so {select!r} cannot make tokens stand in for others there. Use refit=False."
             )
+        if own is not None and select is not None and select.refit and "flash" in call.implementation:
+            self._check_width(call, query.shape[-1])
         if direct:
             self.learned.direct.add(call.layer)
             mask = mask if call.replaced is None else call.replaced  # it was taken for another kind of module
@@ -178,6 +182,15 @@ class Attention:
         if promise is None or promise.whole or not dense:
             return plain(query, key, value, mask)
         return self._answer(call, promise, query, value.shape[-1], mask, kwargs, plain)
+
+    def _check_width(self, call: Call, width: int) -> None:
+        """Refuse heads that are too wide for flash attention with the channels that a bias takes."""
+        if width + CHANNELS > FLASH:
+            raise UseError(
+                f"layer {call.layer} of {self._bound.name} has heads of {width} channels, and "
+                f"{self._bound.plan.select!r} adds {CHANNELS}: {call.implementation!r} takes {FLASH} at most. Use "
+                "attn_implementation='sdpa', or refit=False."
+            )
 
     def _is_dense(self, mask: Any, promise: Promise) -> bool:
         """Whether a mask is over all tokens that the model has seen."""

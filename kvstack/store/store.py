@@ -597,7 +597,7 @@ class Store:
         most = 0 if kept is None else kept.shape[2]
         for slot, bias in enumerate(self.biases):
             count = None if bias.steps is None else bias.steps.shape[2]
-            if (count is None) != (self.held == get.seen) or (count or 0) > most:
+            if (count is None) != (self.held == get.seen) or count not in (None, most):
                 raise misfit(f"{get.part(slot, 1).where('biases')} are {count}, for {self.held} of {get.seen} tokens.")
 
     def _check_scores(self, slot: int, layout: Layout, get: Get) -> None:

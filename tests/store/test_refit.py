@@ -235,7 +235,7 @@ def test_values_too_large_for_a_half_are_its_largest_ones(monkeypatch):
     assert model(tiny.tokens(1, 3), past_key_values=stack).logits.dtype == torch.float16
 
 
-@pytest.mark.parametrize("change", [lambda steps: None, lambda steps: steps.repeat(1, 1, 3)])
+@pytest.mark.parametrize("change", [lambda steps: None, lambda steps: steps.repeat(1, 1, 3), lambda steps: steps[:, :, 1:]])
 def test_biases_of_a_file_are_those_of_its_tokens(change, tmp_path):
     model = tiny.model("llama")
     stack = filled(model, KVStack([Evict(0.4, refit=True)], model=model, **SMALL))
@@ -245,6 +245,28 @@ def test_biases_of_a_file_are_those_of_its_tokens(change, tmp_path):
     stack.save(tmp_path / "cache")
     with pytest.raises(UseError, match="biases"):
         KVStack.load(tmp_path / "cache", model=model)
+
+
+@pytest.mark.parametrize("width", [256, 248])
+def test_heads_that_flash_attention_cannot_widen_are_refused(monkeypatch, width):
+    """Before anything is evicted: a bias is eight channels more, and flash attention takes 256."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import flash_attention_mask
+
+    def attention(module, query, key, value, mask, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "slow_flash_2", attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "slow_flash_2", flash_attention_mask)
+    model = tiny.model("llama", num_hidden_layers=1, head_dim=width)
+    model.config._attn_implementation = "slow_flash_2"
+    stack = KVStack([Evict(0.4, "knorm", refit=True)], model=model, **SMALL)
+    if width == 248:
+        assert filled(model, stack).held < 150
+    else:
+        with pytest.raises(UseError, match=r"heads of 256 channels.*refit=False"):
+            filled(model, stack)
 
 
 def test_a_file_in_which_nothing_was_dropped_has_no_biases(tmp_path):
