@@ -51,7 +51,7 @@ from .waterfilling import leading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Binding", "bind", "check_stages", "is_fitted", "needs_model", "unbound"]
+__all__ = ["Binding", "bind", "check_stages", "is_fitted", "needs_model", "unbound", "usual_window"]
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,14 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
         _check_nesting(transform, transform.layers, by_kind.get("select"))
     _check_classes(by_kind.get("select"), transform, encode)
     return tuple(stages)
+
+
+def usual_window(stages: Sequence[Stage]) -> int:
+    """Newest tokens that a stack of `stages` leaves as they are, if nobody says how many."""
+    transform = _of_kind(stages, Transform)
+    # where tokens are evicted, the window also keeps the newest ones from it
+    few = transform is not None and _of_kind(stages, Evict) is None
+    return int(transform.usual_window if few else Transform.usual_window)
 
 
 def _check_classes(select: Any, transform: Any, encode: Any) -> None:

@@ -25,7 +25,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLay
 from . import accounting, disk
 from .attend import Attention, Learned
 from .batch import Batch
-from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound
+from .binding import Binding, bind, check_stages, is_fitted, needs_model, unbound, usual_window
 from .devices import usable
 from .errors import BindError, KVStackError, StageError, UseError
 from .model.adapters import in_words, unwrapped
@@ -67,7 +67,8 @@ class KVStack(Cache):
         model: bind to this model at once. Without it the stack binds itself to the model in whose forward it
             first appears.
         sinks: first tokens of a text that always stay as they are (default 4).
-        window: newest tokens that always stay as they are (default 64).
+        window: newest tokens that always stay as they are. None (the default): 16 where a transform that asks for few
+            (`CommonKV`) stores tokens and none are evicted, 64 otherwise. The attribute is the number.
         block: while decoding, tokens are compressed this many at a time (default 32; at least what the encoder
             packs together).
         device: where compressed tokens are stored, such as `"cpu"` for a model on a GPU. When a layer is read, they are
@@ -95,7 +96,7 @@ class KVStack(Cache):
         *,
         model: PreTrainedModel | None = None,
         sinks: int = 4,
-        window: int = 64,
+        window: int | None = None,
         block: int = 32,
         device: str | torch.device | None = None,
         fused: bool = True,
@@ -103,6 +104,7 @@ class KVStack(Cache):
         super().__init__(layers=[])
         self.layers: list[Any]
         self.stages = check_stages(stages)
+        window = usual_window(self.stages) if window is None else window
         for name, value, least in (("sinks", sinks, 0), ("window", window, 0), ("block", block, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise StageError(f"KVStack({name}={value!r}): {name} is a number of tokens, {least} or more.")
@@ -152,8 +154,9 @@ class KVStack(Cache):
     @property
     def _changed(self) -> dict[str, Any]:
         """The stack's own settings that are not the default."""
-        defaults = inspect.signature(KVStack.__init__).parameters
-        return {name: value for name, value in self._settings.items() if value != defaults[name].default}
+        signature = inspect.signature(KVStack.__init__).parameters
+        defaults = {name: signature[name].default for name in self._settings} | {"window": usual_window(self.stages)}
+        return {name: value for name, value in self._settings.items() if value != defaults[name]}
 
     def __bool__(self) -> bool:
         # Cache has a length, so an unbound stack (no layers yet) would count as "no cache"

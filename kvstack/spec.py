@@ -26,7 +26,7 @@ __all__ = ["SETTINGS", "check_types", "from_dict", "make_score", "parse", "to_di
 
 SETTINGS: Mapping[str, tuple[Any, str]] = {
     "sinks": (int, "a number of tokens"),
-    "window": (int, "a number of tokens"),
+    "window": (int | None, "a number of tokens, or None"),
     "block": (int, "a number of tokens"),
     "device": (str | None, "the name of a device, such as 'cpu'"),
     "fused": (bool, "True or False"),

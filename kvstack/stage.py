@@ -353,6 +353,8 @@ class Transform(Stage):
     """Whether keys are wanted without rotary embedding."""
     encodes_itself: ClassVar[bool] = False
     """Whether it packs its latents itself, so that no encoder can stand beside it."""
+    usual_window: int = 64
+    """Newest tokens that a stack leaves as they are, if it is not told how many and evicts none."""
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         """This transform for `model`.

@@ -107,6 +107,11 @@ class CommonKV(Transform):
     saves = "layers: one latent for several"
     unrotated = True
 
+    @property
+    def usual_window(self) -> int:  # type: ignore[override]
+        # latents of calibrated axes are so exact that raw tokens cost more than they give
+        return 16 if self.basis == "calibrated" else Transform.usual_window
+
     def __post_init__(self) -> None:
         share = isinstance(self.keep, float) and 0 < self.keep <= 1
         count = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
