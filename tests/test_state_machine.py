@@ -41,7 +41,7 @@ STACKS = {
     "transform": [Pairs(), Quant(8, group=8), Evict(0.5)],
     "commonkv": [CommonKV(1.0, layers=2), Evict(0.5)],
     "tiers": [CommonKV(1.0, layers=2), Quant(8), Tiers("keydiff", shares=(0.25, 0.75), weights=(2, 1))],
-    "tiers_queries": [CommonKV(1.0, layers=2), Quant(8), Tiers(shares=(0.5, 0.3, 0.2), weights=(2, 1, 1))],
+    "tiers_queries": [CommonKV(1.0, layers=2), Quant(8), Tiers("snapkv", shares=(0.5, 0.3, 0.2), weights=(2, 1, 1))],
     "shares": [Third(1, 0), Quant(8, group=8), Evict(0.5)],
     "fitted": [Centred(far=1.0), Evict(0.5)],
     "fitted_once": [Centred(once=True), Evict(0.5)],

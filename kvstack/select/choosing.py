@@ -4,7 +4,7 @@ become one ranking. What they do with it is their own."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Select(Stage):
         share_heads: whether all kv heads of a layer share one ranking.
         pool: how the scores of heads and layers that share a ranking become one.
         refit: whether tokens are made to stand in for others (default False).
+        usual_score: the name of the default score.
     """
 
     score: Score | str
@@ -39,6 +40,7 @@ class Select(Stage):
     share_heads: bool
     pool: Literal["mean", "max"]
     refit: bool = False
+    usual_score: ClassVar[str] = DEFAULT
 
     kind = "select"
 
@@ -55,7 +57,7 @@ class Select(Stage):
 
     def settings(self) -> dict[str, Any]:
         settings = super().settings()
-        if settings["score"] == make_score(DEFAULT):
+        if settings["score"] == make_score(self.usual_score):
             del settings["score"]
         return settings
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..stage import Score, check
-from .choosing import DEFAULT, Select
+from .choosing import Select
 
 __all__ = ["Tiers"]
 
+USUAL = "lookahead"
 MOST = 8
 """Classes: the class of a token takes 3 bits at most."""
 
@@ -26,11 +27,12 @@ class Tiers(Select):
     unevenly (`Quant` with 2, 3, 4 or 8 bits).
 
     Args:
-        score: the name of a score (`kvstack stages` lists them) or any object with `score(kv, context)`.
+        score: the name of a score (`kvstack stages` lists them) or any object with `score(kv, context)`; default
+            `lookahead`, which asks for the whole text.
         shares: of the tokens in each class, the most important first; 1 in all, 2 to 8 classes (default 1/16, 1/16,
             1/8, 1/4, 1/2). A prompt is ranked as a whole. While decoding, every block is ranked when it is sealed.
-        weights: how much an error in a token of each class counts, falling (default 256, 64, 16, 4, 1): about the
-            square of the attention that such a token gets.
+        weights: how much an error in a token of each class counts, falling (default 64, 16, 4, 2, 1). Steeper ones
+            suit what the text itself goes on with, and lose facts that nothing in it has asked for yet.
         pool: how the scores of heads and layers become one: `mean` (default) or `max`, after every head's scores have
             been brought to the same scale.
 
@@ -45,12 +47,13 @@ class Tiers(Select):
         KVStack([CommonKV(keep=0.1), Quant(bits=2), Tiers()])
     """
 
-    score: Score | str = DEFAULT
+    score: Score | str = USUAL
     shares: tuple[float, ...] = field(default=(1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2), kw_only=True)
-    weights: tuple[float, ...] = field(default=(256.0, 64.0, 16.0, 4.0, 1.0), kw_only=True)
+    weights: tuple[float, ...] = field(default=(64.0, 16.0, 4.0, 2.0, 1.0), kw_only=True)
     pool: Literal["mean", "max"] = field(default="mean", kw_only=True)
 
     layers: ClassVar[None] = None  # type: ignore[misc]  # those that are stored together
+    usual_score: ClassVar[str] = USUAL
     share_heads: ClassVar[bool] = True  # type: ignore[misc]  # one latent of a token is for all of them
 
     name = "tiers"

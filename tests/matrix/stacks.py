@@ -82,7 +82,9 @@ STACKS: dict[str, Entry] = {
     "CommonKV": Entry(lambda model: [CommonKV(1.0, layers=1, calibration=_calibration(model, layers=1))], 0.01),
     "CommonKV, weights": Entry(lambda model: [CommonKV(1.0, layers=1, basis="weights")], 0.01),
     "the line": Entry(lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Evict(0.2)], None),
-    "the line, Tiers": Entry(lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Tiers()], None),
+    "the line, Tiers": Entry(
+        lambda model: [CommonKV(calibration=_calibration(model)), Quant(2), Tiers("snapkv")], None
+    ),
     **_scores(),
     **_plugins(),
 }

@@ -15,7 +15,7 @@ from tests.stages import Pairs
 
 SETTINGS = {"sinks": 2, "window": 8, "block": 16}
 STAGES = [CommonKV(0.5, layers=2, exact=None), Quant(2), Tiers("keydiff")]
-QUERIES = [CommonKV(0.5, layers=2, exact=None), Quant(2), Tiers(shares=(0.25, 0.75), weights=(9, 1))]
+QUERIES = [CommonKV(0.5, layers=2, exact=None), Quant(2), Tiers("snapkv", shares=(0.25, 0.75), weights=(9, 1))]
 
 
 def model():
