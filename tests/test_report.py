@@ -44,7 +44,7 @@ def test_from_break_even_on_a_stack_is_smaller_with_all_that_was_fitted(rows):
     """Told at a short text, where sinks and window weigh most, and looked at in one as long, or in the same where its
     rows are more tokens already."""
     model = tiny.model()
-    stack = KVStack([CommonKV(), Quant(4)], model=model)
+    stack = KVStack([CommonKV(), Quant(4)], window=64, model=model)
     model(tiny.tokens(rows, 120), past_key_values=stack)
     tokens = stack.report().break_even
     assert tokens > 120, "a single row of the text has not paid yet"
