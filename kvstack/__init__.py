@@ -51,10 +51,12 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibration_plan",
+    "for_budget",
     "sensitivity",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from .budgets import for_budget
     from .cache import KVStack
     from .calibration.calibrate import calibrate
     from .calibration.calibration import Calibration
@@ -91,6 +93,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .types import KV, Channels, Context, Latent
 else:
     _HOMES = {
+        "budgets": ("for_budget",),
         "cache": ("KVStack",),
         "calibration.calibrate": ("calibrate",),
         "calibration.calibration": ("Calibration",),

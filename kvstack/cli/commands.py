@@ -270,6 +270,40 @@ def spectra(calibration: Calibration) -> Table:
 
 
 @app.command()
+def choose(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or name of a causal model; SmolLM2-135M-Instruct if not given.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option("--bytes", help="The budget, as a share of the bytes of a dense cache in 16 bits.")
+    ] = 0.1,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a text, those that are scored included.")] = 8192,
+    texts: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of your .txt files; texts of Python's if not given."),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Choose the fastest stack whose KL, in nats, is at most this; else the nearest to dense."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text; 3 of your texts for each.")] = 1,
+    score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded to measure the speed.")] = 32,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = Dtype.float32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one and none is given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+    seed: Annotated[int, typer.Option(help="Where in the texts the windows are.")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model: seconds, to test with.")] = False,
+) -> None:
+    """Measure stacks that hold a share of the bytes, on your texts, and print the line that makes the best one."""
+    from ..bench.measure.run import Run
+    from .choose import run
+
+    told = Run((context,), (), model, dtype.value, threads, seed, tiny, texts, str(_device(device)))
+    run(told, share, max_kl, windows, score, steps)
+
+
+@app.command()
 def stages() -> None:
     """The catalogue of stages and scores, those of installed plugins included."""
     from rich.console import Console

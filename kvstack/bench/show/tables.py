@@ -18,6 +18,7 @@ __all__ = [
     "batch",
     "budgets",
     "calibration",
+    "choose",
     "decode",
     "device",
     "layers",
@@ -94,6 +95,31 @@ def _best(row: Row | None) -> tuple[str, str, str]:
     if row is None:
         return "-", "", ""
     return row["cache"] + (" *" if row["simulated"] else ""), share(row["share"]), nats(row["kl"])
+
+
+def choose(drifts: Figures, speeds: Figures) -> None:
+    """Drift and speed of the candidates for one budget."""
+    rows, speed = summary.quality(drifts.rows, drifts.environment["seed"]), {row["cache"]: row for row in speeds.rows}
+    lines = [
+        [
+            row["cache"],
+            share(row["share"]),
+            *fitted(row),
+            nats(row["kl"]),
+            f"{row['top1']:.1%}",
+            f"{speed[row['cache']]['ttft_ms']:,.0f}",
+            f"{speed[row['cache']]['ms_typical']:,.1f}",
+            f"{speed[row['cache']]['speed_typical']:.2f}x",
+        ]
+        for row in rows
+    ]
+    title = f"{rows[0]['context']:,} tokens compressed, the next {drifts.rows[0]['score']} scored: {_where(drifts)}"
+    columns = ("stack", "bytes", *FITTED, "KL", "top-1", "first token, ms", "ms a token", "decode speed")
+    caption = (
+        f"{rows[0]['scored']:,} tokens scored; bytes as a share of a bfloat16 dense cache's; KL from the dense cache, "
+        "in nats; top-1: how often the likeliest next token is the same; speed: 2x is twice as fast as the dense cache"
+    )
+    _print(title, columns, lines, caption)
 
 
 def needles(figures: Figures) -> None:
