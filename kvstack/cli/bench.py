@@ -128,6 +128,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(_options, _names(), include_extras=True)
     hints |= get_type_hints(function, _names(), include_extras=True)
     parameters = [*shared.values(), *(p for name, p in own.items() if name != "run")]
+    parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)  # arguments come first
     typed = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
     command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
@@ -208,6 +209,55 @@ def needles(
     asking = bench.Asking(names, modes, samples, questions, answer_tokens, folder, longbench is not None)
     for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), asking):
         tables.needles(figures)
+
+
+@_command
+def answers(
+    run: Run,
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A .parquet or .jsonl file of questions.")],
+    dataset: Annotated[
+        str, typer.Option(help="How answers are scored: match, exact, or a dataset of kvpress such as ruler.")
+    ] = "match",
+    samples: Annotated[int | None, typer.Option(min=1, help="The first rows of the file; all if not given.")] = None,
+    query_aware: Annotated[
+        bool, typer.Option("--query-aware", help="Compress the question too; the context alone if not.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer; those of each row if not given.")
+    ] = None,
+    max_context_length: Annotated[
+        int | None, typer.Option(min=1, help="Read the first tokens of each context; all if not given.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Write the results here too, in kvpress' layout.")
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Part of the dataset, for the names of the results: 4096.")
+    ] = None,
+) -> None:
+    """Answers to the questions of a file with kvpress' columns, and kvpress' scores of them."""
+    from ..bench.measure import answers as bench
+    from ..bench.measure.variants import codes
+    from ..bench.show import kvpress_results, tables
+    from ..bench.tasks import DATASETS
+
+    if run.contexts:
+        raise typer.BadParameter("the contexts are those of the file. Use --max-context-length to cut them.")
+    asking = bench.Asking(file, dataset, samples, query_aware, max_new_tokens, max_context_length)
+    told = run.usually((), bench.STACKS)
+    figures, rows, whole = bench.run(told, asking)
+    tables.answers(figures)
+    if results is not None:
+        config = {
+            "dataset": dataset, "data_dir": data_dir, "model": None, "device": None, "press_name": None,
+            "compression_ratio": None, "fraction": len(rows) / whole, "max_new_tokens": max_new_tokens,
+            "max_context_length": max_context_length, "query_aware": query_aware, "needle_depth": None,
+        }  # fmt: skip
+        columns, metrics = [row.row for row in rows], DATASETS[dataset].metrics
+        for place in kvpress_results.write(
+            results, figures, columns, config, codes(told.stacks), lambda texts: metrics(rows, texts)
+        ):
+            typer.echo(place)
 
 
 @_command

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvstack.bench.tasks import TASKS, Question, Sample, longbench_files, make, ruler_files, score
+from kvstack.bench.tasks.answers import DATASETS, Asked, answer_files
 from kvstack.bench.tasks.haystack import cut, hide
 from kvstack.bench.tasks.wordlist import ADJECTIVES, NOUNS
 from kvstack.errors import KVStackError
@@ -386,3 +387,88 @@ def test_summaries_without_their_package_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge", None)
     with pytest.raises(KVStackError, match=r"package rouge. Run: pip install 'kvstack\[bench\]'"):
         score("rouge_l", "text", Question("\nWhat?", ("a",), 8, "rouge_l"))
+
+
+# ---- questions in kvpress' columns
+
+
+def asked(*answers: str, task: str = "niah", **row: Any) -> Asked:
+    return Asked("", "", "", answers, 1, task, row)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "text", "expected"),
+    [
+        ("match", asked("Paris", "Rome"), "It is rome.", 1),
+        ("match", asked("Paris"), "It is rome.", 0),
+        ("exact", asked("Paris"), " Paris\n", 1),
+        ("exact", asked("Paris"), "Paris.", 0),
+        ("ruler", asked("7", "8"), "7 and 9", 0.5),
+        ("ruler", asked("7", "8", task="qa_1"), "7 and 9", 1),
+        ("ruler", asked("ab"), "A\x00\nB", 1),  # control characters are taken out
+        ("longbench", asked("the cat", task="qasper"), "\nA cat", 1),
+        ("longbench", asked("one", task="trec", all_classes=["one", "two"]), "one\ntwo", 1),
+        ("longbench-v2", asked("B"), "**The correct answer is (B)**", 1),
+        ("longbench-v2", asked("B"), "The correct answer is C, not B", 0),
+        ("aime25", asked("42"), "\\boxed{1} no, \\boxed{42}", 1),
+        ("aime25", asked("42"), "42", 1),  # as kvpress counts it
+        ("math500", asked("42"), "\\boxed{42} not \\boxed{1}", 1),
+        ("math500", asked("42"), "42", 0),
+    ],
+)
+def test_scores_of_kvpress(dataset, row, text, expected):
+    assert DATASETS[dataset].score(text, row) == expected
+
+
+def test_metrics_of_kvpress():
+    """The figures of its metrics.json, worked out by hand."""
+    rows, texts = [asked("7", task="b"), asked("8", "9", task="a"), asked("1", task="b")], ["7", "9", "2"]
+    expected = {"a": {"string_match": 50.0}, "b": {"string_match": 50.0}}
+    assert DATASETS["ruler"].metrics(rows, texts) == expected
+    assert list(DATASETS["ruler"].metrics(rows, texts)) == ["a", "b"]
+    boxed = [asked("1"), asked("2"), asked("3")]
+    assert DATASETS["math500"].metrics(boxed, ["boxed{1}", "boxed{9}", "3"]) == {
+        "correct": 1, "answered": 2, "accuracy": 1 / 3, "total": 3,
+    }  # fmt: skip
+    choices = [asked("A", difficulty="hard", length="short"), asked("B", difficulty="easy", length="short")]
+    assert DATASETS["longbench-v2"].metrics(choices, ["The correct answer is A", ""]) == {
+        "average": 0.5, "easy": 0.0, "hard": 1.0, "short": 0.5,
+    }  # fmt: skip
+    papers = [asked("cat", task="qasper", length=n) for n in (10, 4000)]
+    assert DATASETS["longbench"].metrics(papers, ["cat", "dog"]) == 50.0
+    assert DATASETS["longbench-e"].metrics(papers, ["cat", "dog"]) == {"0-4k": 100.0, "4-8k": 0.0, "8k+": None}
+
+
+ROW = {"context": "c", "question": "q", "answer_prefix": None, "answer": "a", "max_new_tokens": 3}
+
+
+def test_parquet_and_json_lines_hold_the_same_rows(tmp_path):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    rows = [{**ROW, "answer": ["a", "b"], "task": "qa_1"}, {**ROW, "answer": ["c"], "task": "niah"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    lines, table = (answer_files(tmp_path / f"rows.{kind}") for kind in ("jsonl", "parquet"))
+    assert lines == table
+    assert lines[1] == 2
+    assert lines[0][0] == Asked("c", "q", "", ("a", "b"), 3, "qa_1", rows[0])
+    assert answer_files(tmp_path / "rows.jsonl", 1) == (lines[0][:1], 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "", "rows.csv is neither Parquet nor JSON lines. Name a .parquet or a .jsonl file."),
+        ("rows.parquet", "no", "rows.parquet cannot be read as Parquet"),
+        ("rows.jsonl", "", "rows.jsonl holds no sample. A file of questions has the columns context, question,"),
+        ("rows.jsonl", '{"context": "c"}', "no question and no answer_prefix and no max_new_tokens"),
+        ("rows.jsonl", json.dumps({**ROW, "answer": None}), "row 0: the column answer is missing."),
+        ("rows.jsonl", json.dumps({**ROW, "answer": []}), "answer is [] and max_new_tokens is 3. Give at least one"),
+        ("rows.jsonl", json.dumps({**ROW, "max_new_tokens": 0}), "max_new_tokens is 0. Give at least one answer, and"),
+    ],
+)
+def test_files_that_are_not_questions(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(KVStackError, match=re.escape(message)):
+        answer_files(tmp_path / name)

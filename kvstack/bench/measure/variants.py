@@ -34,6 +34,7 @@ __all__ = [
     "NOTHING",
     "Variant",
     "available",
+    "codes",
     "parse",
     "skipped",
     "split",
@@ -53,6 +54,8 @@ class Variant:
     make: Callable[[PreTrainedModel], Cache] | None = None
     peer: peers.Peer | None = None
     stages: tuple[Stage, ...] = ()
+    code: str = ""
+    """The line of Python that makes a stack."""
 
     @property
     def key(self) -> dict[str, str | None]:
@@ -86,6 +89,12 @@ def parse(specs: Sequence[str]) -> list[Variant]:
     """The dense cache, then one variant for each spec; a spec may hold several, separated by commas or spaces."""
     every = [spec for text in specs for spec in split(text)]
     return [_variant(spec) for spec in dict.fromkeys((DENSE, *every))]
+
+
+def codes(specs: Sequence[str]) -> dict[str, str]:
+    """What makes each cache: the Python line of a stack, the spec of another one."""
+    every = parse(specs)
+    return {one.label: one.code or one.label for one in every}
 
 
 def split(text: str) -> list[str]:
@@ -158,6 +167,8 @@ def _variant(spec: str) -> Variant:
         peer = peers.parse(spec)
         return Variant(spec, "peer", peer.make, peer)
     stages, settings = parse_spec(re.sub(rf"^{EMPTY}(?=@|$)", "", spec))
-    KVStack(stages, **settings)  # says now what cannot work, not after the first minutes
+    stack = KVStack(stages, **settings)  # says now what cannot work, not after the first minutes
     kind: Kind = "control" if "score=random" in spec else "kvstack"
-    return Variant(spec, kind, lambda model: KVStack(stages, model=model, **settings), stages=tuple(stages))
+    return Variant(
+        spec, kind, lambda model: KVStack(stages, model=model, **settings), stages=tuple(stages), code=repr(stack)
+    )

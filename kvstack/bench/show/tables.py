@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from . import summary
 from .units import FITTED, FITTED_CAPTION, fitted, mib, nats, share
 
 __all__ = [
+    "answers",
     "axes",
     "batch",
     "budgets",
@@ -140,6 +142,22 @@ def needles(figures: Figures) -> None:
     title = f"{rows[0]['task']}, {rows[0]['mode']}, {rows[0]['context']:,} tokens: {_where(figures)}"
     caption = f"share of the answers found in {rows[0]['samples']} texts, bootstrap interval"
     _print(title, ("cache", "found", "95 %", "bytes of a bf16 cache", *FITTED), lines, caption)
+
+
+def answers(figures: Figures) -> None:
+    """Scores and bytes of every cache, for each task and for all rows."""
+    caches = dict.fromkeys(row["cache"] for row in figures.rows)
+    tasks = sorted({row["task"] for row in figures.rows})
+    lines = []
+    for cache in caches:
+        mine = [row for row in figures.rows if row["cache"] == cache]
+        each = ([row["score"] for row in mine if row["task"] == task] for task in tasks)
+        scores = [f"{mean(some):.3f}" for some in each] if len(tasks) > 1 else []
+        held = share(mean(row["share"] for row in mine))
+        lines.append([cache, held, *fitted(mine[-1]), *scores, f"{mean(row['score'] for row in mine):.3f}"])
+    columns = ("cache", "bytes of a bf16 cache", *FITTED, *(tasks if len(tasks) > 1 else ()), "score")
+    title = f"{figures.rows[0]['dataset']}, {len(figures.rows) // len(caches)} questions: {_where(figures)}"
+    _print(title, columns, lines, "mean scores from 0 to 1; bytes held when an answer was given")
 
 
 def memory(figures: Figures) -> None:

@@ -12,8 +12,9 @@ from ...errors import KVStackError
 __all__ = ["entries"]
 
 
-def entries(path: Path, fields: Sequence[str], count: int, layout: str) -> list[dict[str, Any]]:
-    """The first `count` objects of a file, each with all of `fields`; `layout` says what files there should be."""
+def entries(path: Path, fields: Sequence[str], count: int | None, layout: str) -> list[dict[str, Any]]:
+    """The first `count` objects of a file, all if None, each with all of `fields`; `layout` says what files there
+    should be."""
     if not path.is_file():
         raise KVStackError(f"{path} is no file. {layout}")
     objects: list[dict[str, Any]] = []
