@@ -9,7 +9,7 @@ Importing it is cheap: torch, transformers and the stages are imported when you 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "H2O",
