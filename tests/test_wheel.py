@@ -66,7 +66,9 @@ def _setuptools() -> Version | None:
 
 def _pip(*arguments: str, python: str | Path = sys.executable) -> None:
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # a kvstack on the path would count as installed
+    told = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
