@@ -58,13 +58,13 @@ UNEVEN = 64
 
 @dataclass(frozen=True)
 class Caches:
-    """What a model caches for a token.
+    """The numbers that a model caches for a token.
 
     Args:
         layers: for each layer with full attention: kv heads, channels of a key, channels of a value.
         windows: for each layer with a sliding window: numbers of a token, tokens of its window.
         fixed: bytes that other layers hold, whatever the length of the text.
-        counters: bytes that layers with a sliding window hold beside their tokens.
+        counters: bytes that layers with a sliding window hold in addition to their tokens.
     """
 
     layers: tuple[tuple[int, int, int], ...] = ((8, 128, 128),) * 32

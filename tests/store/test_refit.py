@@ -235,7 +235,9 @@ def test_values_too_large_for_a_half_are_its_largest_ones(monkeypatch):
     assert model(tiny.tokens(1, 3), past_key_values=stack).logits.dtype == torch.float16
 
 
-@pytest.mark.parametrize("change", [lambda steps: None, lambda steps: steps.repeat(1, 1, 3), lambda steps: steps[:, :, 1:]])
+@pytest.mark.parametrize(
+    "change", [lambda steps: None, lambda steps: steps.repeat(1, 1, 3), lambda steps: steps[:, :, 1:]]
+)
 def test_biases_of_a_file_are_those_of_its_tokens(change, tmp_path):
     model = tiny.model("llama")
     stack = filled(model, KVStack([Evict(0.4, refit=True)], model=model, **SMALL))

@@ -37,7 +37,7 @@ SUFFIX = "\n"
 
 @dataclass(frozen=True)
 class Asking:
-    """What is asked, and how.
+    """Questions, and how they are asked.
 
     Attributes:
         file: a Parquet file or JSON lines.
@@ -111,7 +111,7 @@ def _measure(
 
 
 def _key(cache: Variant, asking: Asking, number: int, context: Tensor, question: Tensor) -> dict[str, Any]:
-    """What is asked is told by the tokens themselves."""
+    """The key of a result: it names a question by its tokens."""
     text = hashlib.sha256(context.numpy().tobytes() + b"?" + question.numpy().tobytes()).hexdigest()[:16]
     return {"dataset": asking.dataset, "sample": number, "text": text, "new_tokens": asking.new_tokens, **cache.key}
 

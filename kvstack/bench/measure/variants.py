@@ -69,12 +69,12 @@ class Variant:
 
     @property
     def press(self) -> Press | None:
-        """What is asked of kvpress, where that is who runs it."""
+        """The press, if kvpress runs this variant."""
         return self.peer.press if self.peer else None
 
     @property
     def missing(self) -> str | None:
-        """What is not installed, and how to get it; None where nothing is."""
+        """A package that is not installed, and how to get it; None if nothing is missing."""
         return self.peer.missing() if self.peer else None
 
     def cache(self, model: PreTrainedModel) -> Cache:
@@ -92,7 +92,7 @@ def parse(specs: Sequence[str]) -> list[Variant]:
 
 
 def codes(specs: Sequence[str]) -> dict[str, str]:
-    """What makes each cache: the Python line of a stack, the spec of another one."""
+    """The text that makes each cache: the Python line of a stack, the spec of another one."""
     every = parse(specs)
     return {one.label: one.code or one.label for one in every}
 

@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Dataset:
-    """How a dataset of kvpress is scored.
+    """The scoring of a dataset of kvpress.
 
     Attributes:
         score: of one generated text, from 0 to 1.

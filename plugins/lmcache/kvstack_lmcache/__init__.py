@@ -3,7 +3,7 @@
 codec.py     a chunk of keys and values <-> bytes; knows kvstack, not LMCache
 serde.py     LMCache's interface around it
 __main__.py  LMCache's own command, with the serializer registered
-measure.py   sizes and drift, beside LMCache's own serializers
+measure.py   sizes and drift, compared with LMCache's own serializers
 
     import kvstack_lmcache
     kvstack_lmcache.register()        # then {"serde": {"type": "kvstack", "stack": "quant:4", "head_dim": 128}}

@@ -46,7 +46,7 @@ class ChunkError(KVStackError):
 
 @dataclass(frozen=True)
 class _Part:
-    """What a packed tensor looks like."""
+    """Shape and type of a packed tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -185,7 +185,7 @@ class ChunkCodec:
         return max((encoder.granule(1) for encoder in encoders), default=self.quant.granule(1))
 
     def _parts(self, rank: int, layers: int, tokens: int, hidden: int, dtype: torch.dtype) -> list[_Part]:
-        """What the packed tokens of a chunk look like: seen by packing random numbers of that shape."""
+        """Shapes and types of the packed tokens of a chunk: found by packing random numbers of that shape."""
         sealed = self._sealed(tokens)
         key = rank, sealed, hidden * layers, dtype
         if key not in self._known:

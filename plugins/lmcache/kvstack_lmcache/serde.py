@@ -55,7 +55,7 @@ class KVStackDeserializer(Deserializer):
 
 
 def create(kwargs: dict[str, object]) -> SerdeProcessor:
-    """What `{"serde": {"type": "kvstack", ...}}` of an adapter makes.
+    """Make what `{"serde": {"type": "kvstack", ...}}` of an adapter asks for.
 
     `stack`, `head_dim`, `world_size`, `sinks` and `chunk` are those of `ChunkCodec`; `model` is a folder or a name, in
     `dtype` (default bfloat16), and is dropped when the codec is fitted; `max_workers` threads pack and unpack.
