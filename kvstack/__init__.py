@@ -29,6 +29,7 @@ __all__ = [
     "KVStackError",
     "KVStackWarning",
     "KVzap",
+    "KVzip",
     "KeyDiff",
     "Latent",
     "LookAhead",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .select.keydiff import KeyDiff
     from .select.knorm import KNorm
     from .select.kvzap import KVzap
+    from .select.kvzip import KVzip
     from .select.lookahead import LookAhead
     from .select.random import Random
     from .select.snapkv import SnapKV

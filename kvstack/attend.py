@@ -120,7 +120,7 @@ class Attention:
                     self.batch.complete(group, self.learned.scaling)
         if call.layer == binding.last:
             self.batch.end_forward()
-            self.batch.running = False
+            self.batch.running = self.batch.waits
             self._forget()
 
     def _forget(self) -> None:
@@ -165,7 +165,7 @@ class Attention:
             group, slot = self._bound.places[call.layer]
             for cohort in self.batch.cohorts:
                 if cohort.new:
-                    cohort.stores[group].remember(slot, cohort.its(asked), cohort.seen, self.batch.recording)
+                    self._show(call, cohort, group, slot, cohort.its(asked))
         direct = promise is not None and mask is call.mask
         if own is not None and select is not None and select.refit and not (direct and _is_simple(kwargs)):
             raise UseError(
@@ -191,6 +191,15 @@ class Attention:
                 f"{self._bound.plan.select!r} adds {CHANNELS}: {call.implementation!r} takes {FLASH} at most. Use "
                 "attn_implementation='sdpa', or refit=False."
             )
+
+    def _show(self, call: Call, cohort: Cohort, group: int, slot: int, queries: Tensor) -> None:
+        """Show a cohort's queries (B, H*G, new, D) to the score: now in a second reading, otherwise at the settling."""
+        store, batch = cohort.stores[group], self.batch
+        if not batch.reading:
+            store.remember(slot, queries, cohort.seen, batch.recording)
+            return
+        with exactly(call):
+            store.hear(slot, queries, cohort.seen, self.learned.scaling[call.layer], batch.work)
 
     def _is_dense(self, mask: Any, promise: Promise) -> bool:
         """Whether a mask is over all tokens that the model has seen."""
@@ -242,8 +251,9 @@ class Attention:
                 f"{self.label} holds {batch.size} rows and was given {rows}. Use reset() or a new stack for another "
                 "text, batch_repeat_interleave or batch_select_indices for other rows of this one."
             )
-        batch.check_complete()
-        batch.catch_up(self.learned.scaling)
+        if not batch.reading:
+            batch.check_complete()
+            batch.catch_up(self.learned.scaling)
         seen = max(batch.columns.values(), default=0)
         # a module that does not use the interface may mean anything by its mask
         tells = self.splits and call is not None and gives_queries(call.module)

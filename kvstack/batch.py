@@ -16,6 +16,7 @@ from .binding import Binding
 from .columns import Columns
 from .errors import UseError
 from .lazy import refusing_gradient
+from .rereading import Text, not_seen
 from .store.given import Given
 from .store.split import SplitStore
 from .store.store import Store
@@ -85,6 +86,9 @@ class Batch:
         running: a forward has begun, and has not ended for all layers.
         attached: gradients could be asked for in a forward that has ended.
         recording: tokens may still be taken back (assisted decoding), so compressing waits for `crop`.
+        unread: the tokens of the last forward are read a second time before they are compressed.
+        text: what that forward was given.
+        reading: the second reading runs; its tokens are taken back.
     """
 
     def __init__(self, binding: Binding, work: Workspace) -> None:
@@ -96,6 +100,8 @@ class Batch:
         self.running = False
         self.recording = False
         self.attached = False
+        self.unread = self.reading = False
+        self.text: Text | None = None
         self._uncropped = 0  # forwards since the last crop
 
     # ---- lengths
@@ -217,7 +223,9 @@ class Batch:
     def begin(self, rows: int, new: int, real: Tensor | None) -> None:
         """A forward of `new` tokens begins, of which those that are `real` (B or 1, new) are held; None: all."""
         self.size = rows
-        self._uncropped += 1
+        if not self.reading:
+            self._uncropped += 1
+            self.unread = self.rereads(new)
         for cohort in self.cohorts:
             cohort.new, cohort.places = new, None
             if not cohort.dirty:
@@ -230,6 +238,16 @@ class Batch:
             cohort.columns = cohort.columns.grown(cohort.seen, start, places, new)
             cohort.seen += cohort.new
             cohort.unsettled += cohort.new
+
+    def rereads(self, new: int) -> bool:
+        """Whether the next forward, of `new` tokens, is read a second time: a prompt or a later turn. Assisted decoding
+        feeds guesses after the prompt, which count as decoded tokens."""
+        return self.binding.plan.rereads and new > 1 and not (self.recording and self.seen)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last forward goes on with a second reading."""
+        return self.reading or (self.unread and not self.recording)
 
     def place(self, positions: Tensor) -> None:
         """The new tokens of the forward that has just begun were given `positions` (B, axes, new)."""
@@ -265,7 +283,7 @@ class Batch:
     def complete(self, group: int, scaling: Mapping[int, float]) -> None:
         """All layers that read a group have run: compress it, unless its tokens may be taken back, and drop what was
         decoded or fetched for it."""
-        if not self.recording:
+        if not (self.recording or self.unread):
             self.settle(group, scaling)
         for cohort in self.cohorts:
             cohort.stores[group].close()
@@ -273,6 +291,8 @@ class Batch:
     def catch_up(self, scaling: Mapping[int, float]) -> None:
         """Compress what an earlier forward left: its tokens had to be verified first, or no hook said it ended. Whoever
         goes on has accepted them."""
+        if self.unread:
+            raise UseError(not_seen(repr(self.binding.plan.select)))
         if self._uncropped > 1:
             self.recording = False  # assisted decoding crops after every forward, but maybe the prompt's: it has ended
         self._settle_all(scaling)
@@ -315,8 +335,34 @@ class Batch:
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
         self._uncropped = 0
-        if self.recording:
+        if self.text is not None:
+            self.text = self.text.without(remove)
+            self.unread = self.unread and self.text is not None
+        if self.recording and not self.unread:
             self._settle_all(scaling)
+
+    # ---- a second reading
+
+    def take_back(self, width: int) -> None:
+        """Forget the newest `width` columns, which were read a second time."""
+        for cohort in self.cohorts:
+            for store in cohort.stores:
+                store.take_back(cohort.seen, cohort.new)
+            cohort.seen -= cohort.new
+            cohort.unsettled -= cohort.new
+            cohort.columns = cohort.columns.first(cohort.seen)
+            cohort.given.crop(cohort.seen)
+        self.columns = {layer: seen - width for layer, seen in self.columns.items()}
+
+    @torch.no_grad()
+    def end_reading(self, scaling: Mapping[int, float]) -> None:
+        """All was read a second time: compress it."""
+        self.unread, self.text = False, None
+        self._settle_all(scaling)
+        for store in self.stores:
+            store.drop_reserve()
+        self.end_forward()
+        self.running = False
 
     # ---- rows
 
@@ -354,4 +400,5 @@ class Batch:
         other.columns, other.shapes, other.size = dict(self.columns), dict(self.shapes), self.size
         other.recording, other._uncropped = self.recording, self._uncropped
         other.attached = self.attached
+        other.unread, other.text = self.unread, self.text
         return other

@@ -35,6 +35,7 @@ from .model.hooks import install, running
 from .model.ranks import heads_of
 from .packed import storage_bytes
 from .report import Report
+from .rereading import not_seen, read_again, text_of
 from .spec import parse, to_dict, to_spec
 from .stack_layer import StackLayer
 from .store.plan import Spans
@@ -218,11 +219,12 @@ class KVStack(Cache):
             self._disarm = None
         return self
 
-    def begin_forward(self) -> None:
-        """The model begins a forward with this cache (its watched forward says so). With other adapters than before,
-        the stages are fitted again; where tokens are held, they would mean something else: it is refused."""
+    def begin_forward(self, given: Mapping[str, Any]) -> None:
+        """The model begins a forward with this cache (its watched forward says so), which was `given` these arguments.
+        With other adapters than before, the stages are fitted again; where tokens are held, they would mean something
+        else: it is refused."""
         binding = self.binding
-        if binding is None or binding.model is None or binding.watch is None:
+        if binding is None or binding.model is None or binding.watch is None or self.batch.reading:
             return
         if self.batch.size is not None:
             self._check_adapters("continued")
@@ -230,6 +232,35 @@ class KVStack(Cache):
             again = bind(repr(self), self.stages, binding.model, self._spans)
             self.unbind()
             self._adopt(again)
+        if self.batch.binding.plan.rereads:
+            self._begin_text(given)
+
+    def _begin_text(self, given: Mapping[str, Any]) -> None:
+        """Note the tokens of a forward that is read a second time.
+
+        Raises:
+            UseError: they are not known.
+        """
+        if not self.batch.running:
+            self._read_again()
+        batch, embeds, text = self.batch, given.get("inputs_embeds"), text_of(given)
+        if text is None and isinstance(embeds, Tensor) and batch.rereads(embeds.shape[1]):
+            raise UseError(not_seen(repr(batch.binding.plan.select)))
+        batch.text = text if text is not None and batch.rereads(text.width) else None
+
+    def end_forward(self, given: Mapping[str, Any]) -> None:
+        """The model has ended a forward with this cache, which was `given` these arguments."""
+        batch = self.batch
+        if batch.reading or not batch.unread:
+            return
+        batch.text = batch.text or text_of(given)
+        if batch.waits:
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Read the last forward of several tokens a second time, and compress it, where the score wants that."""
+        if self.batch.unread and not self.batch.reading:
+            read_again(self, self.batch, self._learned.scaling)
 
     def _check_adapters(self, done: str) -> None:
         """Raise `UseError` where other adapters are at work than the tokens held were computed with."""
@@ -393,6 +424,7 @@ class KVStack(Cache):
     @torch.no_grad()
     def _catch_up(self) -> None:
         self.batch.check_complete()
+        self._read_again()
         self.batch.catch_up(self._learned.scaling)
 
     def activate_past_recording(self) -> None:
@@ -420,6 +452,7 @@ class KVStack(Cache):
         for other in self._others:
             other.crop(tokens_to_remove)
         self.batch.crop(-tokens_to_remove, self._learned.scaling)
+        self._read_again()
 
     # ---- rows
 

@@ -43,6 +43,7 @@ BUILT_IN: dict[Family, dict[str, EntryPoint]] = {
         keydiff="kvstack.select.keydiff:KeyDiff",
         knorm="kvstack.select.knorm:KNorm",
         kvzap="kvstack.select.kvzap:KVzap",
+        kvzip="kvstack.select.kvzip:KVzip",
         lookahead="kvstack.select.lookahead:LookAhead",
         random="kvstack.select.random:Random",
         snapkv="kvstack.select.snapkv:SnapKV",

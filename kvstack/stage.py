@@ -140,6 +140,9 @@ class Score(Settings, Ranking):
     """Whether `score` wants queries of the whole forward, evenly spaced, in `Context.references`."""
     tracks: ClassVar[bool] = False
     """Whether `track` keeps a memory per token."""
+    rereads: ClassVar[bool] = False
+    """Whether the model reads every prompt and every later turn a second time before it is compressed. `track` then
+    gets the queries of that second reading, and no others."""
     needs_rope: ClassVar[bool | None] = None
     """Whether `score` uses `Context.rope`. True: a model whose rotation cannot be told is refused when bound.
     False: it never does, so positions are not noted. None (the default): it may."""

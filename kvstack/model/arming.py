@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
@@ -24,6 +24,8 @@ class Waiting(Protocol):
     """A cache that waits for its model."""
 
     def bind_met(self, model: PreTrainedModel, /) -> Any: ...
+
+    def begin_forward(self, given: Mapping[str, Any], /) -> None: ...
 
 
 def arm(stack: Waiting) -> Callable[[], None]:
@@ -58,7 +60,9 @@ def arm(stack: Waiting) -> Callable[[], None]:
             return
         for value in (*args, *kwargs.values()):
             if value is waiting:
+                given = dict(zip(parameters(module), args, strict=False)) | kwargs
                 waiting.bind_met(model)
+                waiting.begin_forward(given)
                 return
             if getattr(value, "self_attention_cache", None) is waiting:
                 raise BindError(

@@ -215,6 +215,7 @@ class ModelHooks:
 
     def put(self, model: PreTrainedModel) -> None:
         self._guard(_Guard.of(model, tells=True))
+        self.handles.after_with_keywords(model, _ending(list(parameters(model))))
         for module in attention_modules(model).values():
             self._watch(interface(module))
             self.handles.before_with_keywords(module, _entering(list(parameters(module))))
@@ -277,7 +278,8 @@ class _Guard:
     that another thread has removed meanwhile.
 
     Args:
-        tells: whether a cache in the call is told that a forward begins, before anything is computed.
+        tells: whether a cache in the call is told that a forward begins, before anything is computed, and that it has
+            ended.
     """
 
     def __init__(self, module: nn.Module, tells: bool = False) -> None:
@@ -295,6 +297,8 @@ class _Guard:
                 _abandon()
                 raise
             _leaving(self if inside is not None else module, args, output)
+            if tells:
+                _tell_end(dict(zip(names, args, strict=False)) | kwargs)
             return output
 
         before: Any = self.before
@@ -331,7 +335,24 @@ def _tell(given: Mapping[str, Any]) -> None:
     for name in CACHE_ARGUMENTS:
         begin = getattr(given.get(name), "begin_forward", None)
         if begin is not None:
-            begin()
+            begin(given)
+
+
+def _tell_end(given: Mapping[str, Any]) -> None:
+    for name in CACHE_ARGUMENTS:
+        end = getattr(given.get(name), "end_forward", None)
+        if end is not None:
+            end(given)
+
+
+def _ending(names: Sequence[str]) -> Callable[..., None]:
+    """A hook for the forward in which a stack is bound: its guard stands from the next one on."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) > 1:  # otherwise it was removed meanwhile
+            _tell_end(dict(zip(names, args, strict=False)) | rest[0])
+
+    return hook
 
 
 def _abandon() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["at_rest"]
+__all__ = ["at_rest", "buffers_kept"]
 
 
 OFFSETS = "rope_deltas"
@@ -37,6 +37,18 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, name in asked:  # weights that accelerate keeps elsewhere are other objects after each forward
             module._parameters[name].requires_grad_(True)
+        for module, attributes, buffers in before:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+
+
+@contextmanager
+def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave these modules as they are: some rotary tables depend on the longest text so far."""
+    before = [(module, _plain(vars(module)), dict(module._buffers)) for module in modules]
+    try:
+        yield
+    finally:
         for module, attributes, buffers in before:
             vars(module).update(attributes)
             module._buffers.update(buffers)

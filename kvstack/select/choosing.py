@@ -90,8 +90,13 @@ class Select(Stage):
         return self.refit or bool(getattr(self.score, "references", Score.references))
 
     @property
+    def rereads(self) -> bool:
+        """Whether the model reads a text a second time for the score."""
+        return bool(getattr(self.score, "rereads", Score.rereads))
+
+    @property
     def looks_at_queries(self) -> bool:
-        return self.queries != 0 or self.tracks or self.references
+        return self.queries != 0 or self.tracks or self.references or self.rereads
 
     @property
     def is_fitted(self) -> bool:

@@ -115,6 +115,11 @@ class Plan:
         return self.select is not None and self.select.references
 
     @cached_property
+    def rereads(self) -> bool:
+        """Whether a text is read a second time before it is compressed."""
+        return self.select is not None and self.select.rereads
+
+    @cached_property
     def refits(self) -> bool:
         """Whether tokens that stay are made to stand in for those that are dropped."""
         return self.select is not None and self.select.refit

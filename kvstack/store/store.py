@@ -51,6 +51,9 @@ GUESSES = 256
 AHEAD = 256
 """Positions behind a text that reference queries are spread over."""
 
+QUERIES = ("recent", "references")
+"""Tracks that hold queries of the text itself."""
+
 SAMPLE = 32
 """Tokens that a score is shown to see what it remembers."""
 
@@ -281,10 +284,15 @@ class Store:
         for slot, known in enumerate(self.queries):
             queries = known.unseen()
             if queries is not None:
-                kv = self._attended(slot, seen, work)
-                context = self._context(slot, seen, scalings[slot], queries, self.memory[slot].grown(kv.tokens))
-                self.memory[slot].tensors = dict(ranking.track(kv, context))
+                self.hear(slot, queries, seen, scalings[slot], work)
                 known.untracked = 0
+
+    def hear(self, slot: int, queries: Tensor, seen: int, scaling: float, work: Workspace) -> None:
+        """Let the score update its memory of each token of a layer with queries (B, H*G, Q, D) of the newest ones."""
+        assert self.plan.ranking is not None
+        kv = self._attended(slot, seen, work)
+        context = self._context(slot, seen, scaling, queries, self.memory[slot].grown(kv.tokens))
+        self.memory[slot].tensors = dict(self.plan.ranking.track(kv, context))
 
     def _context(
         self, slot: int, seen: int, scaling: float, queries: Tensor | None, memory: Mapping[str, Tensor]
@@ -366,7 +374,8 @@ class Store:
         assert ranking is not None
         kv = self._attended(slot, seen, work)
         queries = self.queries[slot].newest(select.queries)
-        score = ranking.score(kv, self._context(slot, seen, scaling, queries, self.memory[slot].tensors)).float()
+        memory = self.memory[slot].grown(kv.tokens)
+        score = ranking.score(kv, self._context(slot, seen, scaling, queries, memory)).float()
         if score.shape != kv.keys.shape[:3]:
             raise UseError(
                 f"{select!r} on layer {layer}: score gave {tuple(score.shape)}, "
@@ -534,6 +543,25 @@ class Store:
             track.crop(crop)
         self.end_forward()  # what was read to thaw tokens is not needed any more, positions included
 
+    def take_back(self, seen: int, remove: int) -> None:
+        """Forget the newest `remove` of `seen` tokens, which were read a second time: raw ones, whose queries were not
+        remembered."""
+        sinks = min(self.sinks, seen - remove)
+        stay = self.held - remove - sinks
+        crop = Crop(remove, seen - remove, sinks, stay, self.sealed_tokens, stay - self.sealed_tokens)
+        for name, tracks in self._held.items():
+            if name not in QUERIES:
+                for track in tracks:
+                    track.crop(crop)
+        self.end_forward()
+
+    def drop_reserve(self) -> None:
+        """Give back the memory behind the raw tokens."""
+        for raw in self.raw:
+            for buffer in raw.buffers:
+                if buffer.tensors:
+                    buffer.replace(buffer.view)
+
     def _thawed(self, seen: int, whole: int, rest: int, granule: int) -> tuple[KV, ...]:
         """`rest` tokens behind the `whole` ones that stay sealed, decoded: the crop cuts through their granule."""
         if self.plan.hidden:
@@ -607,7 +635,8 @@ class Store:
         if queries is not None and (select is None or not select.looks_at_queries or queries.shape[2] > self.held):
             raise misfit(f"{what} holds queries, and no score looks at them.")
         like: Mapping[str, Tensor] = {}
-        if select is not None and select.tracks and self.held:
+        # what was never read a second time, such as a text that was fed token by token, has no memory of that
+        if select is not None and self.held and (select.tracks or (select.rereads and memory)):
             like = self._any_memory(slot, layout)
         if memory.keys() != like.keys() or any(x.dtype != like[name].dtype for name, x in memory.items()):
             raise misfit(f"{what} is of {sorted(memory)}, not of {sorted(like)}.")

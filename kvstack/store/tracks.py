@@ -400,7 +400,8 @@ class Memory(Track):
 
     def take(self, cut: Cut) -> None:
         first, last = cut.sinks, cut.sinks + cut.sealed + cut.middle
-        for name, x in self.tensors.items():
+        for name, known in self.tensors.items():
+            x = torch.nn.functional.pad(known, (0, max(0, last - known.shape[2])))
             middle = take_tokens(x[:, :, first:last], cut.stay)
             self.tensors[name] = torch.cat([x[:, :, :first], middle, x[:, :, last:]], dim=2)
 
