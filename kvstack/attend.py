@@ -254,6 +254,7 @@ class Attention:
         if not batch.reading:
             batch.check_complete()
             batch.catch_up(self.learned.scaling)
+            batch.check_text(rows, new)
         seen = max(batch.columns.values(), default=0)
         # a module that does not use the interface may mean anything by its mask
         tells = self.splits and call is not None and gives_queries(call.module)

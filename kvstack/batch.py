@@ -226,6 +226,7 @@ class Batch:
         if not self.reading:
             self._uncropped += 1
             self.unread = self.rereads(new)
+            self.text = self.text if self.unread else None
         for cohort in self.cohorts:
             cohort.new, cohort.places = new, None
             if not cohort.dirty:
@@ -243,6 +244,17 @@ class Batch:
         """Whether the next forward, of `new` tokens, is read a second time: a prompt or a later turn. Assisted decoding
         feeds guesses after the prompt, which count as decoded tokens."""
         return self.binding.plan.rereads and new > 1 and not (self.recording and self.seen)
+
+    def check_text(self, rows: int, new: int) -> None:
+        """Refuse a forward that would have to be read a second time, and cannot be.
+
+        Raises:
+            UseError: its tokens are not known.
+        """
+        known = self.text is not None and self.text.tokens.shape[:2] == (rows, new)
+        # in the forward that binds a stack, the model may tell them at the end
+        if self.rereads(new) and not known and (self.text is not None or self.size is not None):
+            raise UseError(not_seen(repr(self.binding.plan.select)))
 
     @property
     def waits(self) -> bool:

@@ -35,7 +35,7 @@ from .model.hooks import install, running
 from .model.ranks import heads_of
 from .packed import storage_bytes
 from .report import Report
-from .rereading import not_seen, read_again, text_of
+from .rereading import read_again, text_of
 from .spec import parse, to_dict, to_spec
 from .stack_layer import StackLayer
 from .store.plan import Spans
@@ -204,7 +204,7 @@ class KVStack(Cache):
         resting = {layer: binding.modules[layer] for layer in binding.shares}
         rotary = [rope.call.module for rope in binding.rotary if rope.call is not None]
         try:
-            self._unhook = install(self, binding.model, resting, rotary)
+            self._unhook = install(self, binding.model, resting, rotary, binding.plan.rereads)
             self.binding = binding
             self.begin_again()
         except BaseException:  # as if it had never met the model
@@ -233,20 +233,9 @@ class KVStack(Cache):
             self.unbind()
             self._adopt(again)
         if self.batch.binding.plan.rereads:
-            self._begin_text(given)
-
-    def _begin_text(self, given: Mapping[str, Any]) -> None:
-        """Note the tokens of a forward that is read a second time.
-
-        Raises:
-            UseError: they are not known.
-        """
-        if not self.batch.running:
-            self._read_again()
-        batch, embeds, text = self.batch, given.get("inputs_embeds"), text_of(given)
-        if text is None and isinstance(embeds, Tensor) and batch.rereads(embeds.shape[1]):
-            raise UseError(not_seen(repr(batch.binding.plan.select)))
-        batch.text = text if text is not None and batch.rereads(text.width) else None
+            if not self.batch.running:
+                self._read_again()
+            self.batch.text = text_of(given)
 
     def end_forward(self, given: Mapping[str, Any]) -> None:
         """The model has ended a forward with this cache, which was `given` these arguments."""

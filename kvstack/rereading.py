@@ -46,41 +46,50 @@ class Text:
     """What the model was given in one forward.
 
     Attributes:
-        ids: (B, new) of its tokens.
+        name: of the argument that holds the tokens, `input_ids` or `inputs_embeds`.
+        tokens: (B, new) ids, or (B, new, hidden size) embeddings.
         positions: (B or 1, new) that they were given, None: the model counted them.
     """
 
-    ids: Tensor
+    name: str
+    tokens: Tensor
     positions: Tensor | None
 
     @property
     def width(self) -> int:
-        return self.ids.shape[1]
+        return self.tokens.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.tokens] if self.positions is None else [self.tokens, self.positions]
 
     def without(self, newest: int) -> Text | None:
         """The same without its newest tokens; None where none is left."""
         left = self.width - newest
         positions = None if self.positions is None else self.positions[:, :left]
-        return Text(self.ids[:, :left], positions) if left > 0 else None
+        return Text(self.name, self.tokens[:, :left], positions) if left > 0 else None
 
 
 def text_of(given: Mapping[str, Any]) -> Text | None:
     """The tokens among the arguments of a decoder's forward; None where there are none."""
-    ids, positions = given.get("input_ids"), given.get("position_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        return None
-    if isinstance(positions, Tensor) and positions.dim() == 3:  # of several dimensions: the farthest counts
-        positions = positions.amax(0)
-    if not isinstance(positions, Tensor) or positions.shape[-1] != ids.shape[1]:
-        return Text(ids.detach().clone(), None)
-    return Text(ids.detach().clone(), positions.detach().clone())
+    positions = given.get("position_ids")
+    for name, axes in (("input_ids", 2), ("inputs_embeds", 3)):
+        tokens = given.get(name)
+        if not isinstance(tokens, Tensor) or tokens.dim() != axes:
+            continue
+        if isinstance(positions, Tensor) and positions.dim() == 3:  # of several dimensions: the farthest counts
+            positions = positions.amax(0)
+        known = isinstance(positions, Tensor) and positions.shape[-1] == tokens.shape[1]
+        return Text(name, tokens.detach(), positions if known else None)
+    return None
 
 
 def not_seen(who: str) -> str:
     """What to say where the tokens of a forward are not known."""
     return (
-        f"{who} reads a text a second time, and the input_ids of this forward are not known: the model was given "
-        'inputs_embeds, or its layers were called one by one. Pass input_ids, or use score="kvzap", which needs none.'
+        f"{who} reads a text a second time, and does not know the tokens of this forward: the model's layers were "
+        "called one by one, or the model was given neither input_ids nor inputs_embeds. Call the model itself, or use "
+        'score="kvzap", which reads a text once.'
     )
 
 
@@ -115,7 +124,7 @@ def read_again(stack: Stack, batch: Batch, scaling: Mapping[int, float]) -> None
             for inputs in _chunks(text, batch, decoder):
                 stack.layers = [layer if isinstance(layer, StackLayer) else _copied(layer) for layer in layers]
                 decoder.forward(**inputs, past_key_values=stack)  # no hooks: the caller's would hear of it
-                batch.take_back(inputs["input_ids"].shape[1])
+                batch.take_back(inputs[text.name].shape[1])
     finally:
         batch.reading, stack.layers = False, layers
     batch.end_reading(scaling)
@@ -123,8 +132,8 @@ def read_again(stack: Stack, batch: Batch, scaling: Mapping[int, float]) -> None
 
 def _chunks(text: Text, batch: Batch, decoder: nn.Module) -> Iterator[dict[str, Any]]:
     """The arguments of the forwards that read a text again. Every row repeats its own tokens."""
-    seen, ids = max(batch.columns.values()), text.ids
-    rows, device = len(ids), ids.device
+    seen, tokens = max(batch.columns.values()), text.tokens
+    rows, device = len(tokens), tokens.device
     known = parameters(decoder)
     # the columns of the text that are tokens of each cohort, and where they go on
     own = [_places(cohort, seen - text.width, device) for cohort in batch.cohorts]
@@ -134,14 +143,14 @@ def _chunks(text: Text, batch: Batch, decoder: nn.Module) -> Iterator[dict[str, 
     for first in range(0, max(len(places) for places in own), size):
         pieces = [places[max(0, first - LEAD) : first + size] if first < len(places) else places[:0] for places in own]
         width = max(len(piece) for piece in pieces)
-        again = ids.new_zeros(rows, width)
+        again = tokens.new_zeros(rows, width, *tokens.shape[2:])
         mask = torch.zeros(rows, seen + width, dtype=torch.long, device=device)
         for cohort, piece in zip(batch.cohorts, pieces, strict=True):
             mine = torch.arange(rows, device=device) if cohort.rows is None else cohort.rows.to(device)
-            again[mine, : len(piece)] = ids[mine][:, piece]
+            again[mine, : len(piece)] = tokens[mine][:, piece]
             mask[mine[:, None], cohort.columns.of(cohort.seen, device)] = 1
             mask[mine, seen : seen + len(piece)] = 1
-        inputs: dict[str, Any] = {"input_ids": again, "use_cache": True}
+        inputs: dict[str, Any] = {text.name: again, "use_cache": True}
         if not bool(mask.all()):
             inputs["attention_mask"] = mask
         if "position_ids" in known:
@@ -157,7 +166,7 @@ def _places(cohort: Cohort, first: int, device: torch.device) -> Tensor:
 
 def _follows(text: Text, batch: Batch, own: list[Tensor], seen: int) -> Tensor:
     """(B,) the position behind the last token of each row."""
-    ends = torch.full((len(text.ids),), seen, device=text.ids.device)
+    ends = torch.full((len(text.tokens),), seen, device=text.tokens.device)
     if text.positions is not None:
         positions = text.positions.to(ends.device).expand(len(ends), -1)
         for cohort, places in zip(batch.cohorts, own, strict=True):

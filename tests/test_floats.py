@@ -9,7 +9,7 @@ from kvstack import CommonKV, Evict, KVStack, Quant
 from kvstack.authoring import fitting, saturated
 from tests import tiny
 
-SCORES = ("expected", "h2o", "keydiff", "knorm", "kvzap", "lookahead", "snapkv", "tova", "triattention")
+SCORES = ("expected", "h2o", "keydiff", "knorm", "kvzap", "kvzip", "lookahead", "snapkv", "tova", "triattention")
 STACKS = {
     "kivi": [Quant(2)],
     "nf4": [Quant(4, codec="nf4")],

@@ -210,12 +210,12 @@ class ModelHooks:
         self.guards: list[_Guard] = []
         self.kept: list[KeptStack] = []
         self.resting: set[int] = set()
+        self.ends = False
         self.told: set[nn.Module] = set()
         self.registries: list[Any] = []
 
     def put(self, model: PreTrainedModel) -> None:
         self._guard(_Guard.of(model, tells=True))
-        self.handles.after_with_keywords(model, _ending(list(parameters(model))))
         for module in attention_modules(model).values():
             self._watch(interface(module))
             self.handles.before_with_keywords(module, _entering(list(parameters(module))))
@@ -251,6 +251,12 @@ class ModelHooks:
                 for projection in projections:
                     self.handles.after(projection, _rested)
                     self.handles.before(projection, _resting)
+
+    def end(self, model: PreTrainedModel) -> None:
+        """Let a cache hear of the end of a forward in which it was bound: guards stand from the next one on."""
+        if not self.ends:
+            self.ends = True
+            self.handles.after_with_keywords(model, _ending(list(parameters(model))))
 
     def tell(self, rotary: Iterable[nn.Module]) -> None:
         """Let these modules tell which positions they are given."""
@@ -346,8 +352,6 @@ def _tell_end(given: Mapping[str, Any]) -> None:
 
 
 def _ending(names: Sequence[str]) -> Callable[..., None]:
-    """A hook for the forward in which a stack is bound: its guard stands from the next one on."""
-
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if len(rest) > 1:  # otherwise it was removed meanwhile
             _tell_end(dict(zip(names, args, strict=False)) | rest[0])
@@ -364,11 +368,15 @@ _hooked: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDicti
 
 
 def install(
-    owner: object, model: PreTrainedModel, resting: Mapping[int, nn.Module], rotary: Iterable[nn.Module] = ()
+    owner: object,
+    model: PreTrainedModel,
+    resting: Mapping[int, nn.Module],
+    rotary: Iterable[nn.Module] = (),
+    ends: bool = False,
 ) -> Callable[[], Any]:
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of `owner` does so too. The layers `resting` need no keys and values of their own; the modules `rotary` tell the
-    positions they are given."""
+    positions they are given. `ends`: the cache also hears of the end of the forward that runs now."""
     user, whole = object(), model
     model = decoder_of(model)  # the same one for stacks that were bound with and without the head
     with changes:
@@ -383,6 +391,8 @@ def install(
             hooks.keep(whole)
             hooks.rest(resting)
             hooks.tell(rotary)
+            if ends:
+                hooks.end(model)
         except BaseException:
             release()
             raise

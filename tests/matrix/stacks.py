@@ -46,7 +46,7 @@ def _calibration(model: Any, **settings: Any) -> Calibration:
 
 
 def _scores() -> dict[str, Entry]:
-    names = ("h2o", "tova", "expected", "lookahead", "kvzap", "triattention", "knorm", "streaming", "random")
+    names = ("h2o", "tova", "expected", "lookahead", "kvzap", "kvzip", "triattention", "knorm", "streaming", "random")
     return {f"Evict, {name}": Entry(lambda model, name=name: [Evict(0.4, name)]) for name in names}
 
 

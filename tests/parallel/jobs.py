@@ -38,6 +38,7 @@ SAME = [
     "evict:0.2,score=keydiff",
     "evict:0.2,score=expected",
     "evict:0.2,score=random",
+    "evict:0.3,score=kvzip",
     "quant:4+evict:0.3",
     "quant:2+evict:0.3,score=keydiff",
     "quant:4+evict:60,score=random",

@@ -8,7 +8,7 @@ from kvstack import Evict, KVStack, SnapKV
 from tests import tiny
 
 SCORES = [
-    *("snapkv", "h2o", "tova", "keydiff", "knorm", "kvzap", "expected", "lookahead", "streaming", "random"),
+    *("snapkv", "h2o", "tova", "keydiff", "knorm", "kvzap", "kvzip", "expected", "lookahead", "streaming", "random"),
     "triattention",
 ]
 
