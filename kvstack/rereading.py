@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,7 +128,10 @@ def read_again(stack: Stack, batch: Batch, scaling: Mapping[int, float]) -> None
                 batch.take_back(inputs[text.name].shape[1])
     finally:
         batch.reading, stack.layers = False, layers
-    batch.end_reading(scaling)
+    with ExitStack() as exactly:
+        for kind in {device.type for device in devices}:
+            exactly.enter_context(torch.autocast(kind, enabled=False))
+        batch.end_reading(scaling)
 
 
 def _chunks(text: Text, batch: Batch, decoder: nn.Module) -> Iterator[dict[str, Any]]:
@@ -183,7 +187,8 @@ def _size(decoder: Any, follows: int) -> tuple[int, int]:
         return CHUNK, 1 << 30
     size = min(CHUNK, max(LEAST, longest - follows - LEAD))
     # rotary positions go on beyond what a model was made for, tables of learned ones end there
-    return size, 1 << 30 if rotary_modules(decoder) else longest
+    rotates = any(not isinstance(module, nn.Embedding) for module in rotary_modules(decoder))
+    return size, 1 << 30 if rotates else longest
 
 
 def _copied(layer: Any) -> Any:

@@ -14,6 +14,7 @@ STACKS = {
     "empty": [],
     "quant": [Quant(4, group=8)],
     "h2o": [Evict(0.4, "h2o")],
+    "kvzip": [Evict(0.4, "kvzip"), Quant(4, group=8)],
     "refit": [Evict(0.4, refit=True), Quant(4, group=8)],
     "budgets": [Evict(0.4, budgets="heads"), Quant(4, group=8)],
     "snapkv": [Evict(0.4), Quant(2, group=8)],

@@ -10,7 +10,13 @@ from kvstack import CommonKV, Evict, KVStack, Quant, UseError
 from tests import tiny
 
 SETTINGS = {"sinks": 2, "window": 6, "block": 4}
-STACKS = [[], [Quant(4, group=8)], [Evict(0.5, "keydiff")], [CommonKV(0.5, layers=2, basis="weights"), Quant(4)]]
+STACKS = [
+    [],
+    [Quant(4, group=8)],
+    [Evict(0.5, "keydiff")],
+    [Evict(0.5, "kvzip")],
+    [CommonKV(0.5, layers=2, basis="weights"), Quant(4)],
+]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ STACKS = {
     "evict": [Evict(0.4)],
     "refit": [Evict(0.4, refit=True), Quant(8, group=8)],
     "budgets": [Evict(0.4, budgets="heads"), Quant(8, group=8)],
+    "kvzip": [Evict(0.4, "kvzip"), Quant(8, group=8)],
     "both": [Evict(24, "h2o"), Quant(3, group=8)],
     "three": [Pairs(), Evict(0.5), Quant(8, group=8)],
     "commonkv": [CommonKV(0.5, layers=2), Evict(0.5), Quant(2)],

@@ -16,6 +16,8 @@ STACKS = {
     "evict_share": [Evict(0.4)],
     "evict_count": [Evict(12, SnapKV(window=8, kernel=1))],
     "h2o": [Evict(0.4, "h2o")],
+    "kvzip": [Evict(0.4, "kvzip")],
+    "kvzip_sealed": [Evict(0.4, "kvzip", layers=2), Quant(8, group=8)],
     "refit": [Evict(0.4, refit=True)],
     "refit_sealed": [Evict(0.4, "keydiff", refit=True), Quant(8, group=8)],
     "budgets": [Evict(0.4, "keydiff", budgets="heads")],

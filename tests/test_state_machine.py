@@ -37,6 +37,8 @@ STACKS = {
     "evict_heads": [Evict(0.4, layers=1)],
     "evict_count": [Evict(10, "h2o")],
     "quant_evict": [Quant(8, group=8), Evict(0.5, layers=1)],
+    "kvzip": [Evict(0.4, "kvzip")],
+    "quant_kvzip": [Quant(8, group=8), Evict(0.5, "kvzip")],
     "quant_count": [Evict(20, "keydiff", layers=2), Quant(4, group=8)],
     "transform": [Pairs(), Quant(8, group=8), Evict(0.5)],
     "commonkv": [CommonKV(1.0, layers=2), Evict(0.5)],
@@ -56,6 +58,8 @@ class Listed(KVStack):
     least, most = 0.0, 0.0
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.batch.reading:  # a second time: nothing of it stays
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self.least = min(self.least, float(key_states.min()), float(value_states.min()))
         self.most = max(self.most, float(key_states.max()), float(value_states.max()))
         for row, layers in enumerate(self.rows):
