@@ -275,7 +275,7 @@ def _check_scores(who: Any, stage: Select) -> None:
         window=8,
         references=(_numbers(2, 4, 6, 16, seed=3), torch.arange(12, 60, 8)) if stage.references else None,
     )
-    if stage.tracks:
+    if stage.tracks or stage.rereads:
         memory = bound.track(kv, context)
         for name, x in memory.items():
             assert x.shape[:3] == kv.keys.shape[:3], f"{who!r}: memory {name!r} is not one entry per token"

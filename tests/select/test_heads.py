@@ -85,7 +85,7 @@ def test_a_head_scores_as_it_does_among_all_heads(name, size, seed):
         )
         references = (part(spread, rank, heads.size), torch.arange(0, 40, 8)) if evict.references else None
         here = replace(here, heads=heads, references=references)
-        if evict.tracks:
+        if evict.tracks or evict.rereads:
             here = replace(here, memory=ranking.track(mine, here))
         return ranking.score(mine, here)
 
