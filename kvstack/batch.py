@@ -72,7 +72,7 @@ class Cohort:
 
     @property
     def dirty(self) -> bool:
-        """Whether tokens of a forward are not settled yet."""
+        """Return True if tokens of a forward are not settled yet."""
         return any(store.dirty for store in self.stores)
 
 
@@ -118,7 +118,7 @@ class Batch:
 
     @property
     def is_even(self) -> bool:
-        """Whether all rows and heads of each layer hold equally many tokens."""
+        """Return True if all rows and heads of each layer hold equally many tokens."""
         of_layers = zip(*(cohort.stores for cohort in self.cohorts), strict=True)
         return all(len({piece.held for store in stores for _, piece in store.pieces}) < 2 for stores in of_layers)
 
@@ -241,7 +241,7 @@ class Batch:
             cohort.unsettled += cohort.new
 
     def rereads(self, new: int) -> bool:
-        """Whether the next forward, of `new` tokens, is read a second time: a prompt or a later turn. Assisted decoding
+        """Return True if the next forward, of `new` tokens, is read a second time: a prompt or a later turn. Assisted decoding
         feeds guesses after the prompt, which count as decoded tokens."""
         return self.binding.plan.rereads and new > 1 and not (self.recording and self.seen)
 
@@ -258,7 +258,7 @@ class Batch:
 
     @property
     def waits(self) -> bool:
-        """Whether the last forward goes on with a second reading."""
+        """Return True if the last forward goes on with a second reading."""
         return self.reading or (self.unread and not self.recording)
 
     def place(self, positions: Tensor) -> None:
@@ -358,7 +358,7 @@ class Batch:
     def take_back(self, width: int) -> None:
         """Forget the newest `width` columns, which were read a second time."""
         for cohort in self.cohorts:
-            for store in cohort.stores:
+            for store in cohort.pieces:
                 store.take_back(cohort.seen, cohort.new)
             cohort.seen -= cohort.new
             cohort.unsettled -= cohort.new

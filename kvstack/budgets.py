@@ -301,7 +301,7 @@ class _Budget:
     def fit(self, kind: str, window: int, *stages: Stage) -> Candidate | None:
         """These stages, if they fit."""
         stack = KVStack(stages, window=window)
-        settings = {"window": window} if window != WINDOW else {}
+        settings = {"window": window} if window != KVStack(stages).window else {}
         held = predicted(stack, self.caches, self.context) / self.caches.dense(self.context)
         return Candidate(kind, stack.stages, settings, held) if held <= self.share else None
 

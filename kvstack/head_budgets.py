@@ -26,6 +26,7 @@ from .store.budget import GRID
 from .store.plan import Plan
 from .store.store import Store
 from .types import KV
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,7 @@ class Budgets:
 def shares_of(model: PreTrainedModel, layers: Sequence[int], evict: Evict, ranking: Ranking) -> Mapping[int, Tensor]:
     """Layer -> (H, points of `GRID`) shares for the score of `evict`, known, loaded or found now (`fitted_to`)."""
     sizes: dict[int, Sizes] = {layer: {"shares": (whole_shapes(model)[layer][0], len(GRID))} for layer in layers}
-    budgets = Budgets(evict.score, ranking)
+    budgets, readings = Budgets(evict.score, ranking), 2 if evict.rereads else 1
 
     def find(read: Read, texts: Sequence[Tensor], groups: LayerGroups) -> Mapping[int, Mapping[str, Tensor]]:
         # one layer at a time, all heads on their own
@@ -71,17 +72,22 @@ def shares_of(model: PreTrainedModel, layers: Sequence[int], evict: Evict, ranki
         def score(layer: int, heard: Heard) -> None:
             store, seen = Store(plan, [layer], (), groups.ropes, {}), heard.keys.shape[2]
             store.append(0, KV(heard.keys, heard.values))
-            store.remember(0, heard.queries, seen, False)
+            if evict.rereads:
+                store.hear(0, heard.queries, seen, heard.scaling, Workspace())
+                store.take_back(seen, seen // 2)
+                seen -= seen // 2
+            else:
+                store.remember(0, heard.queries, seen, False)
             found[layer] = store.scored(seen, heard.scaling)[0].cpu()  # (H, T)
 
         for ids in texts:
             found: dict[int, Tensor] = {}
-            read([ids], score)
+            read([ids] * readings, score)
             for layer, shares in _shares(found).items():
                 sums[layer] += shares / len(texts)
         return {layer: {"shares": shares} for layer, shares in sums.items()}
 
-    found = fitted_to(model, layers, budgets, sizes, find, TOKENS)
+    found = fitted_to(model, layers, budgets, sizes, find, TOKENS, readings)
     return {layer: found.layers[layer]["shares"] for layer in layers}
 
 

@@ -44,7 +44,7 @@ LEAD = 8
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What the model was given in one forward.
+    """The tokens that the model was given in one forward.
 
     Attributes:
         name: of the argument that holds the tokens, `input_ids` or `inputs_embeds`.
@@ -86,7 +86,7 @@ def text_of(given: Mapping[str, Any]) -> Text | None:
 
 
 def not_seen(who: str) -> str:
-    """What to say where the tokens of a forward are not known."""
+    """The message for a forward whose tokens are not known."""
     return (
         f"{who} reads a text a second time, and does not know the tokens of this forward: the model's layers were "
         "called one by one, or the model was given neither input_ids nor inputs_embeds. Call the model itself, or use "
@@ -163,7 +163,7 @@ def _chunks(text: Text, batch: Batch, decoder: nn.Module) -> Iterator[dict[str, 
 
 
 def _places(cohort: Cohort, first: int, device: torch.device) -> Tensor:
-    """Which columns from `first` on hold tokens of a cohort, counted from there."""
+    """The columns from `first` on that hold tokens of a cohort, counted from there."""
     columns = cohort.columns.of(cohort.seen, device)
     return columns[columns >= first] - first
 

@@ -75,23 +75,23 @@ class Select(Stage):
 
     @property
     def tracks(self) -> bool:
-        """Whether the score keeps a memory per token."""
+        """Return True if the score keeps a memory per token."""
         return bool(getattr(self.score, "tracks", Score.tracks))
 
     @property
     def needs_rope(self) -> bool | None:
-        """Whether the score uses `Context.rope`, or refitting does; None: the score may."""
+        """Return True if the score uses `Context.rope`, or refitting does; None: the score may."""
         needs: bool | None = getattr(self.score, "needs_rope", Score.needs_rope)
         return True if self.refit else needs
 
     @property
     def references(self) -> bool:
-        """Whether queries of the whole forward are wanted, by the score or to refit tokens."""
+        """Return True if queries of the whole forward are wanted, by the score or to refit tokens."""
         return self.refit or bool(getattr(self.score, "references", Score.references))
 
     @property
     def rereads(self) -> bool:
-        """Whether the model reads a text a second time for the score."""
+        """Return True if the model reads a text a second time for the score."""
         return bool(getattr(self.score, "rereads", Score.rereads))
 
     @property
@@ -100,7 +100,7 @@ class Select(Stage):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the score is fitted to the weights of a model."""
+        """Return True if the score is fitted to the weights of a model."""
         return bool(getattr(self.score, "is_fitted", Score.is_fitted))
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:

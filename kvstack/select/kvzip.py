@@ -50,6 +50,6 @@ class KVzip(Score):
 
 
 def _received(kv: KV, context: Context) -> Tensor:
-    """(B, H, T) largest attention from the queries at hand, in halves: they tell tokens apart well enough."""
+    """(B, H, T) largest attention from the queries given, in halves: they tell tokens apart well enough."""
     assert context.queries is not None
     return attention_received(context.queries, kv.keys, context.scaling, "max").amax(2).half()

@@ -80,12 +80,12 @@ class Plan:
 
     @cached_property
     def seals(self) -> bool:
-        """Whether tokens are encoded at all."""
+        """Return True if tokens are encoded at all."""
         return self.encode is not None
 
     @cached_property
     def first_block_only(self) -> bool:
-        """Whether only the first block of a text is sealed."""
+        """Return True if only the first block of a text is sealed."""
         return any(isinstance(codec, FitsText) and codec.first_block_only for codec in self.codecs)
 
     @cached_property
@@ -103,7 +103,7 @@ class Plan:
 
     @cached_property
     def share_heads(self) -> bool:
-        """Whether one token set serves all heads (and layers) of a group."""
+        """Return True if one token set serves all heads (and layers) of a group."""
         wish = bool(self.select and self.select.share_heads) or bool(
             self.transform and self.transform.stage.share_heads
         )
@@ -111,27 +111,27 @@ class Plan:
 
     @cached_property
     def references(self) -> bool:
-        """Whether queries of the whole forward are wanted."""
+        """Return True if queries of the whole forward are wanted."""
         return self.select is not None and self.select.references
 
     @cached_property
     def rereads(self) -> bool:
-        """Whether a text is read a second time before it is compressed."""
+        """Return True if a text is read a second time before it is compressed."""
         return self.select is not None and self.select.rereads
 
     @cached_property
     def refits(self) -> bool:
-        """Whether tokens that stay are made to stand in for those that are dropped."""
+        """Return True if tokens that stay are made to stand in for those that are dropped."""
         return self.select is not None and self.select.refit
 
     @cached_property
     def hidden(self) -> bool:
-        """Whether the hidden states of raw tokens are held too."""
+        """Return True if the hidden states of raw tokens are held too."""
         return any(isinstance(codec, NeedsHidden) for codec in self.codecs)
 
     @cached_property
     def own_encoder(self) -> bool:
-        """Whether the user named an encoder: without one, what a transform made is stored."""
+        """Return True if the user named an encoder: without one, what a transform made is stored."""
         return self.encode is not None and not isinstance(self.encode, Exact)
 
     def reader(self, device: torch.device) -> Reader:

@@ -10,7 +10,7 @@ one piece after the other. Where all heads hold everything, they can be read as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -96,9 +96,17 @@ class SplitStore:
             store.append(slot, _only(kv, heads))
 
     def remember(self, slot: int, queries: Tensor, seen: int, may_be_cropped: bool) -> None:
+        for store, own in self._each(queries):
+            store.remember(slot, own, seen, may_be_cropped)
+
+    def hear(self, slot: int, queries: Tensor, seen: int, scaling: float, work: Workspace) -> None:
+        for store, own in self._each(queries):
+            store.hear(slot, own, seen, scaling, work)
+
+    def _each(self, queries: Tensor) -> Iterator[tuple[Store, Tensor]]:
+        """Each store with its part of the queries (B, H*G, Q, D)."""
         grouped = queries.unflatten(1, (len(self._order), -1))  # (B, H, G, Q, D)
-        for heads, store in self.pieces:
-            store.remember(slot, heads_of(grouped, heads).flatten(1, 2), seen, may_be_cropped)
+        return ((store, heads_of(grouped, heads).flatten(1, 2)) for heads, store in self.pieces)
 
     def mix_heads(self) -> None:
         raise UseError(
