@@ -241,8 +241,8 @@ class Batch:
             cohort.unsettled += cohort.new
 
     def rereads(self, new: int) -> bool:
-        """Return True if the next forward, of `new` tokens, is read a second time: a prompt or a later turn. Assisted decoding
-        feeds guesses after the prompt, which count as decoded tokens."""
+        """Return True if the next forward, of `new` tokens, is read a second time: a prompt or a later turn. Assisted
+        decoding feeds guesses after the prompt, which count as decoded tokens."""
         return self.binding.plan.rereads and new > 1 and not (self.recording and self.seen)
 
     def check_text(self, rows: int, new: int) -> None:

@@ -16,6 +16,7 @@ STACKS = {
     "plain": (Evict(0.4, "keydiff"),),
     "queries": (Evict(0.4, "snapkv(window=8)"),),
     "tracks": (Evict(0.4, "h2o"),),
+    "rereads": (Evict(0.4, "kvzip"),),
     "count": (Evict(24, "knorm"),),
     "refit": (Evict(0.4, "knorm", refit=True),),
     "sealed": (Evict(0.4, "random"), Quant(8, group=8)),
@@ -170,6 +171,16 @@ def test_what_shares_heads_is_refused():
         KVStack([Evict(0.5, budgets="layers")], model=tiny.model("deepseek_v3"))
     with pytest.raises(BindError, match=r'attends with more than a softmax.*Use budgets="layers"'):
         KVStack([Evict(0.5, "knorm", budgets="heads")], model=build("gpt_oss", attentions("gpt_oss")[0]))
+
+
+@pytest.mark.parametrize("score", ["snapkv", "kvzip", "h2o", "kvzap", "lookahead", "tova"])
+def test_every_kind_of_score_has_budgets(score):
+    """Those that look at queries, keep a memory, read a text twice, or are fitted."""
+    model = tiny.model("llama")
+    stack = KVStack([Evict(0.3, score, budgets="heads")], model=model, **SMALL)
+    model.generate(tiny.tokens(2, 150), past_key_values=stack, max_new_tokens=20, do_sample=False)
+    held = [len(head) for layer in range(4) for head in tiny.positions_by_head(stack, layer)]
+    assert sum(held) / len(held) - 10 <= 0.3 * 160 + 8
 
 
 def test_attention_that_mixes_heads_is_refused():
