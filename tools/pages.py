@@ -41,8 +41,13 @@ def collected(root: Path = ROOT) -> dict[PurePosixPath, str]:
     ]
     found += sorted((root / "plugins").glob("**/README.md"))
     names = [PurePosixPath(page.relative_to(root).as_posix()) for page in found]
-    places = {name: place(name) for name in names}
+    places = {name: place(name) for name in [*names, *images(root)]}
     return {places[name]: moved((root / name).read_text(encoding="utf-8"), name, places) for name in names}
+
+
+def images(root: Path = ROOT) -> list[PurePosixPath]:
+    """The pictures that pages show, by their path in the repository."""
+    return [PurePosixPath(path.relative_to(root).as_posix()) for path in sorted((root / "docs" / "images").glob("*"))]
 
 
 def moved(text: str, name: PurePosixPath, places: dict[PurePosixPath, PurePosixPath]) -> str:
@@ -124,6 +129,10 @@ def write(folder: Path = PAGES) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    for image in images():
+        path = folder / place(image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / image, path)
 
 
 if __name__ == "__main__":

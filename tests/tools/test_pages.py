@@ -1,6 +1,7 @@
 """The pages of the site: links hold after pages have moved, and no page or public name is left out."""
 
 import importlib.util
+import re
 import tomllib
 from pathlib import Path, PurePosixPath
 
@@ -81,3 +82,10 @@ def test_pages_of_before_are_removed(tmp_path):
     (tmp_path / "site" / "old.md").write_text("# Old\n")
     pages.write(tmp_path / "site")
     assert not (tmp_path / "site" / "old.md").exists()
+
+
+def test_pictures_are_copied_and_shown_from_where_they_are(tmp_path):
+    pages.write(tmp_path)
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (tmp_path / "readme.md").read_text())
+    assert shown == ["images/quality.svg"]
+    assert (tmp_path / shown[0]).read_bytes() == (ROOT / "docs" / "images" / "quality.svg").read_bytes()

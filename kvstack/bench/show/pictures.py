@@ -39,7 +39,10 @@ KL = "mean KL from the dense cache, nats (log)"
 
 @look()
 def quality(rows: Sequence[Row]) -> Figure:
-    """KL against bytes, one panel per context, with 95 % intervals and the fronts of the stacks and of the peers."""
+    """KL against bytes, one panel per context, with 95 % intervals and the fronts of the stacks and of the peers.
+
+    A row without `kl_low` and `kl_high` gets no interval. Its `label`, or else its `cache`, is written on a front.
+    """
     families = ["kvstack", *sorted({_family(row) for row in rows} - {"kvstack", "control"}), "control"]
     colour = {family: COLOURS[i % 7] for i, family in enumerate(families)} | {"control": COLOURS[7]}
     marker = {family: MARKERS[i % len(MARKERS)] for i, family in enumerate(families)} | {"control": "x"}
@@ -137,7 +140,9 @@ def _scatter(
     figure.set_layout_engine("none")  # the labels are placed for this layout
     for axes, here in zip(panels, contexts.values(), strict=True):
         notes = [
-            Note(row["share"], row["kl"], row["cache"], colour) for colour, _, front in fronts_of(here) for row in front
+            Note(row["share"], row["kl"], row.get("label", row["cache"]), colour)
+            for colour, _, front in fronts_of(here)
+            for row in front
         ]
         annotate(axes, notes, [(row["share"], row["kl"]) for row in here], lines[axes])
     return figure
@@ -145,13 +150,18 @@ def _scatter(
 
 def _point(axes: Axes, row: Row, look: Mapping[str, Any]) -> None:
     x, y = row["share"], row["kl"]
-    axes.vlines([x], *_interval(row), color=look["color"], lw=1.2, alpha=0.6, zorder=2)
+    known = "kl_low" in row
+    if known:
+        axes.vlines([x], *_interval(row), color=look["color"], lw=1.2, alpha=0.6, zorder=2)
     (point,) = axes.plot([x], [y], **{"ls": "", "ms": 8, "mew": 1.5, **look}, zorder=3)
-    set_tip(point, f"{row['cache']}: {100 * x:.3g} % of dense, KL {y:.3g} [{row['kl_low']:.3g}, {row['kl_high']:.3g}]")
+    interval = f" [{row['kl_low']:.3g}, {row['kl_high']:.3g}]" if known else ""
+    set_tip(point, f"{row['cache']}: {100 * x:.3g} % of dense, KL {y:.3g}{interval}")
 
 
 def _interval(row: Row) -> tuple[float, float]:
-    """The 95 % interval as far as a log axis shows it: what reaches 0 ends two decades below."""
+    """The 95 % interval as far as a log axis shows it: what reaches 0 ends two decades below. A row may have none."""
+    if "kl_low" not in row:
+        return row["kl"], row["kl"]
     return max(row["kl_low"], row["kl"] / 100), max(row["kl_high"], row["kl"])
 
 

@@ -189,3 +189,11 @@ def test_each_task_and_mode_of_needles_has_its_maps():
 def test_points_have_a_tip():
     text = words(pictures.quality(made_up.quality((1024,))))
     assert re.search(r'knorm <0\.5> & "x": 2\.53 % of dense, KL 1\.37 \[1\.1, 1\.79\]', text)
+
+
+def test_a_row_without_an_interval_has_a_point_and_its_label():
+    row = {"cache": "quant:4,group=16", "label": "four bits", "kind": "kvstack", "context": 512, "share": 0.3, "kl": 0.01}
+    text = words(pictures.quality([row]))
+    assert "four bits" in text
+    assert "quant:4,group=16: 30 % of dense, KL 0.01" in text
+    assert "[" not in text
