@@ -192,7 +192,14 @@ def test_points_have_a_tip():
 
 
 def test_a_row_without_an_interval_has_a_point_and_its_label():
-    row = {"cache": "quant:4,group=16", "label": "four bits", "kind": "kvstack", "context": 512, "share": 0.3, "kl": 0.01}
+    row = {
+        "cache": "quant:4,group=16",
+        "label": "four bits",
+        "kind": "kvstack",
+        "context": 512,
+        "share": 0.3,
+        "kl": 0.01,
+    }
     text = words(pictures.quality([row]))
     assert "four bits" in text
     assert "quant:4,group=16: 30 % of dense, KL 0.01" in text
