@@ -226,6 +226,21 @@ def test_figures_that_a_page_quotes_are_those_that_were_measured(page, spec, sha
     )
 
 
+LINES = re.findall(r"^\|.*?`(KVStack\(\[.*?)`", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_of_the_readme_can_be_copied(line):
+    import kvstack
+
+    names = {name: getattr(kvstack, name) for name in kvstack.__all__}
+    assert isinstance(eval(line, names), kvstack.KVStack)
+
+
+def test_the_readme_has_lines_to_copy():
+    assert len(LINES) > 7
+
+
 def test_some_figures_are_compared():
     pages = [page for page, *_ in QUOTED]
     assert pages.count("README.md") > 12

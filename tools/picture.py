@@ -41,7 +41,7 @@ def row_of(cache: str, share: str, kl: str, interval: str = "") -> dict[str, Any
     """Return a row as `kvstack.bench.show.pictures.quality` draws it, from the cells of a table."""
     family = FAMILIES.get(cache.partition(":")[0])
     kind = "peer" if family else "control" if "score=random" in cache else "kvstack"
-    row = {"cache": cache, "kind": kind, "family": family, "label": label(cache), "context": CONTEXT}
+    row: dict[str, Any] = {"cache": cache, "kind": kind, "family": family, "label": label(cache), "context": CONTEXT}
     row |= {"simulated": "*" in share, "share": float(share.rstrip(" *%")) / 100, "kl": float(kl)}
     if interval:
         row["kl_low"], row["kl_high"] = map(float, interval.split(" - "))
