@@ -201,8 +201,8 @@ def measured(page: str) -> list[tuple[str, set[str]]]:
 
 
 def stages(spec: str) -> list[str]:
-    """The stages of a spec in one order: pages list them in several."""
-    return sorted(spec.removesuffix("@window=16").split("+"))
+    """The stages of a spec in one order, because pages list them in several, without the window, which tables may name."""
+    return sorted(spec.partition("@window=")[0].split("+"))
 
 
 QUOTED = [
