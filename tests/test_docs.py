@@ -201,7 +201,7 @@ def measured(page: str) -> list[tuple[str, set[str]]]:
 
 
 def stages(spec: str) -> list[str]:
-    """The stages of a spec in one order, because pages list them in several, without the window, which tables may name."""
+    """The stages of a spec in one order, without the window. Pages list them in several orders, with and without it."""
     return sorted(spec.partition("@window=")[0].split("+"))
 
 
