@@ -564,8 +564,9 @@ class KVStack(Cache):
         """A second stack that goes on from the same tokens: a branch. Each of the two may be used as any other stack,
         and neither sees what becomes of the other.
 
-        Nothing is copied now, and compressed tokens never are: a branch stores what it adds. Its first forward copies
-        the raw tokens (sinks, window and those not yet compressed), and evicting copies what is left.
+        Nothing is copied now. The first forward of a branch copies the raw tokens (sinks, window and those not yet
+        compressed). Compressed tokens are shared until a branch compresses a block of its own or evicts: then it copies
+        them. With `block=256`, for example, questions and answers of less than 256 tokens share all of them.
         `kvstack.nbytes_of([stack, branch])` counts what several stacks share once.
 
         Raises:
@@ -573,7 +574,7 @@ class KVStack(Cache):
 
         Example:
             >>> from kvstack import KVStack, Quant
-            >>> document = KVStack([Quant(4)])  # the model has read a long text with it
+            >>> document = KVStack([Quant(4)], block=256)  # the model reads a long text with it
             >>> branches = [document.fork() for _ in range(3)]  # one for each question
         """
         return self._copied(KVStack(self.stages, **self._settings), self.batch.fork, forked_layer)
