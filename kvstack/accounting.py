@@ -38,7 +38,7 @@ def held(batch: Batch, others: Sequence[Any]) -> Iterator[tuple[str, str, Tensor
     if batch.text is not None:  # until assisted decoding has verified them
         yield from ((repr(batch.binding.plan.select), "tokens to read again", x) for x in batch.text.tensors)
     if batch.ids.sums is not None:
-        yield STACK, "hash of the text", batch.ids.sums
+        yield STACK, "text hash", batch.ids.sums
     for store in batch.stores:
         for raw in store.raw:
             yield from ((STACK, name, x) for name, x in raw.parts())

@@ -75,7 +75,7 @@ class TextHash:
         return TextHash(columns, self.sums[:, :-gone].clone())
 
     def begins(self, ids: Tensor) -> bool:
-        """Whether a text of these `ids` (rows, n) begins with what was read, as far as that is known."""
+        """Return True if a text of these `ids` (rows, n) begins with what was read, or if that is not known."""
         if self.sums is None or ids.dim() != 2 or len(ids) != len(self.sums):
             return True
         found = _terms(ids[:, : self.columns], 0).sum(1)

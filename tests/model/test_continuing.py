@@ -143,7 +143,7 @@ def test_other_architectures(name):
 def test_eight_bytes_a_row_are_counted(model):
     stack = small()
     generate(model, tiny.tokens(3, 40), stack)
-    assert [part.nbytes for part in stack.report().parts if part.part == "hash of the text"] == [3 * 8]
+    assert [part.nbytes for part in stack.report().parts if part.part == "text hash"] == [3 * 8]
 
 
 def test_nothing_is_left_on_a_model():
