@@ -269,6 +269,7 @@ class KVStack(Cache):
         seen = self.get_seq_length()
         if not seen:
             return
+        self._check_adapters("continued")
         other = "For another text, use a new stack for each call, or call reset() first."
         if text.shape[1] <= seen:
             raise UseError(
