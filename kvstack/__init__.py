@@ -53,13 +53,12 @@ __all__ = [
     "calibrate",
     "calibration_plan",
     "for_budget",
-    "nbytes_of",
     "sensitivity",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .budgets import for_budget
-    from .cache import KVStack, nbytes_of
+    from .cache import KVStack
     from .calibration.calibrate import calibrate
     from .calibration.calibration import Calibration
     from .calibration.plan import calibration_plan
@@ -97,7 +96,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
 else:
     _HOMES = {
         "budgets": ("for_budget",),
-        "cache": ("KVStack", "nbytes_of"),
+        "cache": ("KVStack",),
         "calibration.calibrate": ("calibrate",),
         "calibration.calibration": ("Calibration",),
         "calibration.plan": ("calibration_plan",),

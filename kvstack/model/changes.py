@@ -32,13 +32,11 @@ class Changes:
         self._pending: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
-        held = False  # an interrupt may come between any two lines
+        self._lock.acquire()
         try:
-            held = self._lock.acquire()
             self._make_pending()
         except BaseException:
-            if held:
-                self._lock.release()
+            self._lock.release()
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -55,16 +53,12 @@ class Changes:
     def catch_up(self) -> None:
         """Make the changes that had to wait."""
         while self._pending:
-            held = False
+            if not self._lock.acquire(blocking=False):
+                return  # whoever has it catches up afterwards
             try:
-                held = self._lock.acquire(blocking=False)
-                if not held:
-                    return  # whoever has it catches up afterwards
                 self._make_pending()
-                held = bool(self._lock.release())  # type: ignore[func-returns-value]  # released and False in one line
             finally:
-                if held:
-                    self._lock.release()
+                self._lock.release()
 
     def _make_pending(self) -> None:
         while self._pending:
