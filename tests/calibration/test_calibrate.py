@@ -319,7 +319,8 @@ def test_axes_of_keys_and_of_values_apart(tmp_path):
         assert [len(energy) for energy in found.spectrum(part).values()] == [64, 64]
         assert list(found.rank(0.9, part)) == [(0, 1), (2, 3)]
     weights = torch.cat([group.weight for group in found.groups])
-    assert torch.equal(weights, weights[:1].expand_as(weights))
+    # sums of other processors differ in their last bits
+    torch.testing.assert_close(weights, weights[:1].expand_as(weights), atol=0, rtol=1e-6)
     device = torch.device("cpu")
     basis = [found.basis((2, 3), len(found.of((2, 3))[part].axes), device, torch.float32, part) for part in range(2)]
     assert basis[0].shapes == ((2, 16, 0),) * 2

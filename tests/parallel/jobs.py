@@ -29,7 +29,7 @@ NEW = 40
 SAME = [
     "quant:2",
     "quant:4",
-    "evict:0.2",
+    "evict:0.2,score=snapkv(kernel=1)",
     "evict:0.2,pool=max",
     "evict:40,layers=1,score=snapkv",
     "evict:0.2,score=h2o",
@@ -45,7 +45,8 @@ SAME = [
     "xkv:keep=1.0,exact=None+evict:0.5",
     "commonkv:1.0,layers=1,basis=weights",
 ]
-"""Stacks whose choices and greedy tokens are those of one process."""
+"""Stacks whose choices and greedy tokens are those of one process. Unsmoothed: smoothed scores have plateaus, and
+the last bits of a product that is split in two decide between equal ones."""
 OTHERS = {
     "granite_swa": "evict:0.2",
     "minicpm3": "evict:0.2,score=tova",

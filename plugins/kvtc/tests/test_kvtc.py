@@ -143,8 +143,8 @@ def test_all_axes_without_codes_lose_nothing(model):
     latents = {name: latent.data for name, latent in codec.forward(kvs).items()}
     for layer, kv in enumerate(kvs):
         found = codec.inverse(latents, layer)
-        torch.testing.assert_close(found.keys, kv.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.values, kv.values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.keys, kv.keys, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(found.values, kv.values, atol=2e-4, rtol=1e-4)
 
 
 def test_numbers_on_the_grid_survive(model):

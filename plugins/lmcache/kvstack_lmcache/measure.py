@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
@@ -17,7 +18,6 @@ from lmcache.v1.distributed.serde import Deserializer, Serializer
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from kvstack.bench.measure.quality import windows_of
 from kvstack.bench.measure.run import Run
@@ -26,6 +26,9 @@ from kvstack.models import source
 
 from .codec import ChunkCodec
 from .serde import KVStackDeserializer, KVStackSerializer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["run"]
 
@@ -71,6 +74,8 @@ def run() -> None:
 
 def _drift(model: PreTrainedModel, windows: list[Tensor], context: int, way: Through) -> tuple[float, float, float]:
     """Bytes as a share of bfloat16 chunks, KL in nats, and how often the likeliest token is the same."""
+    from transformers import DynamicCache
+
     sent = whole = 0
     kl, same = [], []
     for ids in windows:
