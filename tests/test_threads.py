@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from kvstack import Evict, KVStack, Quant, UseError
 from kvstack.model.hooks import running
+from kvstack.model.rest import at_rest
 from tests import tiny
 from tests.stages import Third
 
@@ -273,3 +274,23 @@ def test_an_interrupt_at_any_line_of_the_hooks_leaves_nothing(model):
             break
     gc.unfreeze()
     assert step > 300
+
+
+def test_a_model_at_rest_beside_stacks_that_come_and_go(model, switching):
+    def resting():
+        for _ in range(FORWARDS):
+            with at_rest(model):
+                pass
+
+    def bound():
+        KVStack([Quant(4)], model=model)
+
+    def collected():
+        stack = KVStack([Evict(0.5)], model=model)
+        stack.itself = stack
+        del stack
+        gc.collect()
+
+    assert together(resting, bound, collected) == []
+    gc.collect()
+    assert left_on(model) == NOTHING

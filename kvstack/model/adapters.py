@@ -83,8 +83,9 @@ def in_use(layer: Any) -> tuple[tuple[str, Any], ...]:
         return ()
     active = layer.active_adapters
     names = list(getattr(layer, "merged_adapters", None) or ([active] if isinstance(active, str) else active))
-    # rows of one batch may ask for an adapter each: peft tells the layers by hooks
-    rows = [getattr(hook, "keywords", {}).get("adapter_names") for hook in layer._forward_pre_hooks.values()]
+    # rows of one batch may ask for an adapter each: peft tells the layers by hooks, and other threads hang theirs
+    hooks = list(layer._forward_pre_hooks.values())
+    rows = [getattr(hook, "keywords", {}).get("adapter_names") for hook in hooks]
     asked = next((tuple(names) for names in reversed(rows) if names is not None), None)
     if asked is not None:
         names = list(dict.fromkeys(asked))
