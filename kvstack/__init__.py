@@ -53,12 +53,13 @@ __all__ = [
     "calibrate",
     "calibration_plan",
     "for_budget",
+    "nbytes_of",
     "sensitivity",
 ]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .budgets import for_budget
-    from .cache import KVStack
+    from .cache import KVStack, nbytes_of
     from .calibration.calibrate import calibrate
     from .calibration.calibration import Calibration
     from .calibration.plan import calibration_plan
@@ -96,7 +97,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
 else:
     _HOMES = {
         "budgets": ("for_budget",),
-        "cache": ("KVStack",),
+        "cache": ("KVStack", "nbytes_of"),
         "calibration.calibrate": ("calibrate",),
         "calibration.calibration": ("Calibration",),
         "calibration.plan": ("calibration_plan",),

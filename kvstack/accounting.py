@@ -37,6 +37,8 @@ def held(batch: Batch, others: Sequence[Any]) -> Iterator[tuple[str, str, Tensor
         yield from ((STACK, name, x) for name, x in cohort.given.parts())
     if batch.text is not None:  # until assisted decoding has verified them
         yield from ((repr(batch.binding.plan.select), "tokens to read again", x) for x in batch.text.tensors)
+    if batch.ids.sums is not None:
+        yield STACK, "text hash", batch.ids.sums
     for store in batch.stores:
         for raw in store.raw:
             yield from ((STACK, name, x) for name, x in raw.parts())

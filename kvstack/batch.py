@@ -6,7 +6,7 @@ exactly the arithmetic it would go through alone, wherever its padding is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from .rereading import Text, not_seen
 from .store.given import Given
 from .store.split import SplitStore
 from .store.store import Store
+from .text_hash import TextHash
 from .types import KV
 from .workspace import Workspace
 
@@ -70,6 +71,12 @@ class Cohort:
         given = self.given.rows(local)
         return Cohort(rows, stores, self.seen, self.columns, self.new, self.places, self.unsettled, given)
 
+    def fork(self) -> Cohort:
+        """The same rows, in the same memory as long as neither changes it."""
+        stores = [store.fork() for store in self.stores]
+        given = self.given.fork()
+        return Cohort(self.rows, stores, self.seen, self.columns, self.new, self.places, self.unsettled, given)
+
     @property
     def dirty(self) -> bool:
         """Return True if tokens of a forward are not settled yet."""
@@ -89,6 +96,8 @@ class Batch:
         unread: the tokens of the last forward are read a second time before they are compressed.
         text: what that forward was given.
         reading: the second reading runs; its tokens are taken back.
+        ids: what was read.
+        fed: the ids (rows, new) of the forward that is about to begin; None: not known.
     """
 
     def __init__(self, binding: Binding, work: Workspace) -> None:
@@ -102,6 +111,8 @@ class Batch:
         self.attached = False
         self.unread = self.reading = False
         self.text: Text | None = None
+        self.ids = TextHash()
+        self.fed: Tensor | None = None
         self._uncropped = 0  # forwards since the last crop
 
     # ---- lengths
@@ -227,6 +238,7 @@ class Batch:
             self._uncropped += 1
             self.unread = self.rereads(new)
             self.text = self.text if self.unread else None
+            self.ids, self.fed = self.ids.grown(self.fed, rows, new, self.recording), None
         for cohort in self.cohorts:
             cohort.new, cohort.places = new, None
             if not cohort.dirty:
@@ -346,6 +358,7 @@ class Batch:
             cohort.given.crop(cohort.seen)
             cohort.unsettled = max(0, cohort.unsettled - gone)
         self.columns = {layer: seen - remove for layer, seen in self.columns.items()}
+        self.ids = self.ids.cropped(limit)
         self._uncropped = 0
         if self.text is not None:
             self.text = self.text.without(remove)
@@ -396,21 +409,31 @@ class Batch:
             where, local = (indices[:, None] == mine[None, :]).nonzero(as_tuple=True)
             if len(where):
                 chosen.append(cohort.picked(where, local))
-        self.cohorts = chosen
+        self.cohorts, self.ids = chosen, self.ids.rows(indices)
         self.size = indices.numel()
 
     @torch.inference_mode(False)
     def copy(self, work: Workspace) -> Batch:
         """An independent copy."""
+        everything = torch.arange(self.size or 0)
+        return self._with(
+            work,
+            lambda cohort: cohort.picked(
+                cohort.rows, everything if cohort.rows is None else torch.arange(len(cohort.rows))
+            ),
+        )
+
+    def fork(self, work: Workspace) -> Batch:
+        """The same rows, in the same memory as long as neither changes it."""
+        return self._with(work, Cohort.fork)
+
+    def _with(self, work: Workspace, change: Callable[[Cohort], Cohort]) -> Batch:
+        """A batch like this one, of changed cohorts."""
         self.check_complete()
         other = Batch(self.binding, work)
-        everything = torch.arange(self.size or 0)
-        other.cohorts = [
-            cohort.picked(cohort.rows, everything if cohort.rows is None else torch.arange(len(cohort.rows)))
-            for cohort in self.cohorts
-        ]
+        other.cohorts = [change(cohort) for cohort in self.cohorts]
         other.columns, other.shapes, other.size = dict(self.columns), dict(self.shapes), self.size
         other.recording, other._uncropped = self.recording, self._uncropped
-        other.attached = self.attached
+        other.attached, other.ids = self.attached, self.ids
         other.unread, other.text = self.unread, self.text
         return other

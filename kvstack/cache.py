@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -33,6 +33,7 @@ from .model.arming import arm
 from .model.head import with_head
 from .model.hooks import install, running
 from .model.ranks import heads_of
+from .other_layers import forked_layer
 from .packed import storage_bytes
 from .report import Report
 from .rereading import read_again, text_of
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
     from .stage import Stage
 
-__all__ = ["KVStack"]
+__all__ = ["KVStack", "nbytes_of"]
 
 
 AS_SAVED = "as saved"
@@ -223,8 +224,19 @@ class KVStack(Cache):
         """The model begins a forward with this cache (its watched forward says so), which was `given` these arguments.
         With other adapters than before, the stages are fitted again; where tokens are held, they would mean something
         else: it is refused."""
+        if self.batch.reading:
+            return
+        self._check_forward()
+        if self.batch.binding.plan.rereads:
+            if not self.batch.running:
+                self._read_again()
+            self.batch.text = text_of(given)
+        ids = given.get("input_ids")
+        self.batch.fed = ids if isinstance(ids, Tensor) else None
+
+    def _check_forward(self) -> None:
         binding = self.binding
-        if binding is None or binding.model is None or binding.watch is None or self.batch.reading:
+        if binding is None or binding.model is None or binding.watch is None:
             return
         if self.batch.size is not None:
             self._check_adapters("continued")
@@ -232,10 +244,6 @@ class KVStack(Cache):
             again = bind(repr(self), self.stages, binding.model, self._spans)
             self.unbind()
             self._adopt(again)
-        if self.batch.binding.plan.rereads:
-            if not self.batch.running:
-                self._read_again()
-            self.batch.text = text_of(given)
 
     def end_forward(self, given: Mapping[str, Any]) -> None:
         """The model has ended a forward with this cache, which was `given` these arguments."""
@@ -250,6 +258,32 @@ class KVStack(Cache):
         """Read the last forward of several tokens a second time, and compress it, where the score wants that."""
         if self.batch.unread and not self.batch.reading:
             read_again(self, self.batch, self._learned.scaling)
+
+    def check_text(self, text: Tensor) -> None:
+        """A generation begins, of a whole `text`: ids (rows, n), or embeddings (rows, n, size). Its tokens behind those
+        that were read will be fed.
+
+        Raises:
+            UseError: there are none, or the text does not begin with the tokens that were read.
+        """
+        seen = self.get_seq_length()
+        if not seen:
+            return
+        self._check_adapters("continued")
+        other = "For another text, use a new stack for each call, or call reset() first."
+        if text.shape[1] <= seen:
+            raise UseError(
+                f"{self!r} has read {seen} tokens, and generate was given a text of {text.shape[1]}, so no new token "
+                f"is left. {other} To continue this text, pass all ids (the {seen} that were read, then the new "
+                "ones), or only the new ids with an attention_mask over all tokens."
+            )
+        if text.dim() == 2 and not self.batch.ids.begins(text):
+            raise UseError(
+                f"{self!r} has read {seen} tokens, and generate was given a text of {text.shape[1]} that does not "
+                f"begin with them. {other} To ask several questions about one text, use fork() for each. To continue "
+                "this text, pass the same ids, then the new ones, or only the new ids with an attention_mask over all "
+                "tokens."
+            )
 
     def _check_adapters(self, done: str) -> None:
         """Raise `UseError` where other adapters are at work than the tokens held were computed with."""
@@ -527,17 +561,40 @@ class KVStack(Cache):
         if recording:
             self.activate_past_recording()
 
+    def fork(self) -> KVStack:
+        """A second stack that goes on from the same tokens: a branch. Each of the two may be used as any other stack,
+        and neither sees what becomes of the other.
+
+        Nothing is copied now. The first forward of a branch copies the raw tokens (sinks, window and those not yet
+        compressed). Compressed tokens are shared until a branch compresses a block of its own or evicts: then it copies
+        them. With `block=256`, for example, questions and answers of less than 256 tokens share all of them.
+        `kvstack.nbytes_of([stack, branch])` counts what several stacks share once.
+
+        Raises:
+            UseError: a forward of this stack was stopped in the middle.
+
+        Example:
+            >>> from kvstack import KVStack, Quant
+            >>> document = KVStack([Quant(4)], block=256)  # the model reads a long text with it
+            >>> branches = [document.fork() for _ in range(3)]  # one for each question
+        """
+        return self._copied(KVStack(self.stages, **self._settings), self.batch.fork, forked_layer)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStack:
-        other = KVStack(self.stages, **self._settings)
-        memo[id(self)] = other
+        other = memo[id(self)] = KVStack(self.stages, **self._settings)
+        return self._copied(other, self.batch.copy, lambda layer: copy.deepcopy(layer, memo))
+
+    def _copied(self, other: KVStack, batch: Callable[[Workspace], Batch], layer_of: Callable[[Any], Any]) -> KVStack:
+        """Let the new stack `other` hold copies of what this one does. `layer_of` copies a layer of transformers."""
+        self.batch.check_complete()
         other._learned = replace(self._learned, scaling=dict(self._learned.scaling), direct=set(self._learned.direct))
         if self.binding is not None:
             other._adopt(self.binding)
         other.layers = [
-            StackLayer(other, i) if isinstance(layer, StackLayer) else copy.deepcopy(layer, memo)
+            StackLayer(other, i) if isinstance(layer, StackLayer) else layer_of(layer)
             for i, layer in enumerate(self.layers)
         ]
-        other._serve(self.batch.copy(other._work))
+        other._serve(batch(other._work))
         return other
 
     def __copy__(self) -> KVStack:
@@ -622,7 +679,7 @@ class KVStack(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held: their whole storages, reserve and scratch memory included."""
-        return storage_bytes(self.tensors() + self._work.tensors())
+        return nbytes_of([self])
 
     @property
     def model_nbytes(self) -> int:
@@ -656,6 +713,12 @@ class KVStack(Cache):
             devices=accounting.devices(self.tensors() + self._work.tensors()),
             rows=max(1, self.batch_size),
         )
+
+
+def nbytes_of(stacks: Iterable[KVStack]) -> int:
+    """Bytes of all tensors that `stacks` hold, scratch memory included. Memory that several of them share counts once:
+    `nbytes_of([stack, branch]) - stack.nbytes` is what a fork adds."""
+    return storage_bytes([x for stack in stacks for x in (*stack.tensors(), *stack._work.tensors())])
 
 
 def _device(given: object) -> torch.device | None:

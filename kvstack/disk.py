@@ -5,6 +5,7 @@ the bytes of each tensor are deflated where that makes them fewer; "deflated" in
 
     description    stack, model, dtype, batch, columns, shapes, scaling, direct, shares
                    heads: which process of how many, where they share a model
+                   ids: a hash of the ids of each row (text_hash.py)
                    cohorts: rows, seen, columns, given (positions, where not the tokens' indices), stores: one entry
                    per track of the store, "sealed" by (slot, role)
                    others:  layers that transformers caches
@@ -41,6 +42,7 @@ from .model.fingerprint import is_of, kv_fingerprint
 from .model.probing import cached_layers
 from .other_layers import describe_layer, fill_layer
 from .store.store import Store
+from .text_hash import TextHash
 from .types import Layout
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ def write(
         "direct": sorted(learned.direct),
         "shares": list(binding.shares.items()),
         **_part_of(binding.plan.heads),
+        "ids": batch.ids.all_read,
         "cohorts": [
             {
                 "rows": None if cohort.rows is None else cohort.rows.tolist(),
@@ -220,6 +223,7 @@ class Saved:
             self._fill_learned(learned, binding)
             self._check_shapes(batch, layouts)
             rows, seen = batch.size, max(batch.columns.values(), default=None)
+            batch.ids = self._ids(rows or 0, seen or 0)
             batch.cohorts = self._cohorts(binding, layouts, rows, seen)
             models = [
                 _state_of(layer) if i in binding.places else layer
@@ -243,6 +247,15 @@ class Saved:
             raise misfit(f"tokens are counted for layers {list(columns)}, or not equally many in each.")
         batch.columns = columns
         batch.size = None if described["batch"] is None else count(described["batch"], "the number of rows", 1)
+
+    def _ids(self, rows: int, columns: int) -> TextHash:
+        sums = self.described.get("ids")
+        if sums is None:
+            return TextHash(columns, known=not columns)
+        for x in items(sums, "the list of hashes of its rows", rows):
+            if type(x) is not int or not -(2**63) <= x < 2**63:
+                raise misfit(f"{x!r} is not the hash of a text.")
+        return TextHash(columns, torch.tensor(sums)[:, None])
 
     def _check_shapes(self, batch: Batch, layouts: Mapping[int, Layout]) -> None:
         """Take over what a dense cache would hold, which the model tells as well."""
@@ -325,7 +338,7 @@ S = TypeVar("S")
 COHORT = ("rows", "seen", "stores")
 """What is said of a cohort."""
 NEEDED = ("stack", "model", "dtype", "batch", "columns", "shapes", "scaling", "direct", "cohorts", "others")
-LATER = ("shares", "deflated", "heads")
+LATER = ("shares", "deflated", "heads", "ids")
 """What is said of a cache, and what the first versions did not say."""
 STORE = ("sealed_tokens", "fitted")
 """What is said of a store beside its tracks; the first versions said nothing of `bases`."""

@@ -7,16 +7,18 @@ tensors go where the layer's own are, whatever device they were saved from.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from .checks import FLOATS, Tensors, count, entries, items, misfit
 from .errors import UseError
 
-__all__ = ["describe_layer", "fill_layer"]
+__all__ = ["describe_layer", "fill_layer", "forked_layer"]
 
 TOKENS_AXIS = {"keys": 2, "values": 2, "indexer_keys": 1}
 """Which axis of a tensor runs along the tokens, by its name in the layer."""
@@ -26,6 +28,15 @@ FREE = ("record_past",)
 """Settings that may differ from those of a new layer."""
 COUNTED = ("cumulative_length",)
 """Names of the number of tokens that a layer saw."""
+
+
+REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+"""Layers that replace their tensors when they grow. All others may write to them, as states of linear attention do."""
+
+
+def forked_layer(layer: Any) -> Any:
+    """A layer that holds what a layer of transformers holds, in the same memory where neither writes to it."""
+    return copy.copy(layer) if type(layer) in REPLACED else copy.deepcopy(layer)
 
 
 def describe_layer(layer: Any, put: Callable[[Tensor], Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ the square of its length. So parts may be views of buffers with room for more to
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,10 @@ __all__ = ["Packed", "Room", "storage_bytes"]
 SPARE = 32
 """A buffer that grows gets room for 1 / SPARE more tokens. So it never holds more than that share in reserve, and a new
 token costs at most about SPARE copies of a token: little, as all of them are read at every step."""
+
+
+_writing = threading.Lock()
+"""Caches that share a room may grow in several threads."""
 
 
 class Room:
@@ -69,6 +74,11 @@ class Room:
                 return False
         return True
 
+    def add(self, packed: Packed, newer: Packed) -> dict[str, Tensor] | None:
+        """Write `newer` behind `packed`; returns views of both, or None where it takes none of them."""
+        with _writing:
+            return self.write(newer) if self.takes(packed, newer) else None
+
     def write(self, packed: Packed) -> dict[str, Tensor]:
         """Write `packed` behind the others; returns views of all."""
         total, parts = self.written + packed.tokens, {}
@@ -102,7 +112,8 @@ class Packed:
     room: Room | None = field(default=None, repr=False, compare=False)
     home: torch.device | None = None
 
-    def _map(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
+    def mapped(self, change: Callable[[Tensor], Tensor], tokens: int | None = None) -> Packed:
+        """This with `change` made to each part, of another number of `tokens` if it makes that."""
         parts = {name: change(part) for name, part in self.parts.items()}
         return replace(self, parts=parts, tokens=self.tokens if tokens is None else tokens, room=None)
 
@@ -111,7 +122,7 @@ class Packed:
         home = next(iter(self.parts.values())).device
         if device is None or device == home:
             return self
-        return replace(self._map(lambda part: part.to(device)), home=home)
+        return replace(self.mapped(lambda part: part.to(device)), home=home)
 
     def fetched(self) -> Packed:
         """This where it is read: a copy, if it is stored elsewhere."""
@@ -126,7 +137,7 @@ class Packed:
 
     def compact(self) -> Packed:
         """With parts whose memory has the order of their axes."""
-        return self._map(Tensor.contiguous)
+        return self.mapped(Tensor.contiguous)
 
     @cached_property
     def apart(self) -> int:
@@ -143,8 +154,9 @@ class Packed:
         """This, followed by `newer` tokens of the same encoder. `spare` (default False): where there are many tokens,
         leave room behind those of every head for the next ones; readers must cope with it (`Encoder.reads_room`)."""
         total, dtype = self.tokens + newer.tokens, torch.promote_types(self.dtype, newer.dtype)
-        if self.room is not None and self.room.takes(self, newer):
-            return replace(self, parts=self.room.write(newer), tokens=total, dtype=dtype)
+        parts = None if self.room is None else self.room.add(self, newer)
+        if parts is not None:
+            return replace(self, parts=parts, tokens=total, dtype=dtype)
         # for as many blocks like this one as are a small share of all
         left = total // SPARE // max(1, newer.tokens) * newer.tokens if spare else 0
         if left:
@@ -159,12 +171,12 @@ class Packed:
 
     def rows(self, index: Tensor) -> Packed:
         """Batch rows at `index`."""
-        return self._map(lambda part: part.index_select(0, index.to(part.device)))
+        return self.mapped(lambda part: part.index_select(0, index.to(part.device)))
 
     def first(self, tokens: int) -> Packed:
         """The oldest `tokens` tokens, whole granules."""
         # clone: a view would keep the storage of all tokens alive
-        return self._map(lambda part: part[:, :, : part.shape[2] * tokens // self.tokens].clone(), tokens)
+        return self.mapped(lambda part: part[:, :, : part.shape[2] * tokens // self.tokens].clone(), tokens)
 
     def take(self, granules: Tensor, size: int) -> Packed:
         """Whole granules of `size` tokens at `granules` (B or 1, H or 1, n), in that order."""
@@ -175,7 +187,7 @@ class Packed:
             index = (granules.unsqueeze(-1) * per + steps).flatten(-2)
             return take_tokens(part, index)
 
-        return self._map(gather, granules.shape[-1] * size)
+        return self.mapped(gather, granules.shape[-1] * size)
 
 
 def _apart(part: Tensor) -> int:

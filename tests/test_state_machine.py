@@ -237,7 +237,8 @@ class Conversation(RuleBasedStateMachine):
     def bytes_are_those_of_its_tensors(self):
         if hasattr(self, "stack"):
             storages = {
-                t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(self.stack.batch.cohorts)
+                t.untyped_storage().data_ptr(): t.untyped_storage()
+                for t in tensors_in([self.stack.batch.cohorts, self.stack.batch.ids])
             }
             assert self.stack.nbytes == sum(storage.nbytes() for storage in storages.values())
 

@@ -373,6 +373,19 @@ def length(
 
 
 @_command
+def fork(
+    run: Run,
+    rounds: Annotated[int, typer.Option(min=1, help="Questions asked in each way.")] = 5,
+) -> None:
+    """Time to the first token of a question about a text: on a fork, on a copy, and by reading the text again."""
+    from ..bench.measure import fork as bench
+    from ..bench.show import tables
+
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), rounds):
+        tables.fork(figures)
+
+
+@_command
 def calibration(
     run: Run,
     shapes: Annotated[

@@ -32,11 +32,13 @@ class Changes:
         self._pending: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        held = False  # an interrupt may come between any two lines
         try:
+            held = self._lock.acquire()
             self._make_pending()
         except BaseException:
-            self._lock.release()
+            if held:
+                self._lock.release()
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -53,12 +55,16 @@ class Changes:
     def catch_up(self) -> None:
         """Make the changes that had to wait."""
         while self._pending:
-            if not self._lock.acquire(blocking=False):
-                return  # whoever has it catches up afterwards
+            held = False
             try:
+                held = self._lock.acquire(blocking=False)
+                if not held:
+                    return  # whoever has it catches up afterwards
                 self._make_pending()
+                held = bool(self._lock.release())  # type: ignore[func-returns-value]  # released and False in one line
             finally:
-                self._lock.release()
+                if held:
+                    self._lock.release()
 
     def _make_pending(self) -> None:
         while self._pending:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, layer_of, parameters
 from .changes import Handles, changes
+from .continuing import CheckedPrefill
 from .keeping import KeptStack
 from .rope import tables_of
 
@@ -208,7 +209,7 @@ class ModelHooks:
         self.users: set[object] = set()
         self.handles = Handles()
         self.guards: list[_Guard] = []
-        self.kept: list[KeptStack] = []
+        self.kept: list[KeptStack | CheckedPrefill] = []
         self.resting: set[int] = set()
         self.ends = False
         self.told: set[nn.Module] = set()
@@ -236,10 +237,13 @@ class ModelHooks:
         watch.start()
 
     def keep(self, model: PreTrainedModel) -> None:
-        """Let generation with `model`, this one with its head, go on with a stack that it would put aside."""
-        kept = KeptStack(model)
+        """Let generation with `model`, this one with its head, go on with a stack that it would put aside, and show a
+        stack its text."""
+        kept, checked = KeptStack(model), CheckedPrefill(model)
         if kept.prepare is not None:
             self.kept.append(kept)
+        if checked.prefill is not None:
+            self.kept.append(checked)
 
     def rest(self, modules: Mapping[int, nn.Module]) -> None:
         """Let these layers compute no keys and values in a call that reads another layer's."""

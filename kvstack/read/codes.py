@@ -68,7 +68,7 @@ def _agrees_on(device: torch.device, bits: int, group: int, width: int, queries:
     def pairs() -> Iterator[tuple[Tensor, ...]]:
         reader = TritonCodes(codec)
         keys, values = (codec.encode(x, role) for role in ("keys", "values"))
-        on_device = [packed._map(lambda part: part.to(device)) for packed in (keys, values)]
+        on_device = [packed.mapped(lambda part: part.to(device)) for packed in (keys, values)]
         yield codec.dot(query, keys, "keys", work), reader._dot(query.to(device), on_device[0], work, None).cpu()
         yield (
             codec.mix(weights, values, "values", work),

@@ -167,7 +167,7 @@ def _agrees_on(device: torch.device, queries: int, width: int, turning: int, *, 
         encoder, packed, linear, _, query, _, weights = example
         weights = weights[..., : packed.tokens]
         places = torch.arange(packed.tokens).expand(*query.shape[:2], -1)
-        packed = packed._map(lambda part: part.to(device))
+        packed = packed.mapped(lambda part: part.to(device))
         there = Linear("latent", linear.rows().to(device), None if linear.mean is None else linear.mean.to(device))
         z, codes = example.decoded, DeviceCodes(encoder.to(device), packed)
         for turns in example.turns:

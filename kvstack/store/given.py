@@ -91,6 +91,12 @@ class Given:
             other._hold(told.index_select(0, index.to(told.device)))
         return other
 
+    def fork(self) -> Given:
+        """The same, in the same memory: what was told is replaced, and never written to."""
+        other = Given()
+        other._told, other._new = self._told, list(self._new)
+        return other
+
     def crop(self, seen: int) -> None:
         """Only the first `seen` tokens were seen."""
         told = self.told

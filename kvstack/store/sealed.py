@@ -31,7 +31,7 @@ from ..turns import Turns
 from ..types import KV, Latent, Layout, Rotation
 from ..workspace import Workspace
 from .plan import Plan
-from .tracks import Crop, Cut, Put, Track, rows_of
+from .tracks import Crop, Cut, Put, Track
 
 __all__ = ["GroupLatents", "LayerCodes", "Sealed"]
 
@@ -146,10 +146,15 @@ class Sealed(Track):
     def _empty(self) -> Self:
         """The same without tokens."""
 
-    def rows(self, index: Tensor) -> Self:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         other = self._empty()
         other.tokens = self.tokens
-        other.packed = {name: packed.rows(index) for name, packed in self.packed.items()}
+        other.packed = {name: packed.mapped(change) for name, packed in self.packed.items()}
+        return other
+
+    def fork(self) -> Self:
+        other = self.mapped(lambda x: x)
+        other.packed = dict(self.packed)  # with the room behind them, where one of the two may write
         return other
 
     # ---- bytes and files
@@ -538,10 +543,10 @@ class GroupLatents(Sealed):
     def _empty(self) -> GroupLatents:
         return GroupLatents(self.plan, self.layers, self.codec, self.ropes)
 
-    def rows(self, index: Tensor) -> GroupLatents:
-        other = super().rows(index)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> GroupLatents:
+        other = super().mapped(change)
         if isinstance(self.codec, FitsText) and self.codec.fitted:
-            other.codec = self.codec.with_fitted({name: rows_of(x, index) for name, x in self.codec.fitted.items()})
+            other.codec = self.codec.with_fitted({name: change(x) for name, x in self.codec.fitted.items()})
         return other
 
     # ---- bytes and files

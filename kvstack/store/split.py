@@ -161,6 +161,11 @@ class SplitStore:
         pieces = [(heads or (), store.rows(index)) for heads, store in self.pieces]
         return SplitStore(self.plan, self.layers[0], pieces)
 
+    def fork(self) -> SplitStore:
+        """A store of the same tokens, in the same memory as long as neither changes it."""
+        pieces = [(heads or (), store.fork()) for heads, store in self.pieces]
+        return SplitStore(self.plan, self.layers[0], pieces)
+
     @property
     def given(self) -> Given:
         return self._stores[0].given

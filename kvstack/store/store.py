@@ -520,9 +520,17 @@ class Store:
 
     def rows(self, index: Tensor) -> Store:
         """A store with the batch rows at `index`; nothing is shared with this one."""
+        return self._with({name: [track.rows(index) for track in tracks] for name, tracks in self._held.items()})
+
+    def fork(self) -> Store:
+        """A store of the same tokens, in the same memory as long as neither changes it."""
+        return self._with({name: [track.fork() for track in tracks] for name, tracks in self._held.items()})
+
+    def _with(self, held: dict[str, list[Any]]) -> Store:
+        """A store like this one that holds something else."""
         other = Store(self.plan, self.layers, self.codecs, self.ropes, self.expansions, self.profile, self.heads)
         other.dirty, other.mixes_heads = self.dirty, self.mixes_heads
-        other._hold({name: [track.rows(index) for track in tracks] for name, tracks in self._held.items()})
+        other._hold(held)
         return other
 
     def older_than(self, limit: int, seen: int) -> int:

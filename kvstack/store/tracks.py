@@ -9,8 +9,12 @@
     References       every layer, where tokens are refitted: some tokens of the running forward
     sealed.Sealed    what is stored together     sealed tokens
 
-The store moves tokens in four ways, and does each by asking all of its tracks: `take` (eviction), `crop` (the newest
-are taken back), `rows` (other rows of the batch), and `state` with `restore` (to disk and back).
+The store moves tokens in five ways, and does each by asking all of its tracks: `take` (eviction), `crop` (the newest
+are taken back), `rows` (other rows of the batch), `fork` (a second owner), and `state` with `restore` (to disk and
+back).
+
+A tensor that a track holds is replaced, and never written to: so forks can share it. Only a `Buffer` is written to, and
+knows whether it is shared.
 """
 
 from __future__ import annotations
@@ -111,8 +115,16 @@ class Track(ABC):
         """Forget the newest tokens."""
 
     @abstractmethod
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same, with `change` made to each tensor (rows, ...) that is held."""
+
     def rows(self, index: Tensor) -> Self:
         """The same for the batch rows at `index` (n,); nothing is shared with this one."""
+        return self.mapped(lambda x: rows_of(x, index))
+
+    def fork(self) -> Self:
+        """The same, in the same memory; neither sees what becomes of the other."""
+        return self.mapped(lambda x: x)
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -198,11 +210,16 @@ class RawTokens(Track):
         keys.replace(torch.cat([keys.view[:, :, : crop.sinks], thawed.keys], dim=2))
         values.replace(torch.cat([values.view[:, :, : crop.sinks], thawed.values], dim=2))
 
-    def rows(self, index: Tensor) -> RawTokens:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> RawTokens:
         other = RawTokens(self.slot, len(self.buffers) > 2)
         for new, old in zip(other.buffers, self.buffers, strict=True):
             if old.tensors:
-                new.replace(rows_of(old.view, index))
+                new.replace(change(old.view))
+        return other
+
+    def fork(self) -> RawTokens:
+        other = RawTokens(self.slot, len(self.buffers) > 2)
+        other.buffers = tuple(buffer.fork() for buffer in self.buffers)
         return other
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -260,9 +277,9 @@ class Positions(Track):
         if self.kept is not None:
             self.kept = self.kept[..., : min(self.kept.shape[-1], crop.stay)].clone()
 
-    def rows(self, index: Tensor) -> Positions:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Positions:
         other = Positions()
-        other.kept = None if self.kept is None else rows_of(self.kept, index)
+        other.kept = None if self.kept is None else change(self.kept)
         return other
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -309,9 +326,9 @@ class Bias(Track):
             whole = crop.sinks + crop.stay == crop.seen
             self.steps = None if whole else self.steps[:, :, : crop.stay].clone()
 
-    def rows(self, index: Tensor) -> Bias:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Bias:
         other = Bias()
-        other.steps = None if self.steps is None else rows_of(self.steps, index)
+        other.steps = None if self.steps is None else change(self.steps)
         return other
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -363,9 +380,9 @@ class References(Track):
         else:
             self.forget()
 
-    def rows(self, index: Tensor) -> References:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> References:
         other = References()
-        other.queries = None if self.queries is None else rows_of(self.queries, index)
+        other.queries = None if self.queries is None else change(self.queries)
         other.first, other.count, other.stride = self.first, self.count, self.stride
         return other
 
@@ -409,9 +426,9 @@ class Memory(Track):
         for name, x in self.tensors.items():
             self.tensors[name] = x[:, :, : crop.sinks + crop.stay].clone()
 
-    def rows(self, index: Tensor) -> Memory:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
         other = Memory()
-        other.tensors = {name: rows_of(x, index) for name, x in self.tensors.items()}
+        other.tensors = {name: change(x) for name, x in self.tensors.items()}
         return other
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
@@ -491,10 +508,10 @@ class Queries(Track):
         self.running = _without(self.running, running) if self.tokens else None
         self.before = _without(self.before, crop.remove - running)
 
-    def rows(self, index: Tensor) -> Queries:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Queries:
         other = Queries()
-        other.before = None if self.before is None else rows_of(self.before, index)
-        other.running = None if self.running is None else rows_of(self.running, index)
+        other.before = None if self.before is None else change(self.before)
+        other.running = None if self.running is None else change(self.running)
         other.tokens, other.untracked = self.tokens, self.untracked
         return other
 

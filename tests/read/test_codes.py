@@ -110,7 +110,7 @@ def test_memory_in_another_order():
     query = numbers(2, 16, 3, 3).permute(0, 2, 3, 1)
     assert not query.is_contiguous()
     assert_close(CompiledCodes(codec).dot(query, packed, "keys", work), codec.dot(query, packed, "keys", work))
-    turned = packed._map(lambda part: part.transpose(0, 1).contiguous().transpose(0, 1))
+    turned = packed.mapped(lambda part: part.transpose(0, 1).contiguous().transpose(0, 1))
     assert_close(CompiledCodes(codec).dot(query, turned, "keys", work), codec.dot(query, packed, "keys", work))
 
 

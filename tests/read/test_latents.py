@@ -160,7 +160,7 @@ def at_the_end(x):
 
 for widths in ([1], [2, 1], [3] * 5, [12, 9, 5, 2, 1, 1], [2] * 40):
     codes = ChannelCodes(torch.ones(len(widths)), torch.tensor(widths, dtype=torch.uint8))
-    packed = codes.encode(torch.randn(1, 1, 48, len(widths)), "latent")._map(at_the_end)
+    packed = codes.encode(torch.randn(1, 1, 48, len(widths)), "latent").mapped(at_the_end)
     linear = Linear("latent", torch.ones(1, len(widths), 1, 8))
     pairs = Pairs(torch.arange(4), torch.arange(4, 8), torch.arange(0))
     turns = Turns(pairs, torch.ones(1, 4, 48), torch.zeros(1, 4, 48))

@@ -105,7 +105,7 @@ def test_memory_in_another_order(unchecked):
     codec, work = Kivi(4, 8), Workspace()
     packed, query = codec.encode(numbers(2, 3, 40, 16), "keys"), numbers(2, 16, 3, 3).permute(0, 2, 3, 1)
     assert_close(TritonCodes(codec).dot(query, packed, "keys", work), codec.dot(query, packed, "keys", work))
-    turned = packed._map(lambda part: part.transpose(0, 1).contiguous().transpose(0, 1))
+    turned = packed.mapped(lambda part: part.transpose(0, 1).contiguous().transpose(0, 1))
     assert_close(TritonCodes(codec).dot(query, turned, "keys", work), codec.dot(query, packed, "keys", work))
 
 

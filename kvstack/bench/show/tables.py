@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "decode",
     "device",
+    "fork",
     "layers",
     "length",
     "matrix",
@@ -414,6 +415,36 @@ def step(figures: Figures) -> None:
     title = f"{rows[0]['context']:,} tokens: {_where(figures)}, {figures.environment['threads']} threads"
     caption = f"milliseconds of a step, the mean of {rows[0]['steps']}; being timed takes a little of them"
     _print(title, ("stack", "ms", *parts), lines, caption)
+
+
+def fork(figures: Figures) -> None:
+    """Times to the first token of a question about a text that was read, and what its branches hold, at one context."""
+    rows = figures.rows
+    columns = (
+        "stack",
+        "read again, ms",
+        "copy",
+        "fork",
+        "again / fork",
+        "MiB",
+        "a fork, KiB",
+        "after the question, KiB",
+    )
+    lines = [
+        [
+            row["cache"],
+            *(f"{row[f'ms_{way}']:.1f}" for way in ("again", "copy", "fork")),
+            f"{row['ms_again'] / row['ms_fork']:.1f}x",
+            mib(row["nbytes"]),
+            *(f"{row[name] / 1024:,.1f}" for name in ("nbytes_forked", "nbytes_asked")),
+        ]
+        for row in rows
+    ]
+    title = f"{rows[0]['context']:,} tokens: {_where(figures)}, {figures.environment['threads']} threads"
+    caption = (
+        f"time to the first token of a question of {rows[0]['question']} tokens; KiB that a fork adds to the stack"
+    )
+    _print(title, columns, lines, caption)
 
 
 def _speed(row: Row) -> tuple[str, str]:
