@@ -160,7 +160,8 @@ def test_bytes_are_those_of_the_layers_left(shares, name):
     for chunk in tokens(2, 90).split([70, *[1] * 20], dim=1):
         model(chunk, past_key_values=one)
         model(chunk, past_key_values=other)
-        assert one.nbytes * 4 == other.nbytes * (4 - len(shares))
+        hashed = 2 * 8  # of the ids of two rows, whatever the layers hold
+        assert (one.nbytes - hashed) * 4 == (other.nbytes - hashed) * (4 - len(shares))
     assert one.dense_nbytes == other.dense_nbytes == 2 * 90 * 4 * 2 * 2 * 16 * 4
     assert one.nbytes == sum(part.nbytes for part in one.report().parts)
 
