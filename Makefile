@@ -18,6 +18,8 @@ EXTRAS_docs := test,docs
 
 # kvpress wants an older transformers than kvstack does, and so an environment of its own
 PEERS := transformers==5.2.0 kvpress==0.5.5
+# the same torch as beside it, so that figures compare
+TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: help demo test fuzz matrix check bench peers docs clean
 .NOTPARALLEL:
@@ -82,7 +84,7 @@ docs: .venv/.docs
 .venv-peers/.made: Makefile
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@echo "installing $(PEERS) into .venv-peers, which takes some minutes"
-	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check $(PEERS)
 	@touch $@
 
