@@ -27,7 +27,7 @@ MEASURED = (
 
 
 class Figures(NamedTuple):
-    """What one benchmark has measured."""
+    """The figures of one benchmark."""
 
     rows: list[Record]
     """Keys and figures together."""
@@ -36,7 +36,7 @@ class Figures(NamedTuple):
 
 
 class Results:
-    """The figures of one benchmark in `folder`, or of this run alone where there is no folder."""
+    """The figures of one benchmark in `folder`, or of this run alone without a folder."""
 
     def __init__(self, bench: str, folder: Path | None, environment: Mapping[str, Any]) -> None:
         self.bench, self.environment = bench, dict(environment)
@@ -80,7 +80,7 @@ def read(path: Path) -> list[Record]:
             record = json.loads(line)
             record["bench"], record["key"], record["figures"], record["environment"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise KVStackError(f"{path}, line {number} is no benchmark record. Name another folder.") from None
+            raise KVStackError(f"{path}, line {number} is not a benchmark record. Name another folder.") from None
         records.append(record)
     return records
 
@@ -108,7 +108,7 @@ def load(folder: Path, bench: str) -> Figures:
 
 
 def _settings(key: Mapping[str, Any]) -> str:
-    """What a key says of how something was measured, not of what."""
+    """Return the part of a key that says how something was measured, as a string."""
     return name({what: value for what, value in key.items() if what not in MEASURED})
 
 
@@ -118,5 +118,5 @@ def name(key: Mapping[str, Any]) -> str:
 
 
 def strict(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What two figures must share to be compared."""
+    """Return the part of an environment that must be equal for two figures to be compared."""
     return {what: value for what, value in environment.items() if what not in READERS_ONLY}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_app"]
 
 bench_app = typer.Typer(
-    help="What each stack costs and gives, beside transformers' own caches and other peers.", no_args_is_help=True
+    help="Measure stacks: quality, memory and speed, compared with other caches.", no_args_is_help=True
 )
 
 
@@ -85,7 +85,7 @@ def _options(
             "--stack",
             callback=_known,
             metavar="SPEC,...",
-            help="Caches to measure beside the dense one, separated by commas or the option repeated: stacks such as "
+            help="Caches to compare with the dense one, separated by commas or the option repeated: stacks such as "
             "quant:2+evict:0.2, with settings quant:4@fused=False; empty; nothing (no context at all); peers such as "
             "hqq:4, quanto:2,group=32 or kvpress:snapkv,keep=0.2.",
         ),
@@ -105,7 +105,7 @@ def _options(
     seed: Annotated[int, typer.Option(help="For all that is random.")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model: seconds, to test with.")] = False,
 ) -> Run:
-    """What every benchmark is told; `_command` puts these before a command's own options."""
+    """Return the settings of every benchmark; `_command` puts these before a command's own options."""
     from ..bench.measure.run import Run
 
     lengths = tuple(map(int, contexts.split(","))) if contexts else ()
@@ -164,7 +164,7 @@ def budgets(
     windows: Annotated[int, typer.Option(min=1, help="Windows of each kind of text.")] = 1,
     score: Annotated[int, typer.Option(min=1, help="Tokens scored after the compressed ones.")] = 256,
 ) -> None:
-    """At equal bytes: the best stack beside the best peer, from a half of the dense bytes down."""
+    """At equal bytes: the best stack next to the best baseline, from half of the dense bytes down."""
     from ..bench.measure import budgets as bench
     from ..bench.measure.quality import run as qualities
     from ..bench.show import tables
@@ -194,7 +194,7 @@ def needles(
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder of LongBench's TASK.jsonl files.")
     ] = None,
 ) -> None:
-    """Whether facts hidden in a long text are still found."""
+    """Test that facts hidden in a long text are still found."""
     from ..bench.measure import needles as bench
     from ..bench.show import tables
     from ..bench.tasks import TASKS as RULER
@@ -317,7 +317,7 @@ def step(
     run: Run,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each stack.")] = 32,
 ) -> None:
-    """Where the time of a decoded token goes: the model, hooks, storing, scores, values, softmax, settling."""
+    """The time of a decoded token, part by part: the model, hooks, storing, scores, values, softmax, settling."""
     from ..bench.measure import step as bench
     from ..bench.show import tables
 
@@ -333,7 +333,7 @@ def device_(
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 32,
     burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
 ) -> None:
-    """What stacks cost on a device, such as a GPU, and whether its fast readers are right: one table for a report."""
+    """The cost of stacks on a device, such as a GPU, and a check of its fast readers: one table for a report."""
     from ..bench.measure import device as bench
     from ..bench.show import tables
 
@@ -350,7 +350,7 @@ def batch(
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded with each cache and counted.")] = 24,
     burst: Annotated[int, typer.Option(min=1, help="Tokens before the next cache's turn.")] = 4,
 ) -> None:
-    """Decoding several texts at once, of one length and ragged: beside a dense cache, and beside the rows alone."""
+    """Decoding several texts at once, of one length and ragged, compared with a dense cache and with the rows alone."""
     from ..bench.measure import batch as bench
     from ..bench.show import tables
 
@@ -364,7 +364,7 @@ def length(
     run: Run,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded at each length.")] = 64,
 ) -> None:
-    """What a token costs in longer and longer texts, with a small random model: time, and bytes held."""
+    """The cost of a token in longer and longer texts, with a small random model: time, and bytes held."""
     from ..bench.measure import length as bench
     from ..bench.show import tables
 
@@ -395,7 +395,7 @@ def calibration(
         bool, typer.Option("--really", help="Do it, on random weights and in a process of its own, and take the time.")
     ] = False,
 ) -> None:
-    """What calibrating a model takes: tokens, passes, memory, the file. No weights are needed to tell."""
+    """The cost of calibrating a model: tokens, passes, memory, the file. This needs no weights."""
     from ..bench.measure import calibration as bench
     from ..bench.show import tables
 
@@ -408,7 +408,7 @@ def axes(
     run: Run,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
 ) -> None:
-    """What CommonKV's axes cost and give where fewer numbers share them: bytes, and the error at equal bytes."""
+    """The cost and the gain of CommonKV's axes that fewer numbers share: bytes, and the error at equal bytes."""
     from ..bench.measure import axes as bench
     from ..bench.show import tables
 
@@ -421,7 +421,7 @@ def layers(
     run: Run,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers in a group; a divisor near 5 if not given.")] = None,
 ) -> None:
-    """How alike the layers of a group are: keys, values, hidden states and the paper's latents."""
+    """The likeness of the layers of a group: keys, values, hidden states and the paper's latents."""
     from ..bench.measure import layers as bench
     from ..bench.show import tables
 

@@ -39,7 +39,7 @@ ANSWER = "elephant"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one cache made of the prompt."""
+    """The answer of one cache to the prompt."""
 
     tokens: Tensor
     """The continuation, (new,)."""
@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the stack's next tokens are from the dense cache's."""
+    """The drift of the stack's next tokens from the dense cache's."""
 
     kl: float
     """Mean KL(dense || stack) in nats."""

@@ -28,7 +28,7 @@ def write(name: str, kind: Kind, out: Path | None = None) -> Path:
     """Write the plugin `name` into the new folder `out` (`kvstack-NAME` if not given), complete or not at all.
 
     Raises:
-        KVStackError: the name is no word in lower case, is taken, or the folder is there already.
+        KVStackError: the name is not a word in lower case, is taken, or the folder is there already.
     """
     _check_name(name)
     package, cls = f"kvstack-{name.replace('_', '-')}", _class_of(name)
@@ -36,7 +36,7 @@ def write(name: str, kind: Kind, out: Path | None = None) -> Path:
     if out.exists() or out.is_symlink():
         raise KVStackError(f"{str(out)!r} is there already, and nothing is overwritten. Use another --out.")
     if not out.absolute().parent.is_dir():
-        raise KVStackError(f"{str(out)!r} cannot be made: {str(out.parent)!r} is no folder. Make it first.")
+        raise KVStackError(f"{str(out)!r} cannot be made: {str(out.parent)!r} is not a folder. Make it first.")
     module = f"kvstack_{name}"
     words = {
         "name": name,
@@ -63,7 +63,7 @@ def write(name: str, kind: Kind, out: Path | None = None) -> Path:
 def _check_name(name: str) -> None:
     reserved = keyword.iskeyword(name) or keyword.iskeyword(_class_of(name))  # none would make a class None
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or reserved:
-        raise KVStackError(f"{name!r} is no name for a stage: it is written in specs. Use a word such as 'my_stage'.")
+        raise KVStackError(f"{name!r} cannot be a stage's name: it is written in specs. Use a word such as 'my_stage'.")
     for kind, names in (("stage", registry.stage_names()), ("score", registry.score_names())):
         if name in names:
             raise KVStackError(f"there is a {kind} called {name!r} already. `kvstack stages` lists them; use another.")

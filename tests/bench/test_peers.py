@@ -52,12 +52,12 @@ def test_every_form_is_read():
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("gear:4", r"'gear:4' is no peer\. There are dense, hqq:BITS, quanto:BITS and turboquant:BITS"),
+        ("gear:4", r"'gear:4' is not a baseline\. There are dense, hqq:BITS, quanto:BITS and turboquant:BITS"),
         ("dense:4", r"dense takes no settings"),
         ("hqq:3", r"'hqq:3': the bits of hqq are one of 2, 4, 8, as in 'hqq:4,group=32'"),
         ("quanto", r"the bits of quanto are one of 2, 4, as"),
         ("quanto:4,axis=0", r"quanto has no setting axis\. It has group"),
-        ("hqq:4,group=x", r"'group=x' is no setting\. Write NAME=VALUE"),
+        ("hqq:4,group=x", r"'group=x' is not a setting\. Write NAME=VALUE"),
         ("hqq:4,group=0", r"group is a number of values that share a scale, got 0"),
         ("kvpress:h2o,keep=0.2", r"no press 'h2o'\. There are dense, snapkv, expected"),
         ("kvpress:snapkv", r"keep is a share of the tokens above 0 and up to 1, got nothing\. Write keep=0\.2"),

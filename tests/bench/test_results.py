@@ -51,7 +51,7 @@ def test_figures_of_other_code_or_settings_are_not_taken(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "quality.jsonl").write_text('{"cache": "x"}\n')
-    with pytest.raises(KVStackError, match=r"line 1 is no benchmark record\. Name another folder"):
+    with pytest.raises(KVStackError, match=r"line 1 is not a benchmark record\. Name another folder"):
         Results("quality", tmp_path, {})
 
 

@@ -200,7 +200,7 @@ def test_prose_without_spaces_is_cut_too():
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        ("niah", {}, "'niah' is no task. Use one of niah_single_1, "),
+        ("niah", {}, "'niah' is not a task. Use one of niah_single_1, "),
         ("vt", {"number": 0}, "0 samples with 1 questions each: ask for at least one of both."),
         ("vt", {"questions": 0}, "3 samples with 0 questions each: ask for at least one of both."),
         (
@@ -285,7 +285,7 @@ def test_ruler_questions_begin_at_their_last_mark_and_end_with_the_answers_prefi
 @pytest.mark.parametrize(
     ("name", "entry", "message"),
     [
-        ("2048/vt.jsonl", {}, r"1024.vt.jsonl is no file. RULER's samples are files CONTEXT/TASK.jsonl"),
+        ("2048/vt.jsonl", {}, r"1024.vt.jsonl does not exist. RULER's samples are files CONTEXT/TASK.jsonl"),
         ("1024/vt.jsonl", {"input": "no question", "outputs": ["1"]}, "no question in sample 0. It begins with one of"),
         ("1024/vt.jsonl", {"input": "text"}, "vt.jsonl, line 1: no outputs."),
         ("1024/vt.jsonl", "{", "vt.jsonl, line 1: no JSON object: "),
@@ -337,9 +337,11 @@ def test_longbench_e_is_read_like_longbench(files):
 
 
 def test_unknown_longbench_files_are_refused(tmp_path):
-    with pytest.raises(KVStackError, match=r"'dureader' is no English data set of LongBench. Use one of narrativeqa, "):
+    with pytest.raises(
+        KVStackError, match=r"'dureader' is not an English data set of LongBench. Use one of narrativeqa, "
+    ):
         longbench_files(tmp_path, "dureader", 1)
-    with pytest.raises(KVStackError, match=r"qasper.jsonl is no file. LongBench's samples are files TASK.jsonl"):
+    with pytest.raises(KVStackError, match=r"qasper.jsonl does not exist. LongBench's samples are files TASK.jsonl"):
         longbench_files(tmp_path, "qasper", 1)
 
 
@@ -379,7 +381,7 @@ def test_a_summary_too_long_for_its_package_scores_nothing():
 
 
 def test_unknown_metrics_are_refused():
-    with pytest.raises(KVStackError, match=r"'bleu' is no metric. Use one of share, f1, "):
+    with pytest.raises(KVStackError, match=r"'bleu' is not a metric. Use one of share, f1, "):
         score("bleu", "text", Question("\nWhat?", ("a",), 8, "bleu"))
 
 

@@ -77,12 +77,12 @@ def test_no_mark_of_a_template_is_left_and_lines_are_short(kind, tmp_path):
 
 
 REFUSED = [
-    ("My-Stage", "'My-Stage' is no name for a stage: it is written in specs. Use a word such as 'my_stage'."),
-    ("2bits", "is no name for a stage"),
-    ("../up", "is no name for a stage"),
-    ("lambda", "is no name for a stage"),
-    ("none", "is no name for a stage"),
-    ("true", "is no name for a stage"),
+    ("My-Stage", "'My-Stage' cannot be a stage's name: it is written in specs. Use a word such as 'my_stage'."),
+    ("2bits", "cannot be a stage's name"),
+    ("../up", "cannot be a stage's name"),
+    ("lambda", "cannot be a stage's name"),
+    ("none", "cannot be a stage's name"),
+    ("true", "cannot be a stage's name"),
     ("quant", "there is a stage called 'quant' already. `kvstack stages` lists them; use another."),
     ("snapkv", "there is a score called 'snapkv' already."),
     ("encode", "'encode' would make a class Encode, a word of kvstack's own. Use another."),
@@ -110,7 +110,7 @@ def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
 def test_a_place_that_is_not_there(tmp_path):
     done = new_stage("fresh", "--kind", "score", "--out", str(tmp_path / "no" / "such"))
     assert done.exit_code == 2
-    assert "is no folder. Make it first." in done.stderr
+    assert "is not a folder. Make it first." in done.stderr
 
 
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ __all__ = ["STACKS", "Asking", "run"]
 
 STACKS = ("quant:4", "commonkv:0.65+quant:2", "evict:0.2", "kvpress:snapkv,keep=0.2")
 SUFFIX = "\n"
-"""What parts question and answer where there is no chat template."""
+"""The text between question and answer, if there is no chat template."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What axes cost and give where fewer numbers share them: bytes, products, and the error at equal bytes.
+"""The cost and the gain of axes that fewer numbers share: bytes, products, and the error at equal bytes.
 
 One calibration of all axes is cut into smaller blocks, in several ways: fewer layers, keys and values apart, some kv
 heads. The error is what theory expects of the numbers that calibration has seen: the energy that bits leave, each

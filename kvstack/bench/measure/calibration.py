@@ -1,5 +1,5 @@
-"""What calibrating a model takes: tokens to read, memory, the file. Told from its shape alone, on the meta device; or
-really done on random weights, in a process of its own, whose growth is taken and the time of each part."""
+"""The cost of calibrating a model: tokens to read, memory, the file. Computed from its shape alone, on the meta device;
+or measured on random weights, in a process of its own: its growth, and the time of each part."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(run: Run, shapes: Sequence[str], really: bool) -> Iterator[Figures]:
 
 
 def plan(run: Run, shape: str) -> dict[str, Any]:
-    """What a calibration of a model of this shape will do; no weights are drawn."""
+    """Return the plan of a calibration for a model of this shape; no weights are drawn."""
     model = shaped(replace(run, device="meta"), shape).model
     made = calibration_plan(model)
     return {

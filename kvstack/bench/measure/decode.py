@@ -2,7 +2,7 @@
 
 The caches take turns, prefill by prefill and then a few tokens each, so that whatever else the machine does hits them
 alike; each is compared with the dense one of its round. A cache does some of its work only now and then (a stack seals
-a block of tokens, a QuantizedCache quantizes its residual anew), so two figures are given for decoding: the typical
+a block of tokens, a QuantizedCache quantizes its residual again), so two figures are given for decoding: the typical
 burst, and the mean of all steps, with that work in it.
 
 One figure is measured, the ratio to the dense cache of the same round, and its median is the speed. Milliseconds follow
@@ -61,7 +61,7 @@ class Lane:
     cache: Cache | None = None
     token: Tensor | None = None
     peaks: dict[str, int] = field(default_factory=dict)
-    """What a GPU allocated at most, by what was done: the cache, and what was needed beside it."""
+    """Peak bytes that a GPU allocated, for each step of the work: the cache, and all that was needed next to it."""
 
     def prefill(self, model: PreTrainedModel, ids: Tensor) -> float:
         self.cache = None  # never two at once
@@ -98,7 +98,7 @@ def run(run: Run, rounds: int, steps: int, burst: int, peak: bool = False) -> It
         opened.check(max(run.contexts) + steps + burst)
         caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
         # caches are measured in turns, so they count for a later run only together
-        settings = {"rounds": rounds, "steps": steps, "burst": burst, "beside": [cache.label for cache in caches]}
+        settings = {"rounds": rounds, "steps": steps, "burst": burst, "in_turns": [cache.label for cache in caches]}
         settings |= {"peak": True} if peak else {}
         results = Results("decode", run.out, environment(run, opened.name, opened.identity))
         for context in run.contexts:
@@ -170,5 +170,5 @@ def _figures(model: PreTrainedModel, lane: Lane, dense: Lane, burst: int) -> dic
 
 
 def _reader(cache: Cache) -> str:
-    """What answered from sealed tokens; empty for caches that have none."""
+    """Return the readers that answered from sealed tokens; empty for caches that have none."""
     return " and ".join(cache.report().reads_with) if isinstance(cache, KVStack) else ""

@@ -1,4 +1,4 @@
-"""What stacks cost on a device, and whether its fast readers are right there: one table for a report.
+"""The cost of stacks on a device, and a check that its fast readers are right there: one table for a report.
 
 Times and peaks are those of decode.py. `differs` compares a stack with one that is read in plain torch, `fused=False`,
 with the same tokens and weights in float32: the largest difference of a logit, as a share of the largest logit. Readers
@@ -36,7 +36,7 @@ def run(run: Run, shape: str | None, rounds: int, steps: int, burst: int) -> Ite
     with subject.opened(run, shape) as opened:
         opened.check(max(run.contexts) + steps + burst)
         caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
-        settings = {"rounds": rounds, "steps": steps, "burst": burst, "beside": [cache.label for cache in caches]}
+        settings = {"rounds": rounds, "steps": steps, "burst": burst, "in_turns": [cache.label for cache in caches]}
         results = Results("device", run.out, environment(run, opened.name, opened.identity))
         for context in run.contexts:
             keys = [{"context": context, **cache.key, **settings} for cache in caches]
@@ -49,8 +49,8 @@ def run(run: Run, shape: str | None, rounds: int, steps: int, burst: int) -> Ite
 
 
 def differs(model: PreTrainedModel, ids: Tensor, cache: Variant) -> float | None:
-    """How far logits of tokens behind `ids` (1, T) are from those of the same stack in plain torch; None where nothing
-    is read in another way, or the device is too small for float32."""
+    """Return the distance of the logits of tokens behind `ids` (1, T) from those of the same stack in plain torch; None
+    if nothing is read in another way, or the device is too small for float32."""
     if cache.kind != "kvstack" or not cache.stages:
         return None
     plain = variants.parse([cache.label + ("," if "@" in cache.label else "@") + "fused=False"])[-1]

@@ -1,4 +1,4 @@
-"""How alike the layers of a group are: what makes one latent serve them all.
+"""The likeness of the layers of a group: if they are alike, one latent can serve them all.
 
 For every token, the cosine between what one layer of a group holds and what another does, averaged over tokens and
 groups: of keys (rotated or not: turning both by one angle changes no cosine), values, hidden states, and the paper's

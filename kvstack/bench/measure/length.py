@@ -1,4 +1,4 @@
-"""What a token costs in longer and longer texts: time, and bytes held.
+"""The cost of a token in longer and longer texts: time, and bytes held.
 
 One text grows under each stack. At every length some tokens are decoded one by one; then the text goes on. A random
 model with few layers stands for any other: what grows with the text is attention and what a stack does, and both are

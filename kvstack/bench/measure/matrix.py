@@ -56,7 +56,7 @@ def run(
         speeds = Results("matrix", run.out, where)
         for context in run.contexts:
             qualities = quality.measure(opened, results, run, context, caches, windows, score)
-            settings = {"context": context, "steps": steps, "burst": burst, "beside": [c.label for c in caches]}
+            settings = {"context": context, "steps": steps, "burst": burst, "in_turns": [c.label for c in caches]}
             keys = [{**settings, **cache.key} for cache in caches]
             if any(speeds.get(**key) is None for key in keys):
                 timed: list[dict[str, Any]] = [{"speed_typical": None}] * len(keys)

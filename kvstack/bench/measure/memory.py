@@ -116,7 +116,7 @@ def measure(subject: Subject, cache: Variant, context: int, decode: int, peak: b
 
 
 def _dense_bytes(subject: Subject, held: Cache) -> int:
-    """What a dense cache of the same tokens holds, in the model's dtype."""
+    """Return the bytes of a dense cache of the same tokens, in the model's dtype."""
     return int(sizes.dense_bfloat16(held, subject.model) * subject.model.dtype.itemsize / 2)
 
 
@@ -125,14 +125,14 @@ def _dense_bytes(subject: Subject, held: Cache) -> int:
 
 @dataclass
 class Growth:
-    """What a device allocated at most, beyond what it held before; None where only a process can tell."""
+    """Peak bytes that a device allocated, beyond those that it held before; None if only a process can tell."""
 
     nbytes: int | None = None
 
 
 @contextmanager
 def growth(device: torch.device) -> Iterator[Growth]:
-    """What a GPU allocates meanwhile, see `in_own_process` for a processor."""
+    """Measure the bytes that a GPU allocates meanwhile; for a processor, see `in_own_process`."""
     grown = Growth()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -152,7 +152,7 @@ def resident(name: str) -> int:
 
 
 def reset_peak() -> int | None:
-    """Bring the high-water mark down to what is resident now, which is returned; None where there is no way to."""
+    """Bring the high-water mark down to the resident bytes of now and return them; None if the system cannot do it."""
     with suppress(OSError, AttributeError):
         # what was freed and not given back yet is nobody's: the C library keeps it for the next allocation
         ctypes.CDLL(None).malloc_trim(0)
@@ -164,13 +164,13 @@ def reset_peak() -> int | None:
 
 
 def in_own_process(run: Run, label: str, context: int, decode: int, peak: bool) -> dict[str, Any]:
-    """What `measure` gives for the cache of this `label`; a process of its own is only needed for peaks."""
+    """Return the result of `measure` for the cache of this `label`; only peaks need a process of their own."""
     job = job_of(run, label=label, context=context, decode=decode)
     return told_by("memory", job) if peak else _job(job, peak)
 
 
 def job_of(run: Run, **rest: Any) -> dict[str, Any]:
-    """What a process is told: the run, without what JSON cannot say, and the `rest`."""
+    """Return the job of a process: the run, without the parts that JSON cannot hold, and the `rest`."""
     return {"run": asdict(run) | {"out": None, "texts": None, "contexts": ()}, **rest}
 
 

@@ -1,4 +1,4 @@
-"""Whether what stands in a long text is still found: RULER's tasks, RULER's and LongBench's own files.
+"""A test that facts in a long text are still found: RULER's tasks, RULER's and LongBench's own files.
 
 aware      text and question are one prompt, and the cache compresses both: it may look at the question
 agnostic   the text is compressed before any question is seen; each question is then asked of a copy of the cache
@@ -48,7 +48,7 @@ STACKS = (
 
 @dataclass(frozen=True)
 class Asking:
-    """What is asked, and how.
+    """The questions, and the ways to ask them.
 
     Attributes:
         tasks: names of tasks, or of files in `folder`.
@@ -58,7 +58,7 @@ class Asking:
         answer_tokens: where answers are looked for in what is generated, at most this many new tokens for each of them,
             and no more than the task allows; other metrics get all that the task allows.
         folder: RULER's CONTEXT/TASK.jsonl files, or LongBench's TASK.jsonl files, in place of our own texts.
-        longbench: whether `folder` holds LongBench's.
+        longbench: True if `folder` holds LongBench's.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -74,7 +74,7 @@ def run(run: Run, asking: Asking) -> Iterator[Figures]:
     """Answers and scores at each context, for each task and mode."""
     unknown = [name for name in asking.tasks if asking.folder is None and name not in tasks.TASKS]
     if unknown:
-        raise KVStackError(f"{unknown[0]!r} is no task. Use one of {', '.join(tasks.TASKS)}.")
+        raise KVStackError(f"{unknown[0]!r} is not a task. Use one of {', '.join(tasks.TASKS)}.")
     with opened(run) as subject:
         subject.check(max(run.contexts))
         caches = [c for c in variants.parse(run.stacks) if c.label != variants.NOTHING]

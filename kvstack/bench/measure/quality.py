@@ -1,4 +1,4 @@
-"""How far the next tokens drift when a text was read from a compressed cache.
+"""The drift of the next tokens when a text was read from a compressed cache.
 
 A window of text is parted in two. The first part is prefilled and the cache compresses it; the second is then fed
 in one forward, with the true tokens, and its logits are compared with those that the dense cache gives. So all
@@ -71,7 +71,7 @@ STACKS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What one cache made of one window."""
+    """The result of one cache on one window."""
 
     log_probs: Tensor  # (scored, vocabulary), float32
     share: float

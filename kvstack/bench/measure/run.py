@@ -1,4 +1,4 @@
-"""What every benchmark is told, and where its figures come from."""
+"""The settings that all benchmarks share, and the origin of their figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         contexts: numbers of tokens.
-        stacks: what is measured beside the dense cache (`variants.parse`).
+        stacks: the caches to compare with the dense one (`variants.parse`).
         model: folder or name; None is the default model.
         dtype: of the model's weights.
         threads: for torch.
@@ -61,8 +61,8 @@ class Run:
 
 
 def environment(run: Run, model: str, identity: str | None = None) -> dict[str, Any]:
-    """All that a figure depends on beside its own settings. `commit` is for the reader: what makes two figures
-    comparable is `code`, the digest of the code they were made with, and `identity`, that of the weights."""
+    """Return all that a figure depends on, except its own settings. `commit` is for the reader: two figures are
+    comparable by `code`, the digest of the code they were made with, and `identity`, that of the weights."""
     return {
         "model": model,
         "identity": identity,

@@ -44,7 +44,7 @@ def of_bfloat16(cache: Cache, model: PreTrainedModel) -> dict[str, Any]:
 
 
 OF_THE_MODEL = ("recent queries", "uncompressed layers", "bases")
-"""Parts of a stack, beside raw tokens and latents, whose numbers are of the model's dtype."""
+"""Parts of a stack, other than raw tokens and latents, whose numbers are of the model's dtype."""
 
 
 def share_of_bfloat16(cache: Cache, model: PreTrainedModel) -> float:

@@ -1,4 +1,4 @@
-"""Where the time of a decoded token goes, in a stack.
+"""The time of a decoded token in a stack, part by part.
 
     model      everything outside of kvstack: products with weights, norms, the token's own rotation
     hooks      finding the running layer, its mask and its positions

@@ -99,7 +99,7 @@ def codes(specs: Sequence[str]) -> dict[str, str]:
 
 def split(text: str) -> list[str]:
     """The specs in a list. A comma also parts the settings of a stage: one begins a new spec where a name of a cache
-    or stage follows it that is no setting's value."""
+    or stage follows it that is not the value of a setting."""
     names = {DENSE, EMPTY, NOTHING, *registry.stage_names(), *peers.NAMES}
     specs, depth = [""], 0
     for part in re.split(r"([,;()\[\]]|\s+)", text):
@@ -126,7 +126,7 @@ def available(
     for variant in variants:
         reason = variant.missing or _unfit(variant, model)
         if reason is None and variant.make is None and caches_only:
-            reason = "there is no cache in this process."
+            reason = "this process has no cache to measure."
         if reason is None:
             fit.append(variant)
         else:

@@ -66,7 +66,7 @@ class Press:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def asked(self, tokens: int) -> dict[str, Any] | None:
-        """What the worker is told for a text of so many tokens."""
+        """Return the orders for the worker, for a text of so many tokens."""
         if self.name == DENSE:
             return None
         known, settings = PRESSES[self.name], dict(self.settings)
@@ -95,7 +95,7 @@ class Answer(NamedTuple):
 
 
 def find() -> Path | None:
-    """The python of the environment that has kvpress: `$KVSTACK_PEERS`, or `.venv-peers` beside pyproject.toml."""
+    """The python of the environment that has kvpress: `$KVSTACK_PEERS`, or `.venv-peers` next to pyproject.toml."""
     folder = Path(os.environ.get("KVSTACK_PEERS") or PROJECT / ".venv-peers").expanduser()
     python = folder / "bin" / "python"
     return python if python.exists() else None

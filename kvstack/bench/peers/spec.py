@@ -72,7 +72,7 @@ def parse(spec: str) -> Peer:
     name, _, rest = spec.partition(":")
     first, *pairs = (part.strip() for part in rest.split(","))
     if name not in NAMES:
-        raise SpecError(f"{spec!r} is no peer. There are {FORMS}.")
+        raise SpecError(f"{spec!r} is not a baseline. There are {FORMS}.")
     if name == "dense":
         if rest:
             raise SpecError(f"{spec!r}: dense takes no settings. Write 'dense'.")
@@ -118,7 +118,7 @@ def _settings_in(spec: str, pairs: Iterable[str], example: str) -> dict[str, Any
         try:
             settings[key.strip()] = ast.literal_eval(value.strip())
         except (SyntaxError, ValueError):
-            raise SpecError(f"{spec!r}: {pair!r} is no setting. Write NAME=VALUE, as in {example!r}.") from None
+            raise SpecError(f"{spec!r}: {pair!r} is not a setting. Write NAME=VALUE, as in {example!r}.") from None
     return settings
 
 

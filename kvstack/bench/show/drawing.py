@@ -1,4 +1,4 @@
-"""What the pictures share: one look, readable axes, labels that keep apart, and how a figure becomes a file.
+"""Helpers of the pictures: one look, readable axes, labels that keep apart, and a figure written to a file.
 
 matplotlib's figures are used without pyplot, and its settings are changed only while a picture is made. It is imported
 when the first picture is drawn.
@@ -146,7 +146,7 @@ SHIFTS = [
 def annotate(
     axes: Axes, notes: Sequence[Note], points: Sequence[tuple[float, float]], lines: Sequence[Line2D] = ()
 ) -> None:
-    """Write each note beside its point, where it covers the least of other notes, of `points` and of `lines`.
+    """Write each note next to its point, where it covers the least of other notes, of `points` and of `lines`.
 
     The axes must have their last limits and layout: places are compared in pixels. Greedy, so the result depends on
     nothing but its input.

@@ -1,4 +1,4 @@
-"""Which measured points are worth having."""
+"""The front: the measured points that no other beats."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ __all__ = ["Cell", "Section", "Table", "page"]
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows, and what it is sorted by: `key`, or the text."""
+    """A cell of a table: its text, and the value to sort by: `key`, or the text."""
 
     text: str
     key: float | str | None = None

@@ -252,7 +252,7 @@ def _heat(axes: Axes, table: Sequence[Sequence[Row | None]]) -> Any:
 
 @look()
 def memory(rows: Sequence[Row]) -> Figure:
-    """Bytes by stage, one bar per cache and one line of panels per context, and beside them the peaks."""
+    """Bytes by stage, one bar per cache and one line of panels per context, and next to them the peaks."""
     title = "Bytes held after decoding, by who pays for them"
     if not rows:
         return blank(title, "No rows.")
@@ -293,7 +293,7 @@ def _paid(row: Row) -> dict[str, int]:
     paid: dict[str, int] = {}
     for part in row["parts"]:
         name = part["payer"].partition("(")[0]
-        name = "raw tokens and the like (the stack)" if name == "stack" else name
+        name = "raw tokens and other parts (the stack)" if name == "stack" else name
         paid[name] = paid.get(name, 0) + part["nbytes"]
     rest = row["nbytes"] - sum(paid.values())
     return paid | {REST: rest} if rest > 0 else paid

@@ -60,7 +60,7 @@ def budgets(records: Sequence[Mapping[str, Any]], shares: Sequence[float] = BUDG
     """The best stack and the best peer that hold no more than each share of the dense bytes (and a hundredth of it,
     since tokens and blocks are whole), for each context.
 
-    `ratio` is the stack's KL over the peer's, with its paired interval; None where there is no peer so small.
+    `ratio` is the stack's KL over the peer's, with its paired interval; None if no peer is so small.
     Peers whose bytes are only claimed compete too: that is to their advantage.
     """
     rows = []
@@ -166,8 +166,8 @@ def matrix(records: Sequence[Mapping[str, Any]], speeds: Sequence[Mapping[str, A
 
 
 def _fitted(records: Sequence[Mapping[str, Any]]) -> Row:
-    """What was fitted to the model, which is the same in all records, and the latest of the tokens from which on a
-    stack holds less with it; nothing where the figures are of a time that did not tell."""
+    """Return the bytes that were fitted to the model, which are the same in all records, and the latest of the tokens
+    from which on a stack holds less with them; nothing if the figures are too old to have them."""
     if any("model_nbytes" not in record for record in records):
         return {}
     tokens = [record["break_even"] for record in records]

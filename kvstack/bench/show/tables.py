@@ -255,7 +255,7 @@ def device(figures: Figures) -> None:
     peaks = ("peak of prefill", "of decoding")
     caption = (
         f"first: time to the first token, median of {len(dense['prefills_ms'])}; ms: of a token, the median of "
-        f"{len(dense['bursts_ms'])} bursts; peaks in MiB, the cache with what is needed beside it, on a GPU; differs: "
+        f"{len(dense['bursts_ms'])} bursts; peaks in MiB, the cache and all that it needs, on a GPU; differs: "
         "the largest difference of a logit to reading in plain torch, as a share of the largest logit"
     )
     _print(title, (*columns, *peaks, "reader", "differs"), lines, caption)
@@ -311,7 +311,7 @@ def batch(figures: Figures) -> None:
 
 
 def length(figures: Figures) -> None:
-    """What a token costs in one cache, at growing lengths."""
+    """Print the cost of a token in one cache, at growing lengths."""
     rows = figures.rows
     lines = [
         [
@@ -373,7 +373,7 @@ def axes(figures: Figures) -> None:
 
 
 def calibration(figures: Figures) -> None:
-    """What calibrating takes."""
+    """Print the cost of calibrating."""
     lines = [
         [
             row["variant"],
@@ -394,7 +394,7 @@ def calibration(figures: Figures) -> None:
         "s reading", "s axes", "MiB, measured",
     )  # fmt: skip
     caption = (
-        "tokens of a dense cache: so many, in bfloat16, take as much as the file; memory: beside the model, as "
+        "tokens of a dense cache: so many, in bfloat16, take as much as the file; memory: without the model, as "
         "planned; measured: what the process grew by"
     )
     _print(f"calibration: {_where(figures)}", columns, lines, caption)
@@ -408,7 +408,7 @@ def layers(figures: Figures) -> None:
 
 
 def step(figures: Figures) -> None:
-    """Where the time of a step goes, at one context."""
+    """Print the time of each part of a step, at one context."""
     rows = figures.rows
     parts = list(rows[0]["parts"])
     lines = [[row["cache"], f"{row['ms']:.1f}", *(f"{row['parts'][part]:.1f}" for part in parts)] for row in rows]

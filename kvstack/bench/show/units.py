@@ -9,8 +9,8 @@ __all__ = ["FITTED", "FITTED_CAPTION", "fitted", "mib", "nats", "share"]
 
 FITTED = ("of model, MiB", "less from")
 FITTED_CAPTION = (
-    "of model: what was fitted to the model and serves all its caches, beside the bytes of each; less from: tokens of "
-    "all texts from which on both together are less than a dense cache"
+    "of model: fitted to the model for all its caches, not in the bytes of each; less from: tokens of all texts from "
+    "which on both together are less than a dense cache"
 )
 
 

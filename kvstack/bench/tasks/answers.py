@@ -135,7 +135,7 @@ def _longbench(text: str, asked: Asked) -> float:
     known = LONGBENCH.get(asked.task.removesuffix("_e").removesuffix("-e"))
     if known is None:
         raise KVStackError(
-            f"task={asked.task!r} is no English data set of LongBench. Use one of {', '.join(LONGBENCH)}."
+            f"task={asked.task!r} is not an English data set of LongBench. Use one of {', '.join(LONGBENCH)}."
         )
     classes = tuple(asked.row.get("all_classes") or ())
     question = Question("", asked.answers, asked.new_tokens, known.metric, classes, known.one_line)

@@ -56,7 +56,7 @@ class CommonWords:
 
 @dataclass(frozen=True)
 class FrequentWords:
-    """A text of made-up words, the most frequent one of them dots; which three come up most often beside the dots?
+    """A text of made-up words, the most frequent one of them dots; which three come up most often, apart from the dots?
 
     How often the word of rank k comes up follows a zeta distribution: in proportion to 1 / k².
 

@@ -16,7 +16,7 @@ def entries(path: Path, fields: Sequence[str], count: int | None, layout: str) -
     """The first `count` objects of a file, all if None, each with all of `fields`; `layout` says what files there
     should be."""
     if not path.is_file():
-        raise KVStackError(f"{path} is no file. {layout}")
+        raise KVStackError(f"{path} does not exist. {layout}")
     objects: list[dict[str, Any]] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):

@@ -1,8 +1,8 @@
 """LongBench's English data sets (Bai et al. 2023, arXiv 2308.14508), read from its own files.
 
 The metrics and the numbers of new tokens are LongBench's. The wording of the prompts is this project's, one for each
-family of data sets, with the question always last; so scores compare caches with each other, and are not to be set
-beside published ones. The Chinese data sets are left out: their metrics need a Chinese word segmenter.
+family of data sets, with the question always last; so scores compare caches with each other, but not with
+published ones. The Chinese data sets are left out: their metrics need a Chinese word segmenter.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def longbench_files(folder: Path, task: str, samples: int) -> list[Sample]:
     """
     dataset = DATASETS.get(task.removesuffix("_e"))
     if dataset is None:
-        raise KVStackError(f"{task!r} is no English data set of LongBench. Use one of {', '.join(DATASETS)}.")
+        raise KVStackError(f"{task!r} is not an English data set of LongBench. Use one of {', '.join(DATASETS)}.")
     read = []
     for index, entry in enumerate(
         entries(

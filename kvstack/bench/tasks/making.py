@@ -61,7 +61,7 @@ def make(
 
 def _chosen(task: str, number: int, questions: int) -> Task:
     if task not in TASKS:
-        raise KVStackError(f"{task!r} is no task. Use one of {', '.join(TASKS)}.")
+        raise KVStackError(f"{task!r} is not a task. Use one of {', '.join(TASKS)}.")
     if number < 1 or questions < 1:
         raise KVStackError(f"{number} samples with {questions} questions each: ask for at least one of both.")
     most = TASKS[task].most

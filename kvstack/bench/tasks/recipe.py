@@ -1,4 +1,4 @@
-"""What a task is given to write one sample, and what it gives back."""
+"""The input of a task that writes one sample, and its output."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Recipe:
 class Task(Protocol):
     @property
     def most(self) -> int | None:
-        """How many questions can be asked about one text; None: any number."""
+        """The number of questions that can be asked about one text; None: any number."""
 
     @property
     def one_place(self) -> bool:
-        """Whether the answer to a question stands in one place, so that the sample has a depth."""
+        """True if the answer to a question is in one place, so that the sample has a depth."""
 
     def write(self, recipe: Recipe, size: int) -> tuple[str, tuple[Question, ...]]:
         """Text and questions of a sample; the text grows with `size`."""

@@ -18,8 +18,8 @@ QUESTIONS = ("\nWhat", "\nQuestion")
 def ruler_files(folder: Path, context: int, task: str, samples: int) -> list[Sample]:
     """The first `samples` of `folder/CONTEXT/TASK.jsonl`: `input`, `outputs`, and `answer_prefix` where there is one.
 
-    The question begins at the last line with "What" or "Question". A sample with one output has a depth: where that
-    output first stands in the text.
+    The question begins at the last line with "What" or "Question". A sample with one output has a depth: the
+    place of that output in the text, its first one.
     """
     kind = task.partition("_")[0]
     if kind not in NEW_TOKENS:

@@ -1,4 +1,4 @@
-"""What a task is made of."""
+"""The parts of a task: samples, questions and texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Question", "Sample"]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a text, and what counts as an answer."""
+    """A question about a text, and the answers that count as right."""
 
     text: str
     """Begins with a newline and ends with the first words of the answer; follows the sample's text."""

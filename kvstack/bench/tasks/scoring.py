@@ -20,13 +20,13 @@ COMMENTS = ("`", "#", "//")
 
 
 def score(metric: str, answer_text: str, question: Question) -> float:
-    """How good the text a model has generated is as an answer, from 0 to 1, by a metric in `METRICS`.
+    """Score the text that a model has generated as an answer, from 0 to 1, by a metric in `METRICS`.
 
     `share` counts how many of the answers stand in the text. All other metrics take the answers for alternatives, and
     the best counts.
     """
     if metric not in METRICS:
-        raise KVStackError(f"{metric!r} is no metric. Use one of {', '.join(METRICS)}.")
+        raise KVStackError(f"{metric!r} is not a metric. Use one of {', '.join(METRICS)}.")
     text = answer_text.lstrip("\n").split("\n")[0] if question.one_line else answer_text
     scores = [METRICS[metric](text, answer, question.classes) for answer in question.answers]
     return sum(scores) / len(scores) if metric == "share" else max(scores)

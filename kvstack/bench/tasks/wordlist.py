@@ -49,7 +49,7 @@ def words(draw: random.Random) -> Iterator[str]:
 
 
 def _distinct(make: Callable[[int], str]) -> Iterator[str]:
-    """What `make` gives, each once; it is told how many there are already."""
+    """Yield the results of `make`, each once; it is told how many there are already."""
     seen: set[str] = set()
     while True:
         item = make(len(seen))

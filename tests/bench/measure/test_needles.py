@@ -85,4 +85,4 @@ def test_a_text_too_long_loses_its_middle():
 
 def test_all_tasks_and_unknown_ones():
     done = CliRunner().invoke(bench_app, ["needles", "--tiny", "--task", "niah"])
-    assert "'niah' is no task. Use one of niah_single_1" in " ".join(done.output.replace("│", " ").split())
+    assert "'niah' is not a task. Use one of niah_single_1" in " ".join(done.output.replace("│", " ").split())

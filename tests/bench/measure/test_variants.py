@@ -20,7 +20,7 @@ def test_no_context_is_no_cache(command, tmp_path):
     out = invoke(command, "--out", tmp_path, *own[command], "--stack", "nothing,empty")
     rows, _ = results.load(tmp_path, command)
     assert set(by_cache(rows)) == {"dense", "empty"}
-    assert command == "needles" or "nothing: skipped, there is no cache in this process." in out
+    assert command == "needles" or "nothing: skipped, this process has no cache to measure." in out
 
 
 def test_turns_are_not_asked_of_kvpress(capsys):
