@@ -52,12 +52,12 @@ def flat(group: Sequence[KV]) -> Tensor:
 
 
 def fine_rows(numbers: int, bits: int) -> int:
-    """How many axes of a block of so many numbers have a fine part, if axes are kept in 8 or in 16 bits."""
+    """Return the number of axes with a fine part in a block of so many numbers, if axes are kept in 8 or 16 bits."""
     return numbers if bits == 16 else max(1, numbers // LEADING)
 
 
 def slice_of(shapes: Shapes, layer: int, keys: bool) -> slice:
-    """Where the keys or the values of a layer are in `flat` numbers."""
+    """Return the place of the keys or the values of a layer in `flat` numbers."""
     sizes = [heads * width for heads, *each in shapes for width in each]
     at = 2 * layer + (not keys)
     start = sum(sizes[:at])

@@ -36,7 +36,7 @@ def covariance(block: GroupAxes) -> Tensor:
 
 
 def numbers_of(block: GroupAxes, layer: int, keys: bool) -> Tensor:
-    """Where the keys or values of a layer are among the numbers of a block: (H, D)."""
+    """Return the places of the keys or values of a layer among the numbers of a block: (H, D)."""
     heads, *sizes = block.shapes[layer]
     part = slice_of(block.shapes, layer, keys)
     return torch.arange(part.start, part.stop).view(heads, sizes[not keys])
@@ -125,8 +125,8 @@ class HeldHere(Calibration):
 
 
 def held_by(calibration: Calibration, heads: Heads, groups: Sequence[Sequence[int]]) -> Calibration:
-    """What a process that has these `heads` stores `groups` of layers along: its blocks of a whole `calibration`, which
-    is cut once for all stacks; or the calibration itself, where all heads are here.
+    """Return the calibration along which a process with these `heads` stores `groups` of layers: its blocks of a whole
+    `calibration`, which is cut once for all stacks; or the calibration itself, if all heads are here.
 
     Raises:
         CalibrationError: as `by_heads`.

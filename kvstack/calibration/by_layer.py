@@ -1,4 +1,4 @@
-"""What a score found about each layer of a model: a few named tensors a layer, as data and as a file."""
+"""Findings of a score about each layer of a model: a few named tensors a layer, as data and as a file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Sizes = Mapping[str, tuple[int | None, ...]]
 
 @dataclass(frozen=True, eq=False)
 class ByLayer:
-    """What a score found about a model.
+    """Findings of a score about a model.
 
     Attributes:
         layers: layer -> its tensors by name, float32.
@@ -71,7 +71,7 @@ class ByLayer:
         where = repr(os.fspath(path))
         manifest, tensors = read_tensors(Path(path), CalibrationError, "calibration", AGAIN)
         if manifest.pop("format", None) != FORMAT:
-            raise CalibrationError(f"{where} is no calibration of a score of this version of kvstack. {AGAIN}")
+            raise CalibrationError(f"{where} is not a calibration of a score of this version of kvstack. {AGAIN}")
         if manifest.get("score") != score or not is_of(manifest.get("identity"), model):
             raise CalibrationError(
                 f"{where} is for {manifest.get('score')} and the model {manifest.get('identity')}, not for {score} and "

@@ -77,9 +77,8 @@ def calibrate(
     """Find the axes that a model's cache is stored along, by `CommonKV` for one.
 
     It runs on the model's own device; on a processor in float32 whatever the model's type, if its layers are plain
-    ones. Beside the model it takes
-    the sums of a pass (`memory`), four times the sums of one block while its axes are found, and a byte or two for each
-    number of all axes.
+    ones. In addition to the model it takes the sums of a pass (`memory`), four times the sums of one block while its
+    axes are found, and a byte or two for each number of all axes.
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.
@@ -258,8 +257,8 @@ def default_path(
     *,
     complete: bool = False,
 ) -> Path:
-    """Where stages look for a calibration of `model` for groups of `layers`: for one with half of the axes, or for the
-    `complete` one, which large budgets want."""
+    """Return the file in which stages look for a calibration of `model` for groups of `layers`: for one with half of
+    the axes, or for the `complete` one, which large budgets want."""
     return keep.folder() / _file_name(model, layers, metric, only, complete)
 
 
@@ -329,7 +328,7 @@ def _sums(plan: CalibrationPlan, block: Block) -> Sums:
 def _window(
     model: PreTrainedModel, plan: CalibrationPlan, ids: Tensor, prompt: int, seed: int
 ) -> tuple[Mapping[int, KV], Mapping[int, KV]]:
-    """What a window leaves in the cache, and the gradients with regard to it, where they count."""
+    """Return the cache after a window, and the gradients with regard to it, if the metric needs them."""
     if plan.metric == "variance":
         seen = observe(model, plan.groups, ids[:, :prompt])
         return seen, seen
@@ -339,7 +338,7 @@ def _window(
 def read_window(
     model: PreTrainedModel, ids: Tensor, prompt: int, full: Sequence[int], seed: int
 ) -> tuple[dict[int, KV], dict[int, KV]]:
-    """What the prompt leaves in the cache of the `full` layers, and the gradient of the rest with regard to it."""
+    """Return the cache of the `full` layers after the prompt, and the gradient of the rest with regard to it."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""What calibration found about a model, as data: the axes of every group of layers, and how it is kept on disk.
+"""Findings of a calibration about a model, as data: the axes of every group of layers; and their file on disk.
 
 A file holds tensors (safetensors, so reading it runs no code) and a manifest: which model, which texts, which
 versions, and a checksum over all tensors. A file that is damaged, or made for another model, is refused.
@@ -102,7 +102,7 @@ class Calibration:
 
     @property
     def metric(self) -> str:
-        """How numbers were weighed, see `calibrate`."""
+        """The way in which numbers were weighed, see `calibrate`."""
         return self.manifest.get("metric", "fisher")
 
     @property
@@ -130,14 +130,14 @@ class Calibration:
         return sum(len(group.axes) for group in self.groups), sum(len(group.energy) for group in self.groups)
 
     def name_of(self, group: GroupAxes) -> str:
-        """What a block holds, in words."""
+        """Describe the content of a block in words."""
         name = f"layers {group.layers[0]} to {group.layers[-1]}"
         if self.metric == "variance":
             name += ", keys" if group.shapes[0][1] else ", values"
         return f"{name}, heads {group.heads[0][0]} to {group.heads[0][1] - 1}" if group.heads else name
 
     def covers(self, groups: Sequence[Sequence[int]]) -> bool:
-        """Whether there are axes for each of these groups of layers."""
+        """Return True if there are axes for each of these groups of layers."""
         return {tuple(layers) for layers in groups} <= {group.layers for group in self.groups}
 
     def basis(self, layers: Sequence[int], rank: int, device: torch.device, dtype: torch.dtype, part: int = 0) -> Basis:
@@ -149,7 +149,7 @@ class Calibration:
         return made
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
-        """What is held for the group that is `layers`."""
+        """Return the tensors held for the group that is `layers`."""
         return [x for group in self.of(layers) for x in group.tensors]
 
     @cached_property
@@ -220,7 +220,7 @@ class Calibration:
         metadata, tensors = read_tensors(Path(path), CalibrationError, "calibration", again)
         version = metadata.pop("format", None)
         if version not in (FORMAT, BEFORE):
-            raise CalibrationError(f"{os.fspath(path)!r} is no calibration of this version of kvstack. {again}")
+            raise CalibrationError(f"{os.fspath(path)!r} is not a calibration of this version of kvstack. {again}")
         names = TENSORS if version == FORMAT else TENSORS_BEFORE
         before = metadata.pop("before", "") if version == FORMAT else sampled(tensors)[:24]
         try:

@@ -45,8 +45,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _knows_all(model: nn.Module) -> bool:
-    """Whether every large weight is that of a plain linear layer or an embedding, and in memory; and nobody has put
-    another forward in the place of a module's own."""
+    """Return True if every large weight is that of a plain linear layer or an embedding, and in memory, and no module
+    has another forward than its own."""
     for module in model.modules():
         plain = type(module) is nn.Linear or isinstance(module, nn.Embedding)
         for weight in module.parameters(recurse=False):
@@ -74,7 +74,7 @@ def _change(model: nn.Module, ends: ExitStack) -> None:
 
 
 def _runs(model: PreTrainedModel) -> bool:
-    """Whether two tokens go through, one after the other."""
+    """Return True if two tokens go through, one after the other."""
     from transformers import DynamicCache
 
     try:
@@ -93,7 +93,7 @@ def _as_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Ten
 
 
 def _multiplied(module: nn.Linear, x: Tensor) -> Tensor:
-    """What a linear layer does, in float32."""
+    """Compute a linear layer in float32."""
     made: Tensor = _Product.apply(x, module.weight.detach())  # type: ignore[no-untyped-call]
     return made if module.bias is None else made + module.bias.detach()
 

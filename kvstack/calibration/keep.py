@@ -1,4 +1,4 @@
-"""What was fitted to a model is made once: kept in the process, and in a file that all processes find."""
+"""Things fitted to a model are made once: kept in the process, and in a file that all processes find."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_KEPT = "The calibration cannot be kept, and is made for this process alone: 
 
 
 def folder() -> Path:
-    """Where calibrations are kept between runs."""
+    """Return the folder that keeps calibrations between runs."""
     from ..models import cache_dir
 
     return cache_dir() / "calibrations"
@@ -39,7 +39,7 @@ def forget(model: PreTrainedModel) -> None:
 
 
 class Fitted(Protocol):
-    """What was fitted to a model and can be kept on disk."""
+    """A thing that was fitted to a model and can be kept on disk."""
 
     def save(self, path: Path) -> None: ...
 
@@ -58,7 +58,7 @@ def load_or_make(
     Args:
         file: the name of the file, which tells the model and the settings apart from any other.
         read: loads the file; raises `CalibrationError` where that does not fit `model`.
-        make: makes it anew.
+        make: makes a new one.
         notice: logged before it is made, empty: nothing is; or what writes it then.
     """
     known: dict[str, F] = _known.setdefault(model, {})
@@ -73,8 +73,8 @@ def load_or_make(
 
 
 def _shared(heads: Heads, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F:
-    """What all of the processes that share a model find, or what they make now, together: each waits for the others
-    wherever the model runs or is asked for its fingerprint, so none may wait for a lock, or read alone."""
+    """Return the one that all processes of a shared model find, or make it together: each waits for the others wherever
+    the model runs or is asked for its fingerprint, so none may wait for a lock, or read alone."""
     digests = heads.gathered(_digest(file))
     found = _read(_path(file), read) if digests[0] and len(set(digests)) == 1 else None
     if found is None:
@@ -111,7 +111,7 @@ def _path(file: str) -> Path:
 
 
 def _kept(file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice) -> F | None:
-    """What the file holds, or what is made now and kept there; None where nothing can be kept."""
+    """Return the content of the file, or make it now and keep it there; None if nothing can be kept."""
     try:
         path = _path(file)
         if path.exists() and (fitted := _read(path, read)) is not None:
@@ -133,7 +133,7 @@ def _read(path: Path, read: Callable[[Path], F]) -> F | None:
     try:
         return read(path)
     except KVStackError as error:
-        log.warning("%s It is made anew.", error)
+        log.warning("%s It is made again.", error)
         return None
 
 

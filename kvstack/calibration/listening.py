@@ -22,7 +22,7 @@ __all__ = ["Heard", "Read", "listening"]
 
 @dataclass(frozen=True)
 class Heard:
-    """What attention was given in one layer.
+    """The inputs of attention in one layer.
 
     Attributes:
         queries: (1, H*G, Q, D), after rotary embedding.

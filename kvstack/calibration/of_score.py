@@ -1,4 +1,4 @@
-"""What a score is fitted to: found once for a model by reading texts, and kept for all processes."""
+"""The data that a score is fitted to: found once for a model by reading texts, and kept for all processes."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def fitted_to(
     tokens: int,
     readings: int = 1,
 ) -> ByLayer:
-    """What `find` finds for `score` in `layers` of `model`, of these `sizes`: known in this process, loaded from the
-    user's cache folder, or found now in some `tokens` of text, and kept there.
+    """Return the findings of `find` for `score` in `layers` of `model`, of these `sizes`: known in this process, loaded
+    from the user's cache folder, or found now in some `tokens` of text, and kept there.
 
     Args:
         readings: how often `find` reads each text in one go: they are short enough for that.

@@ -1,4 +1,4 @@
-"""What a calibration will do, before it does it: which numbers share axes, how much is read, what it takes.
+"""The plan of a calibration, made before it runs: the numbers that share axes, the tokens to read, the memory.
 
 A group has as many layers as `block` numbers allow, and a layer that is wider alone is cut into runs of kv heads. Where
 the sums of all blocks are more than `memory`, the texts are read again for the rest.
@@ -74,7 +74,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationPlan:
-    """What a calibration will do.
+    """The plan of a calibration.
 
     Attributes:
         groups: the layers that are stored together.
@@ -111,8 +111,8 @@ class CalibrationPlan:
 
     @property
     def peak_nbytes(self) -> int:
-        """Bytes beside the model, at most: the sums of a pass, all axes in codes, and four times the sums of the
-        largest block while its axes are found. What the model's own forward takes is not in it."""
+        """Peak bytes in addition to the model: the sums of a pass, all axes in codes, and four times the sums of the
+        largest block while its axes are found. The model's own forward is not counted."""
         sums = max(sum(self.blocks[number].sums_nbytes for number in some) for some in self.passes)
         codes = sum(block.numbers**2 * self.bits // 8 for block in self.blocks)
         return sums + codes + 4 * max(block.sums_nbytes for block in self.blocks)
@@ -130,8 +130,8 @@ def calibration_plan(
     block: int = BLOCK,
     memory: float = MEMORY,
 ) -> CalibrationPlan:
-    """What `calibrate` will do with these arguments. It runs one token through the model, which may be on the meta
-    device: so it tells what a model takes that does not fit here.
+    """Return the plan of `calibrate` with these arguments. It runs one token through the model, which may be on the
+    meta device: so you can plan for a model that does not fit here.
 
     Raises:
         CalibrationError: it cannot be done.
@@ -175,9 +175,9 @@ def _check_settings(
     model: PreTrainedModel, metric: str, keep_axes: float, bits: int, block: int, memory: float
 ) -> None:
     if metric not in ("fisher", "variance"):
-        raise CalibrationError(f'{metric!r} is no metric. Use "fisher" or "variance".')
+        raise CalibrationError(f'{metric!r} is not a metric. Use "fisher" or "variance".')
     if not 0 < keep_axes <= 1:
-        raise CalibrationError(f"keep_axes={keep_axes} is no share of the axes. Use a number in (0, 1].")
+        raise CalibrationError(f"keep_axes={keep_axes} is not a share of the axes. Use a number in (0, 1].")
     if bits not in BITS:
         raise CalibrationError(f"bits={bits}: axes are kept in 8 or 16 bits. Use bits=8.")
     if block < 1 or not memory > 0:
@@ -192,7 +192,7 @@ def _check_settings(
 
 
 def _numbers(model: PreTrainedModel, metric: Metric) -> dict[int, int]:
-    """How many numbers a token has in each layer: of keys and values, or of the larger of the two."""
+    """Return the numbers that a token has in each layer: of keys and values, or of the larger of the two."""
     return {
         i: heads * (max(keys, values) if metric == "variance" else keys + values)
         for i, (heads, keys, values) in whole_shapes(model).items()
@@ -251,8 +251,8 @@ def check_tokens(plan: CalibrationPlan, name: str, tokens: int) -> None:
 
 
 def _passes(sizes: Sequence[int], memory: float) -> list[list[int]]:
-    """Which blocks are added up in each pass over the texts, so that their sums, `sizes` bytes, fit into `memory` GiB;
-    at least one each."""
+    """Return the blocks to add up in each pass over the texts, so that their sums, `sizes` bytes, fit into `memory`
+    GiB; at least one each."""
     passes, room = list[list[int]](), 0.0
     for number, nbytes in enumerate(sizes):
         if not passes or nbytes > room:

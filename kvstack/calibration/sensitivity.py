@@ -1,4 +1,4 @@
-"""How much each layer's keys matter: weights for the paper's way to merge layers."""
+"""The importance of each layer's keys: weights for the paper's way to merge layers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def sensitivity(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[float, ...]:
-    """How much each full-attention layer's keys matter: the nats per token that are lost when they are replaced by
-    noise of the same mean and spread. Never below 0.
+    """Measure the importance of each full-attention layer's keys: the nats per token that are lost if they are replaced
+    by noise of the same mean and spread. Never below 0.
 
     Weights for the paper's merge: `CommonKV(basis="weights", merge="mean", weights=sensitivity(model))`. Arguments are
     those of `calibrate`.

@@ -1,4 +1,4 @@
-"""What is added up over windows of text, and the axes that come of it: one block of numbers at a time.
+"""Sums over windows of text, and the axes that come of them: one block of numbers at a time.
 
     numbers (T, N) of a block   ->  mean, covariance C (N, N), gradients' mean square w (N,)
     eigenvectors of  sqrt(w) C sqrt(w)  are its axes, eigenvalues their energy
@@ -53,7 +53,7 @@ class Found:
 
 
 class Sums:
-    """What is added up for one block: some kv heads, or all, of a group of layers.
+    """The sums of one block: some kv heads, or all, of a group of layers.
 
     Args:
         layers: the group.

@@ -99,7 +99,7 @@ class WeightAxes:
                         )
 
     def tensors(self, layers: Sequence[int]) -> list[Tensor]:
-        """What is held for the group that is `layers`."""
+        """Return the tensors held for the group that is `layers`."""
         return list(self.singular[tuple(layers)][:3])
 
     @property
@@ -132,7 +132,7 @@ def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tup
     """(kv heads, head size, the projections of keys and of values) of one attention module.
 
     Raises:
-        BindError: keys are no linear function of the hidden state, or the projections are not found.
+        BindError: keys are not a linear function of the hidden state, or the projections are not found.
     """
     name = f"{type(model).__name__}, layer {layer}"
     config: Any = model.config.get_text_config(decoder=True)
@@ -140,8 +140,8 @@ def projections(model: PreTrainedModel, attention: nn.Module, layer: int) -> tup
     if norm or getattr(config, "clip_qkv", None):
         what = f"normalises keys ({norm})" if norm else "clips them (clip_qkv)"
         raise BindError(
-            f"CommonKV(basis='weights'): {name} {what} after their projection, so they are no linear function of the "
-            "hidden state. Use basis='calibrated'."
+            f"CommonKV(basis='weights'): {name} {what} after their projection, so they are not a linear function of "
+            "the hidden state. Use basis='calibrated'."
         )
     width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     width = width or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -64,11 +64,11 @@ def windows_of(
     *,
     may_be_split: bool = False,
 ) -> tuple[Windows, str]:
-    """What is read, and what that is.
+    """Return the windows of tokens to read, and a name for their source.
 
     Args:
         least: tokens that are read however few the model would write.
-        may_be_split: whether who reads it can do with a part of the model in each of several processes.
+        may_be_split: True if the reader can work with a part of the model in each of several processes.
 
     Raises:
         CalibrationError: there is nothing to read, or `model` is split.
@@ -99,7 +99,7 @@ def windows_of(
 
 
 def own_text(model: PreTrainedModel) -> str:
-    """What to tell the user where calibration reads what the model writes; empty where it does not, or was told."""
+    """Return the notice that calibration reads text of the model's own; empty if it does not, or the user was told."""
     if model in _told or tokenizer_of(model) is not None or model.get_output_embeddings() is None:
         return ""
     _told.add(model)

@@ -187,7 +187,7 @@ def test_a_file_of_version_0_1(found, saved):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(CalibrationError, match=r"none\.safetensors' is no file.*kvstack calibrate MODEL"):
+    with pytest.raises(CalibrationError, match=r"none\.safetensors' does not exist.*kvstack calibrate MODEL"):
         Calibration.load(tmp_path / "none.safetensors")
 
 
@@ -195,7 +195,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CalibrationError, match="no calibration of this version"):
+    with pytest.raises(CalibrationError, match="not a calibration of this version"):
         Calibration.load(tmp_path / "model.safetensors")
 
 
@@ -342,7 +342,7 @@ def test_axes_of_keys_and_of_values_apart(tmp_path):
 
 
 def test_a_metric_that_is_none():
-    with pytest.raises(CalibrationError, match=r"'mean' is no metric\. Use \"fisher\" or \"variance\"\."):
+    with pytest.raises(CalibrationError, match=r"'mean' is not a metric\. Use \"fisher\" or \"variance\"\."):
         calibrate(tiny.model("llama"), metric="mean")
 
 
@@ -496,7 +496,7 @@ def test_a_kept_file_that_is_not_complete_is_made_again(monkeypatch, tmp_path, c
     calibrate(model, tokens=400, keep_axes=0.1).save(calibrating.default_path(model, 4, complete=True))
     with caplog.at_level(logging.WARNING, "kvstack"):
         stack = KVStack([CommonKV(1.0)], model=model)
-    assert "axes, and all are wanted. It is made anew" in caplog.text
+    assert "axes, and all are wanted. It is made again" in caplog.text
     assert stack.batch.cohorts[0].stores[0].codecs[0].bases[0].rank == 256
     keep.forget(model)
 

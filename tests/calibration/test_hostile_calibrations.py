@@ -102,7 +102,7 @@ def test_any_damage_is_made_again(kind, made, monkeypatch, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "kvstack"):
         stack = KVStack([CommonKV(0.5, layers=2)], model=model)
     keep.forget(model)
-    assert "It is made anew" in caplog.text
+    assert "It is made again" in caplog.text
     model(tiny.tokens(1, 90), past_key_values=stack)
     if kind == "folder":
         assert "cannot be kept" in caplog.text
