@@ -27,7 +27,7 @@ PLANES: dict[int, tuple[int, ...]] = {
 
 
 def multiple(bits: int) -> int:
-    """How many codes of this width must come together to fill whole bytes."""
+    """Return the number of codes of this width that fill whole bytes together."""
     return 8 // min(PLANES[bits])
 
 

@@ -59,8 +59,8 @@ class AdapterWatch:
         self._children = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
 
     def state(self) -> AdapterState:
-        """What is at work now. Adapters that are merged into the weights count like active ones: the model computes
-        the same."""
+        """Return the adapters at work now. Adapters that are merged into the weights count like active ones: the model
+        computes the same."""
         if any(list(now.values()) != then for now, then in self._children):
             self._look()
         return tuple(state for layer in self._layers if (state := in_use(layer)))
@@ -100,12 +100,12 @@ def _plain(factor: Any) -> Any:
 
 
 def is_merged(layer: Any) -> bool:
-    """Whether the weights of `layer` hold its adapters already."""
+    """Return True if the weights of `layer` hold its adapters already."""
     return bool(getattr(layer, "merged", False))
 
 
 def differ_by_row(state: AdapterState) -> bool:
-    """Whether the rows of the batch that is running have an adapter each."""
+    """Return True if the rows of the batch that is running have an adapter each."""
     return any(name == ROWS for layer in state for name, _ in layer)
 
 

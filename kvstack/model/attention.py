@@ -148,27 +148,27 @@ def interface(module: nn.Module) -> Any:
 
 
 def gives_queries(module: nn.Module) -> bool:
-    """Whether this module calls its attention through transformers' interface."""
+    """Return True if this module calls its attention through transformers' interface."""
     return interface(module) is not None
 
 
 def counts_tokens(module: nn.Module) -> bool:
-    """Whether this module asks its cache how many tokens were seen, to make a mask or a position bias of its own."""
+    """Return True if this module asks its cache for the tokens seen, to make a mask or a position bias of its own."""
     return not {"get_mask_sizes", "get_query_offset"}.isdisjoint(_names_in(module))
 
 
 def expands(module: nn.Module) -> bool:
-    """Whether this module caches latents and makes keys and values of them after reading (DeepSeek V2 and V3)."""
+    """Return True if this module caches latents and makes keys and values of them after reading (DeepSeek V2, V3)."""
     return hasattr(module, "expand_kv")
 
 
 def adds_to_softmax(module: nn.Module) -> bool:
-    """Whether this module caps its logits (Gemma 2) or lets them compete with a learned one (GPT-OSS)."""
+    """Return True if this module caps its logits (Gemma 2) or lets them compete with a learned one (GPT-OSS)."""
     return any(getattr(module, name, None) is not None for name in ("attn_logit_softcapping", "sinks"))
 
 
 def reuses(module: nn.Module) -> bool:
-    """Whether this module attends to the keys and values of an earlier layer (Gemma 3n and 4)."""
+    """Return True if this module attends to the keys and values of an earlier layer (Gemma 3n and 4)."""
     return bool(getattr(module, "is_kv_shared_layer", False))
 
 
@@ -178,7 +178,7 @@ def implementation(module: nn.Module) -> str:
 
 
 def offload_hooks(module: nn.Module) -> list[Any]:
-    """What accelerate has put on a module whose weights are kept elsewhere."""
+    """Return the hooks of accelerate on a module whose weights are kept elsewhere."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
@@ -189,7 +189,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes, though its weights may be kept elsewhere between its calls."""
+    """Return the device on which a module computes; its weights may be kept elsewhere between its calls."""
     device = next(tensors_of(module)).device
     if device.type != "meta":
         return device

@@ -73,7 +73,7 @@ class Changes:
 
 
 def _torch_is_reading() -> bool:
-    """Whether the code that a finalizer interrupts is torch's call of a module."""
+    """Return True if the code that a finalizer interrupts is torch's call of a module."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename in _BETWEEN:
         frame = frame.f_back

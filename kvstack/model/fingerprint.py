@@ -50,7 +50,7 @@ def kv_fingerprint(model: PreTrainedModel) -> str:
 
 
 def is_of(known: str | None, model: PreTrainedModel) -> bool:
-    """Whether a fingerprint that was kept is that of `model`, of its decoder or, as version 0.1 kept it, of all."""
+    """Return True if a kept fingerprint is that of `model`: of its decoder or, as version 0.1 kept it, of all."""
     return known == kv_fingerprint(model) or known == fingerprint(model)
 
 
@@ -108,7 +108,7 @@ def _as_without(adapted: Mapping[str, Any], name: str | None) -> str | None:
 
 
 def _factors(model: nn.Module) -> str:
-    """How much each adapter counts in each layer that has it; empty where none is at work."""
+    """Return the factor of each adapter in each layer that has it; empty if none is at work."""
     adapted, found = dict(adapter_layers(model)), list[str]()
     for name, layer in adapted.items():
         containers = [child for child in layer.children() if hasattr(child, "keys")]

@@ -5,7 +5,7 @@ module of its model carries two hooks. They do nothing unless the cache in the c
 for the length of that one call and in its thread, the attention function that the modelling file looks up is ours. It
 passes the queries on to the listener, which answers where a plain call would need a dense copy.
 
-Nothing of this exists before a stack is made, and nothing is left when the last stack of a model is gone.
+Nothing of this exists before a stack is made, and nothing is left when the last stack of a model is deleted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Listener(Protocol):
     """Whom the hooks talk to."""
 
     def reads_another(self, layer: int) -> bool:
-        """Whether a layer reads another's keys and values, so that its own are not needed."""
+        """Return True if a layer reads another's keys and values, so that its own are not needed."""
 
     def enter(self, call: Call) -> Any:
         """An attention module begins. What is returned takes the place of its mask."""
@@ -89,7 +89,7 @@ class Told:
     tables: tuple[weakref.ref[Tensor], ...]
 
     def made(self, tables: Tables) -> bool:
-        """Whether these very tables came from this call."""
+        """Return True if these very tables came from this call."""
         return len(tables) == len(self.tables) and all(mine() is x for mine, x in zip(self.tables, tables, strict=True))
 
 
@@ -135,7 +135,7 @@ def running() -> Call | None:
 
 
 class _StandIn:
-    """What the modelling file finds instead of its attention function."""
+    """The object that the modelling file finds instead of its attention function."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original

@@ -2,7 +2,7 @@
 
 Phi-3 and its kin switch their rotary embedding when a text grows beyond a certain length. Keys that are cached by then
 were rotated the other way, so the model reads the text again, without a cache: transformers then makes a new one, and
-the one that `generate` was given is out of use without a word. Here it forgets its text, and is given back to the
+the one that `generate` was given is silently out of use. Here it forgets its text, and is given back to the
 forward that reads it again.
 """
 

@@ -116,7 +116,7 @@ class LayerGroups:
 
     @property
     def rotates(self) -> bool:
-        """Whether any of the layers rotates its keys; those that don't have no rope."""
+        """True if any of the layers rotates its keys; those that don't have no rope."""
         return bool(self.rotated)
 
     @property
@@ -147,10 +147,10 @@ class LayerGroups:
         return None if turns is None else turns.pairs
 
     def number_of(self, layers: Sequence[int]) -> int:
-        """Which of the groups is `layers`."""
+        """Return the index of the group that is `layers`."""
         return self.groups.index(list(layers))
 
 
 def group_size(count: int, near: float = 5, most: int = MOST_LAYERS) -> int:
-    """How many of `count` layers to store together: the divisor nearest to `near`, of those up to `most` and 8."""
+    """Return how many of `count` layers to store together: the divisor nearest to `near`, up to `most` and to 8."""
     return min((n for n in range(1, min(most, MOST_LAYERS) + 1) if count % n == 0), key=lambda n: (abs(n - near), n))

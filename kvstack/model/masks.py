@@ -33,13 +33,13 @@ TOO_SHORT = (
 
 
 def visible(mask: Tensor) -> Tensor:
-    """Which tokens a mask lets be seen, bool."""
+    """Return the tokens that a mask lets be seen, bool."""
     return mask > HIDDEN if mask.dtype.is_floating_point else mask.bool()
 
 
 def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
-    """Which of the `new` tokens behind the `seen` ones are real, (B or 1, new) bool: those that any query of this
-    forward sees, itself included. None where all are, or where the mask cannot tell."""
+    """Return which of the `new` tokens behind the `seen` ones are real, (B or 1, new) bool: those that any query of
+    this forward sees, itself included. None if all are, or if the mask cannot tell."""
     if not isinstance(mask, Tensor):
         if mask is None:
             return None
@@ -67,7 +67,7 @@ def cut(mask: Tensor, rows: Tensor | None, queries: Tensor | None, columns: Tens
 
 
 def is_causal(mask: Tensor, new: int) -> bool:
-    """Whether a mask says nothing but: the newest `new` tokens see all before them, and themselves."""
+    """Return True if a mask says nothing but: the newest `new` tokens see all before them, and themselves."""
     if mask.dim() == 2:
         return bool(visible(mask).all())
     held = mask.shape[-1]

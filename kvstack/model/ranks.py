@@ -84,8 +84,8 @@ def _meshes(model: PreTrainedModel) -> Iterator[Any]:
 
 
 def _compared(model: PreTrainedModel, group: Any) -> Heads:
-    """Which layers are whole: not every plan splits keys, and latents that all heads share (DeepSeek) are in each
-    process. Where they are the same in all processes, they are not split."""
+    """Find the layers that are whole: not every plan splits keys, and latents that all heads share (DeepSeek) are in
+    each process. If a layer's keys are the same in all processes, they are not split."""
     heads = Heads(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group=group)
     whole = set[int]()
     full = find_layers(model).full

@@ -60,7 +60,7 @@ def _parameters(module: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a forward may leave in a module: its mode, the offset of image positions, the longest text so far, which
-    some rotary tables depend on. From a copy: other threads put guards on the module meanwhile."""
+    """Return the attributes that a forward may leave in a module: its mode, the offset of image positions, the longest
+    text so far, which some rotary tables depend on. From a copy: other threads put guards on the module meanwhile."""
     kinds = (bool, int, float, str, Tensor, type(None))
     return {name: value for name, value in dict(attributes).items() if isinstance(value, kinds)}

@@ -54,7 +54,7 @@ def _agrees(bits: int, group: int) -> bool:
 
 @functools.cache
 def _agrees_on(device: torch.device, bits: int, group: int, width: int, queries: int) -> bool:
-    """Whether Triton's kernels compute on a device what plain torch does on the processor. For each size of heads: it
+    """Return True if Triton's kernels agree on a device with plain torch on the processor. For each size of heads: it
     has kernels of its own, which may be too large for this device."""
     from ..encode.kivi import Kivi
 

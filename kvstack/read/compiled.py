@@ -32,8 +32,8 @@ Kernel = Callable[..., None]
 
 
 def agree(pairs: Callable[[], Iterable[tuple[Tensor, ...]]], compiler: str = "numba") -> bool:
-    """Whether kernels work here: numbers of the reference and of the kernels, `pairs`, are equal up to rounding. Where
-    they do not, or the package `compiler` is missing, plain torch does their work, without a word."""
+    """Return True if kernels work here: numbers of the reference and of the kernels, `pairs`, are equal up to rounding.
+    If not, or if the package `compiler` is missing, plain torch does their work, without a message."""
     if importlib.util.find_spec(compiler) is None or sys.byteorder != "little":
         return False
     try:

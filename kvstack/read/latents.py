@@ -1,6 +1,6 @@
-"""Which reader answers from latents: chosen by what packed them and where they are, and tried before it is used.
+"""The reader of latents: chosen by their encoder and their device, and tried before it is used.
 
-linear.py          how a query is answered without rebuilding all keys, in plain torch
+linear.py          a query is answered without rebuilding all keys, in plain torch
 linear_numba.py    from codes of channels on a processor
 linear_triton.py   from codes of channels on a GPU
 """
@@ -35,7 +35,7 @@ Opened = Decoded | Codes | DeviceCodes
 
 
 def reads_with(encoder: Encoder, device: torch.device) -> str:
-    """What reads the latents that an encoder has packed on `device`."""
+    """Return the name of the reader of latents that an encoder has packed on `device`."""
     if isinstance(encoder, ChannelCodes):
         if device.type == "cpu" and _agrees():
             return "numba"
@@ -143,7 +143,7 @@ class _Example(NamedTuple):
 
 @functools.cache
 def _agrees() -> bool:
-    """Whether kernels compute what plain torch does."""
+    """Return True if kernels agree with plain torch."""
 
     def pairs() -> Iterator[tuple[Tensor, ...]]:
         for fine in (None, 0, 20):
@@ -159,7 +159,7 @@ def _agrees() -> bool:
 
 @functools.cache
 def _agrees_on(device: torch.device, queries: int, width: int, turning: int, *, mean: bool) -> bool:
-    """Whether Triton's kernels compute on a device what plain torch does on the processor. For each size of heads: it
+    """Return True if Triton's kernels agree on a device with plain torch on the processor. For each size of heads: it
     has kernels of its own, which may be too large for this device."""
 
     def pairs() -> Iterator[tuple[Tensor, ...]]:

@@ -62,7 +62,7 @@ class Decoded:
 
 
 class Reading:
-    """What readers of one layer know.
+    """The knowledge that readers of one layer share.
 
     Args:
         keys, values: how the layer's keys and values come from latents; `keys` before rotation.
@@ -167,7 +167,7 @@ class LatentReader(Reading):
         return scores.transpose(2, 3).flatten(3)[..., : self.tokens]
 
     def _vectors(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """What a query, turned back for each block, makes of the leading channels: (B, H, blocks, G, r)."""
+        """Return the products of a query, turned back for each block, with the leading axes: (B, H, blocks, G, r)."""
         facing = blocks.facing(query)  # (B, H, blocks, G, C)
         axes = self.key_axes[:, : self.rough].index_select(3, blocks.channels).to(facing.dtype)  # (B or 1, r, H, C)
         return (facing.flatten(2, 3) @ axes.permute(0, 2, 3, 1)).unflatten(2, facing.shape[2:4])

@@ -47,7 +47,7 @@ class Codes:
 
 
 class _Layout(NamedTuple):
-    """How kernels see the channels of an encoder.
+    """The channels of an encoder, as kernels see them.
 
     Attributes:
         runs: (runs, 2) bits and channels of each.

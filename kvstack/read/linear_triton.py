@@ -111,7 +111,7 @@ class TritonReader(LatentReader):
         channels.scores(query, self.key_codes.latent, self.key_axes, keys.mean, every, angles, places, scores)
 
     def _serves(self, x: Tensor, queries: int) -> bool:
-        """Whether there are kernels for `x`, of so many queries of each kv head, that were seen to be right."""
+        """Return True if there are kernels for `x`, of so many queries of each kv head, that were seen to be right."""
         width, mean = self.keys.axes.shape[3], self.keys.mean is not None
         if x.dtype != torch.float32 or x.device != self.key_codes.latent.codes.device:
             return False

@@ -26,7 +26,7 @@ def moved_behind(queries: Tensor, tokens: Tensor, rope: TokenRotation | None, se
 
 
 def attention_received(queries: Tensor, keys: Tensor, scaling: float, over: Literal["mean", "max", "sum"]) -> Tensor:
-    """How much attention every key receives from the newest queries, causally.
+    """Return the attention that every key receives from the newest queries, causally.
 
     queries (B, H*G, Q, D) belong to the newest Q of the T keys (B, H, T, D). Returns (B, H, G, T): the mean, sum or
     maximum over the queries of their softmax weights.

@@ -1,5 +1,5 @@
-"""What stages of the kind `select` have in common: a score for each token, and how scores of several heads and layers
-become one ranking. What they do with it is their own."""
+"""The common part of stages of the kind `select`: a score for each token, and one ranking from the scores of several
+heads and layers. Each stage uses the ranking in its own way."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Select(Stage):
     def __post_init__(self) -> None:
         if isinstance(self.score, str):
             object.__setattr__(self, "score", make_score(self.score))
-        check(self.pool in ("mean", "max"), self, f"{self.pool!r} is no way to pool.", 'Use "mean" or "max".')
+        check(self.pool in ("mean", "max"), self, f"{self.pool!r} is not a way to pool.", 'Use "mean" or "max".')
         check(
             callable(getattr(self.score, "score", None)) and not isinstance(self.score, type),
             self,
@@ -104,7 +104,7 @@ class Select(Stage):
         return bool(getattr(self.score, "is_fitted", Score.is_fitted))
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
-        """What ranks the tokens of `model`, see `Score.bind`."""
+        """Return the ranking for the tokens of `model`, see `Score.bind`."""
         bind = getattr(self.score, "bind", None)
         return cast(Ranking, self.score if bind is None else bind(model, layers))
 

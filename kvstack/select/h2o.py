@@ -1,4 +1,4 @@
-"""H2O: heavy hitters, the tokens that have received most attention so far, beside the recent ones."""
+"""H2O: heavy hitters, the tokens that have received most attention so far, together with the recent ones."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Guess(Ranking):
 
 
 def features(keys: Tensor, values: Tensor) -> Tensor:
-    """What is known of a token, (B, H, T, F): un-rotated key and value, their norms, and the logarithms of these."""
+    """Return the features of tokens, (B, H, T, F): un-rotated key and value, their norms and the logarithms."""
     keys, values = keys.float(), values.float()
     norms = torch.stack([keys.norm(dim=-1), values.norm(dim=-1)], dim=-1)
     return torch.cat([keys, values, norms, norms.clamp_min(1e-6).log()], dim=-1)

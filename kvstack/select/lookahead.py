@@ -39,7 +39,7 @@ class LookAhead(Score):
 
     def __post_init__(self) -> None:
         check(isinstance(self.ahead, int) and self.ahead >= 1, self, "ahead counts positions.", "Use 1 or more.")
-        check(self.over in ("mean", "max"), self, f"{self.over!r} is no way to reduce.", 'Use "mean" or "max".')
+        check(self.over in ("mean", "max"), self, f"{self.over!r} is not a way to reduce.", 'Use "mean" or "max".')
 
     def score(self, kv: KV, context: Context) -> Tensor:
         assert context.references is not None

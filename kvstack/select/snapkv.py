@@ -49,7 +49,7 @@ class SnapKV(Score):
         odd = isinstance(self.kernel, int) and self.kernel >= 1 and self.kernel % 2 == 1
         check(odd, self, "kernel must be an odd number of tokens.", "Use 5, or 1 for no smoothing.")
         for value in (self.pool, self.over):
-            check(value in ("mean", "max"), self, f"{value!r} is no way to reduce.", 'Use "mean" or "max".')
+            check(value in ("mean", "max"), self, f"{value!r} is not a way to reduce.", 'Use "mean" or "max".')
         object.__setattr__(self, "queries", self.window)
 
     def score(self, kv: KV, context: Context) -> Tensor:

@@ -14,7 +14,7 @@ __all__ = ["Streaming"]
 
 @dataclass(frozen=True, repr=False)
 class Streaming(Score):
-    """The position: the budget goes to the newest tokens, beside the stack's sinks.
+    """The position: the budget goes to the newest tokens, in addition to the stack's sinks.
 
     Source: Xiao et al. 2024, arXiv 2309.17453. Differs from the paper: kept tokens keep their true positions; the
     paper renumbers them inside the cache, which allows texts longer than the model's training context.

@@ -34,8 +34,8 @@ class TriAttention(Score):
     """Without rotary embedding, the queries of a head lie around one vector. Turned to positions ahead, this vector
     tells how much attention a key will get there; where queries do not point one way, the norm of the key does.
 
-    Needs no queries at hand, so it works the same while decoding. The mean queries belong to the model. They are found
-    at first use and kept in the user's cache folder.
+    Needs no queries of the text, so it works the same while decoding. The mean queries belong to the model. They are
+    found at first use and kept in the user's cache folder.
 
     Args:
         horizon: how far ahead; attention is averaged over distances of 1, 2, 4, ... tokens up to it (default 65,536).
@@ -56,7 +56,7 @@ class TriAttention(Score):
 
     def __post_init__(self) -> None:
         check(isinstance(self.horizon, int) and self.horizon >= 1, self, "horizon counts tokens.", "Use 1 or more.")
-        check(self.over in ("mean", "max"), self, f"{self.over!r} is no way to reduce.", 'Use "mean" or "max".')
+        check(self.over in ("mean", "max"), self, f"{self.over!r} is not a way to reduce.", 'Use "mean" or "max".')
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
         groups, shapes = LayerGroups(model, 1, layers), whole_shapes(model)
@@ -139,7 +139,7 @@ def find(read: Read, texts: Sequence[Tensor], groups: LayerGroups) -> Mapping[in
 
 
 def _means(summed: Tensor, heads: int, pairs: Pairs) -> dict[str, Tensor]:
-    """What is kept of one layer, from sums (H*G, D + P + 1) of queries, of their norms, and their number."""
+    """Return the means of one layer, from sums (H*G, D + P + 1) of queries, of their norms, and their number."""
     mean, norm = (summed[:, :-1] / summed[:, -1:]).split(
         [summed.shape[1] - 1 - pairs.counts[0], pairs.counts[0]], dim=-1
     )

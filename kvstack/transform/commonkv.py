@@ -123,8 +123,8 @@ class CommonKV(Transform):
         )
         layers = self.layers
         check(layers is None or _counts(layers), self, "layers counts layers.", "Use 1 or more.")
-        check(self.basis in ("calibrated", "weights"), self, f"{self.basis!r} is no basis.", 'Use "calibrated".')
-        check(self.merge in ("project", "mean"), self, f"{self.merge!r} is no way to merge.", 'Use "project".')
+        check(self.basis in ("calibrated", "weights"), self, f"{self.basis!r} is not a basis.", 'Use "calibrated".')
+        check(self.merge in ("project", "mean"), self, f"{self.merge!r} is not a way to merge.", 'Use "project".')
         paper = self.basis == "weights"
         check(
             paper or self.merge == "project",
@@ -149,7 +149,7 @@ class CommonKV(Transform):
         check(_counts(self.rough), self, "rough counts channels.", "Use rough=512.")
         object.__setattr__(self, "calibration", as_path(self, "calibration", Calibration))
         known = self.rebuild in (None, "float32", "bfloat16")
-        check(known, self, f"{self.rebuild!r} is no type to compute in.", 'Use "float32" or "bfloat16".')
+        check(known, self, f"{self.rebuild!r} is not a type to compute in.", 'Use "float32" or "bfloat16".')
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int] | None = None) -> BoundTransform:
         size = self.layers
@@ -324,8 +324,8 @@ def _fingerprint(axes: str, layers: Sequence[int], codec: Project) -> str:
 def settle_apart(
     share: float, model: PreTrainedModel, groups: LayerGroups, for_group: Callable[..., Project]
 ) -> list[int]:
-    """How many tokens of every `TOGETHER` each group keeps apart: those that are most unlike, over all groups, on a
-    sample text."""
+    """Return how many tokens of every `TOGETHER` each group keeps apart: those that are most unlike, over all groups,
+    on a sample text."""
     observed = observe(model, groups, sample_ids(model))
     unlike = []
     for layers in groups.groups:

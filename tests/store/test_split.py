@@ -154,7 +154,7 @@ def test_a_file_with_other_budgets_is_refused(tmp_path, monkeypatch):
     model(tiny.tokens(1, 200), past_key_values=stack)
     stack.save(tmp_path / "cache.safetensors")
     monkeypatch.setattr("kvstack.binding.alike", lambda shares, keep: [((0, 1), Profile(shares.mean(0).tolist()))])
-    with pytest.raises(UseError, match=r"other budgets|no list of"):
+    with pytest.raises(UseError, match=r"other budgets|not a list of"):
         KVStack.load(tmp_path / "cache.safetensors", model=model)
 
 

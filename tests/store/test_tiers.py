@@ -222,7 +222,7 @@ def test_a_file_with_other_classes_is_refused(tmp_path):
         ({"shares": (0.5, 0.5), "weights": (1, 2)}, "the most important class comes first"),
         ({"shares": (0.5, 0.5)}, "2 shares and 5 weights"),
         ({"shares": (0.5, 0.5), "weights": (1, 0)}, "weights is a tuple of numbers above 0"),
-        ({"pool": "sum"}, "'sum' is no way to pool"),
+        ({"pool": "sum"}, "'sum' is not a way to pool"),
     ],
 )
 def test_settings_that_make_no_classes(settings, problem):

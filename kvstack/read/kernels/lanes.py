@@ -296,7 +296,7 @@ def _by_bits(made):
 
 @intrinsic
 def _gain_places(typing_context):
-    """Where a word of the 2 bytes of one channel in a plane of 2 bits holds the codes of 8 tokens."""
+    """The places of 8 tokens' codes in a word: the 2 bytes of one channel in a plane of 2 bits."""
 
     def generate(context, builder, signature, arguments):
         return ir.Constant(_WORDS, [8 * (token % 2) + token // 2 * 2 for token in range(LANES)])

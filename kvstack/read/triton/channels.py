@@ -100,7 +100,7 @@ class Latent(NamedTuple):
 
 @triton.jit
 def _plane(codes, first, count, bits, i, there, W: tl.constexpr):
-    """What a plane of width W adds to codes, in the channels that have one."""
+    """The part of codes that a plane of width W holds, in the channels that have one."""
     begin = bits - bits % (2 * W)
     byte = tl.load(codes + first + (begin + i % W) * count, mask=there & ((bits & W) != 0), other=0).to(tl.int32)
     return ((byte >> (i // W * W)) & (2**W - 1)) << begin

@@ -15,7 +15,7 @@ LEAST = 16
 LARGEST, MOST = 256, 64
 """Channels of a head, and queries of a kv head, beyond which a tile no longer fits into registers."""
 FUSED = {"enable_fp_fusion": True}
-"""An option of every kernel, the default of old versions of triton. Newer ones warn where it is not given."""
+"""An option of every kernel. Older versions of triton have it by default; newer ones warn if it is missing."""
 ON_PROCESSOR = 4
 """Programs that an interpreted kernel is cut into, so that tests see several."""
 
