@@ -43,7 +43,7 @@ PROBE = 320
 
 @dataclass(frozen=True, repr=False, init=False)
 class KVPressScore(Score):
-    """What a press of kvpress says of each token, in the place of one of kvstack's own scores.
+    """The score of a press of kvpress for each token, in the place of one of kvstack's own scores.
 
     Args:
         press: the class name of a press, such as `"KeyDiffPress"`, or any object with kvpress' method

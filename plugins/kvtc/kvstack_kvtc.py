@@ -53,8 +53,8 @@ class KVTC(Transform):
     Axes are principal axes of keys, and of values, on calibration text. Bits of a token are spread over the channels of
     both so that the expected squared error is least, by dynamic programming; channels without bits are not stored.
 
-    It says by itself how many bits each channel takes, so it stands in the place of an encoder too: a stack with
-    `Quant` beside it is refused.
+    It says by itself how many bits each channel takes, so it takes the place of an encoder too: a stack with
+    `Quant` in addition is refused.
 
     Args:
         ratio: how many times smaller than 16-bit numbers the codes are, more than 1 (default 16: one bit a number on
@@ -256,8 +256,8 @@ class Components(ReadsLinearly):
 
 
 def widths(energies: Sequence[Tensor], bits: int) -> list[Tensor] | None:
-    """How many of `bits` bits each channel gets so that the expected squared error is least: one uint8 tensor like
-    each of `energies` (R,), which fall. None where the bits are too few: every latent gets some.
+    """Spread `bits` bits over channels so that the expected squared error is least: return one uint8 tensor like each
+    of `energies` (R,), which fall. None if the bits are too few: every latent gets some.
 
     A channel of energy e with w bits leaves the error `DISTORTION[w]` e. It costs w bits, and each run of channels of
     equal width costs 2 more, its gain. With more than 1,024 channels, blocks of 2, 4, 8, ... have one width; with more

@@ -45,7 +45,7 @@ class MiniCache(Transform):
         read:    e times the layer's own length
 
     Tokens whose directions differ most are retained: e is then the deeper layer's own direction, and the shallower
-    layer's key (or value) is held beside it as it was, unquantized. Each head retains its own, of keys and of values,
+    layer's key (or value) is held next to it as it was, unquantized. Each head retains its own, of keys and of values,
     as many in every 64 tokens.
 
     Args:

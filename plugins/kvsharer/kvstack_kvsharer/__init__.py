@@ -27,7 +27,7 @@ class KVSharer(Share):
 
     Args:
         share: the part of the full-attention layers that holds NOTHING, 0 or more and below 1 (default 0.25). That part
-            of the cache is gone. Where the default is less than half a layer, none shares, and a warning says so.
+            of the cache is not stored. Where the default is less than half a layer, none shares, and a warning says so.
         strategy: which layer reads which: a `Strategy` or the path of a saved one, made by
             `kvstack_kvsharer.search`. It says all that the other settings would. Default: searched for at first use
             with these settings, and kept in the user's cache folder.
@@ -72,7 +72,7 @@ class KVSharer(Share):
         if by_default and not layers_of(self.share, len(kinds)):
             more = "Leave it out for this model." if len(kinds) < 2 else f"Use share={1 / len(kinds):.2g} or more."
             warnings.warn(
-                f"{self!r}: a share of {self.share} is no whole layer of the {len(kinds)} full-attention layers of "
+                f"{self!r}: a share of {self.share} is not a whole layer of the {len(kinds)} full-attention layers of "
                 f"{name}, so all of them hold their own keys and values. {more}",
                 KVStackWarning,
                 stacklevel=2,

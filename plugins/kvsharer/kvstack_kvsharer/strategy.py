@@ -1,4 +1,4 @@
-"""Which layer reads which: searched for once for a model, and kept as a small file.
+"""The strategy: the layers that read another layer, searched for once for a model, and kept as a small file.
 
 average    keys and values of every layer, over some short texts
 rank       pairs of layers by the distance of these averages, most different first
@@ -54,7 +54,7 @@ READ = 10_240
 
 @dataclass(frozen=True)
 class Strategy:
-    """Which layers hold nothing, and which layer each of them reads.
+    """The layers that hold nothing, and the layer that each of them reads.
 
     Attributes:
         shares: layer -> the earlier layer whose keys and values it attends with. Chains are resolved: where 3 reads 2
@@ -99,14 +99,14 @@ class Strategy:
         try:
             described = json.loads(Path(path).read_bytes())
             if described.pop("format") != FORMAT:
-                raise CalibrationError(f"{name!r} is no strategy of this version of kvstack-kvsharer. {again}")
+                raise CalibrationError(f"{name!r} is not a strategy of this version of kvstack-kvsharer. {again}")
             return cls(**described | {"shares": {int(layer): int(read) for layer, read in described["shares"]}})
         except FileNotFoundError:
-            raise CalibrationError(f"{name!r} is no file. {again}") from None
+            raise CalibrationError(f"{name!r} does not exist. {again}") from None
         except CalibrationError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CalibrationError(f"{name!r} is damaged or no strategy: {error!r}. {again}") from None
+            raise CalibrationError(f"{name!r} is damaged or not a strategy: {error!r}. {again}") from None
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `CalibrationError` where this was searched for another model."""
@@ -126,13 +126,13 @@ def resolved(shares: Mapping[int, int]) -> dict[int, int]:
 
 
 def what_is_wrong(share: Any, rank: Any, threshold: Any) -> str | None:
-    """What cannot be searched with, and what to write instead."""
+    """Return the fault of these settings, with the fix; None if you can search with them."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-        return f"share={share!r} is no part of the layers, 0 or more and below 1. Use share=0.25 for a quarter of them."
+        return f"share={share!r} is not a part of the layers, 0 or more and below 1. Use share=0.25 for a quarter."
     if rank not in RANKS:
-        return f"{rank!r} is no way to rank pairs of layers. Use one of: {', '.join(RANKS)}."
+        return f"{rank!r} is not a way to rank pairs of layers. Use one of: {', '.join(RANKS)}."
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
-        return f"threshold={threshold!r} is no cosine. Use a number from -1 to 1."
+        return f"threshold={threshold!r} is not a cosine. Use a number from -1 to 1."
     return None
 
 
@@ -215,7 +215,7 @@ def search(
 
 
 def layers_of(share: float, count: int) -> int:
-    """How many of `count` layers `share` of them is; the first layer has nothing to read."""
+    """Return `share` of `count` layers as a number of layers; the first layer has nothing to read."""
     return max(0, min(round(share * count), count - 1))
 
 

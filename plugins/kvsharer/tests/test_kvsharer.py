@@ -554,10 +554,10 @@ def test_a_strategy_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no file. Make it again"),
-        ("{", "is damaged or no strategy"),
-        ('{"format": "another"}', "is no strategy of this version"),
-        ('{"format": "kvstack-kvsharer strategy 1"}', "is damaged or no strategy"),
+        (None, "does not exist. Make it again"),
+        ("{", "is damaged or not a strategy"),
+        ('{"format": "another"}', "is not a strategy of this version"),
+        ('{"format": "kvstack-kvsharer strategy 1"}', "is damaged or not a strategy"),
         ('{"format": "kvstack-kvsharer strategy 1", "shares": [[1, 2]]}', "layer 1 cannot read layer 2"),
     ],
 )
@@ -575,9 +575,9 @@ def test_files_that_are_no_strategy(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"share": 1.0}, r"share=1.0 is no part of the layers, 0 or more and below 1"),
-        ({"rank": "best"}, r"'best' is no way to rank pairs of layers. Use one of: different"),
-        ({"threshold": 2}, r"threshold=2 is no cosine"),
+        ({"share": 1.0}, r"share=1.0 is not a part of the layers, 0 or more and below 1"),
+        ({"rank": "best"}, r"'best' is not a way to rank pairs of layers. Use one of: different"),
+        ({"threshold": 2}, r"threshold=2 is not a cosine"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
@@ -588,7 +588,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_a_path_is_quoted_in_a_spec(installed):
-    with pytest.raises(StageError, match=r"strategy is no path\. Quote it in a spec: strategy='out/strategy'"):
+    with pytest.raises(StageError, match=r"strategy is not a path\. Quote it in a spec: strategy='out/strategy'"):
         KVStack.from_spec("kvsharer:strategy=out/strategy")
     assert KVStack.from_spec("kvsharer:strategy='out/strategy'").stages == (KVSharer(strategy="out/strategy"),)
 

@@ -346,7 +346,7 @@ def test_bad_settings():
 
 
 def test_a_path_is_quoted_in_a_spec():
-    with pytest.raises(StageError, match=r"calibration is no path\. Quote it in a spec: calibration='out/axes'"):
+    with pytest.raises(StageError, match=r"calibration is not a path\. Quote it in a spec: calibration='out/axes'"):
         KVStack.from_spec("kvtc:16,calibration=out/axes")
     assert KVStack.from_spec("kvtc:16,calibration='out/axes'").stages == (KVTC(16, calibration="out/axes"),)
 

@@ -239,7 +239,7 @@ class ChunkCodec:
         layers, tokens, hidden = self._sizes(shape, dtype)
         head = bytes(data[: HEADER.size].cpu().tolist())
         if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise ChunkError("these bytes are no chunk that kvstack packed.")
+            raise ChunkError("these bytes are not a chunk that kvstack packed.")
         _, code, rank, held, start, digest = HEADER.unpack(head)
         if digest != self.digest:
             raise ChunkError(f"these bytes were packed by another stack, model or calibration than {self.stack!r}.")

@@ -1,4 +1,4 @@
-"""xKV: keys and values of several layers as shared token factors and bases, found anew for every text.
+"""xKV: keys and values of several layers as shared token factors and bases, which are found for every text.
 
 XKV             the settings
 factors.py      the codec: forward and inverse of one group of layers, fitted to a text
@@ -44,8 +44,8 @@ class XKV(Transform):
             (the paper's): only the first block that is sealed is decomposed, the prompt or, where that is short, the
             prompt and a part of the answer. All that comes later stays raw.
         refit: with `fold`: a block of which the bases leave out this much more than they left of the tokens they were
-            fitted to makes the stack fit them anew, to the decoded old tokens and the new ones: a share of the variance
-            of those tokens, of keys or of values (default 0.1). None: never.
+            fitted to makes the stack fit again, to the decoded old tokens and the new ones: a share of the variance of
+            those tokens, of keys or of values (default 0.1). None: never.
         svd: `randomized` (default) or `full`. They differ by less than 1 % of the error.
         exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
             384): those whose rough scores give them a share of the attention that counts. The others keep their rough
@@ -91,7 +91,7 @@ class XKV(Transform):
         check(keep is None or share, self, "keep is the share of the numbers that stays, in (0, 1].", "Use keep=0.25.")
         check(rank is None or keep is None, self, "rank and keep both say how much stays.", "Give one of them.")
         check(self.layers is None or _counts(self.layers), self, "layers counts layers.", "Use 1 or more.")
-        check(self.decode in ("fold", "dense"), self, f"{self.decode!r} is no way to go on.", 'Use "fold".')
+        check(self.decode in ("fold", "dense"), self, f"{self.decode!r} is not a way to go on.", 'Use "fold".')
         above = isinstance(refit, int | float) and not isinstance(refit, bool) and refit > 0
         check(refit is None or above, self, "refit is a share of energy above 0.", "Use refit=0.1, or None for never.")
         check(self.svd in ("randomized", "full"), self, f"{self.svd!r} decomposes nothing.", 'Use "randomized".')

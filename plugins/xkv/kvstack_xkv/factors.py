@@ -105,7 +105,7 @@ class Factors(RefitsText, ReadsLinearly):
             raise UseError(f"the bases are {found}, not {expected}. Save the cache again.")
 
     def _roles(self, group: Sequence[KV]) -> dict[str, list[Tensor]]:
-        """What is decomposed together: (B, H, T, D) of every layer."""
+        """Return the tensors to decompose together: (B, H, T, D) of every layer."""
         roles = {KEYS: [kv.keys for kv in group]}
         return roles if self.caches_latents else roles | {VALUES: [kv.values for kv in group]}
 

@@ -102,7 +102,7 @@ def test_it_is_found_by_its_name():
         ({"keep": 1.5}, "keep is the share"),
         ({"rank": (8, 8), "keep": 0.5}, r"rank and keep both say how much stays\. Give one of them\."),
         ({"layers": 0}, r"layers counts layers\. Use 1 or more\."),
-        ({"decode": "sparse"}, r"'sparse' is no way to go on\. Use \"fold\"\."),
+        ({"decode": "sparse"}, r"'sparse' is not a way to go on\. Use \"fold\"\."),
         ({"refit": 0}, r"refit is a share of energy above 0\. Use refit=0\.1, or None for never\."),
         ({"exact": 0}, r"exact counts tokens\. Use exact=384, or None for all\."),
         ({"rough": 0}, r"rough counts channels\. Use rough=512\."),
