@@ -1,4 +1,4 @@
-"""What a codec, or a bound transform, may do beyond `forward` and `inverse`: small classes to inherit from.
+"""Abilities of a codec, or of a bound transform, beyond `forward` and `inverse`: small classes to inherit from.
 
     NeedsHidden      forward looks at hidden states too
     ReadsDirectly    one query is answered without rebuilding keys and values
@@ -123,13 +123,13 @@ class ReadsLinearly(ReadsDirectly):
     """Leading channels that score the other tokens."""
 
     def linear(self, kind: Literal["keys", "values"], layer: int) -> Linear | None:
-        """How the keys or values of the group's layer number `layer` come from a latent, keys as `inverse` gives them
-        (the stack rotates); None where they do not come from one alone."""
+        """Return the map from a latent to the keys or values of the group's layer number `layer`, keys as `inverse`
+        gives them (the stack rotates); None if they do not come from one latent alone."""
         raise NotImplementedError  # the one method that such a codec must write
 
     def linears(self, layer: int) -> Sequence[tuple[Linear, Linear]]:
-        """How the keys and values of a layer come from latents, one run of kv heads after the other; empty where they
-        do not. Override where heads are stored apart; by default all come from one latent."""
+        """Return the maps from latents to the keys and values of a layer, one run of kv heads after the other; empty if
+        there are none. Override this if heads are stored apart; by default all come from one latent."""
         keys, values = self.linear("keys", layer), self.linear("values", layer)
         return [] if keys is None or values is None else [(keys, values)]
 
@@ -144,8 +144,8 @@ class FitsText(Codec):
     """Whether only the first block of a text is sealed, and later tokens stay raw."""
 
     def min_tokens(self, group: Sequence[KV]) -> int:
-        """How many tokens the first block of a text needs; fewer stay raw. `group` holds what is raw: its shapes tell
-        how much there is to fit."""
+        """Return the number of tokens that the first block of a text needs; fewer stay raw. `group` holds the raw
+        tokens: its shapes tell how much there is to fit."""
         return 0
 
     def fit(self, group: Sequence[KV], decoded: int = 0) -> Self:
@@ -163,16 +163,16 @@ class FitsText(Codec):
 
 
 class RefitsText(FitsText):
-    """May be fitted again: to the decoded old tokens and the new ones, which are then all encoded anew."""
+    """May be fitted again: to the decoded old tokens and the new ones, which are then all encoded again."""
 
     def needs_refit(self, group: Sequence[KV]) -> bool:
-        """Whether what was fitted serves these new tokens badly."""
+        """Return True if the fit is bad for these new tokens."""
         return False
 
 
 @dataclass(frozen=True)
 class Allotment:
-    """What one latent may store: its leading `rank` channels, packed by `encoder` (None: by the stack's own).
+    """The share of one latent: it stores its leading `rank` channels, packed by `encoder` (None: by the stack's own).
 
     Attributes:
         lower: where tokens are in classes, the encoders of the other classes, which keep as many channels or fewer.

@@ -1,4 +1,4 @@
-"""What authors of stages may import, beside kvstack's public names. Everything else is the inside, and may move.
+"""The names that authors of stages may import, next to kvstack's public ones. Everything else is internal and may move.
 
 contracts     Transform, BoundTransform, Codec, Share, Encode, Encoder, Reader, Score, Ranking, Settings, check,
               as_path

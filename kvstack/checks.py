@@ -51,7 +51,7 @@ def misfit(problem: str) -> Misfit:
 def entries(x: object, what: str, needed: Iterable[str], known: Iterable[str] = ()) -> dict[str, Any]:
     """`x`, a mapping that has all of the `needed` keys, and no others than these and the `known` ones."""
     if not isinstance(x, dict):
-        raise misfit(f"{what} is no mapping.")
+        raise misfit(f"{what} is not a dict.")
     needed = list(needed)
     if lost := [key for key in needed if key not in x]:
         raise misfit(f"{what} lacks {lost}.")
@@ -65,7 +65,7 @@ def entries(x: object, what: str, needed: Iterable[str], known: Iterable[str] = 
 def items(x: object, what: str, length: int | None = None) -> list[Any]:
     """`x`, a list, with `length` entries where that is given."""
     if not isinstance(x, list) or length not in (None, len(x)):
-        raise misfit(f"{what} is no list{'' if length is None else f' of {length} entries'}.")
+        raise misfit(f"{what} is not a list{'' if length is None else f' of {length} entries'}.")
     return x
 
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a row stand in the batch: padding is left out, and lies between runs of columns.
+"""The columns of a row's tokens in the batch: padding is left out, and lies between runs of columns.
 
 columns   0 1 2 3 4 5 6 7 8 9        what the model saw, and what its attention mask counts
 row       . . a b c . . d e f        . is padding
@@ -49,7 +49,7 @@ class Columns:
         return [(column, end - token) for (token, column), end in zip(self.runs, ends, strict=False)]
 
     def before(self, limit: int, seen: int) -> int:
-        """How many of `seen` tokens stand before the column `limit`."""
+        """Return how many of `seen` tokens are before the column `limit`."""
         return sum(max(0, min(limit - column, n)) for column, n in self._lengths(seen))
 
     def first(self, seen: int) -> Columns:

@@ -16,7 +16,7 @@ def usable(name: object) -> torch.device:
         KVStackError: no tensors can lie there, on this machine or with this build of torch.
     """
     if not isinstance(name, str | torch.device):
-        raise KVStackError(f"device {name!r} cannot be used: it is no name such as 'cpu' or 'cuda:0'.")
+        raise KVStackError(f"device {name!r} cannot be used: it is not a name such as 'cpu' or 'cuda:0'.")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:  # torch built without it raises any of these

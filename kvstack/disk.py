@@ -140,7 +140,7 @@ def _describe_store(store: Store, writer: Writer) -> dict[str, Any]:
 
 
 def _part_of(heads: Heads) -> dict[str, list[int]]:
-    """What is said of a file that holds the heads of one process among several."""
+    """Return the entry of a file that holds the heads of one process among several."""
     return {"heads": [heads.rank, heads.size]} if heads.size > 1 else {}
 
 
@@ -153,7 +153,7 @@ def own_file(path: str | os.PathLike[str], heads: Heads) -> str | os.PathLike[st
 
 
 def _fitted(store: Store) -> list[str]:
-    """What the transform was fitted to: latents mean nothing on other axes."""
+    """Return the fingerprints of the axes that the transform was fitted to: latents mean nothing on other axes."""
     return [codec.fingerprint for codec in store.codecs]
 
 
@@ -238,8 +238,8 @@ class Saved:
         described, binding = self.described, batch.binding
         if pairs(described.get("shares", []), "the list of layers that read others") != dict(binding.shares):
             raise UseError(
-                "it was saved where other layers shared keys and values than they do here. Keep what the stack was "
-                "made with beside the cache."
+                "it was saved where other layers shared keys and values than they do here. Keep the settings of the "
+                "stack next to the cache."
             )
         fed = pairs(described["columns"], "the list of tokens fed to each layer")
         columns = {layer: count(tokens, f"the number of tokens fed to layer {layer}") for layer, tokens in fed.items()}
@@ -341,7 +341,7 @@ NEEDED = ("stack", "model", "dtype", "batch", "columns", "shapes", "scaling", "d
 LATER = ("shares", "deflated", "heads", "ids")
 """What is said of a cache, and what the first versions did not say."""
 STORE = ("sealed_tokens", "fitted")
-"""What is said of a store beside its tracks; the first versions said nothing of `bases`."""
+"""Entries of a store next to its tracks; files of the first versions have none of `bases`."""
 MOST_SCALING = 1e6
 UNEXPECTED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -356,8 +356,8 @@ def _state_of(layer: Any) -> Any:
 
 
 def _columns(described: Any, seen: int, most: int) -> Columns:
-    """Where the `seen` tokens of a cohort stand among `most` columns. Files of the first version say nothing of it:
-    they knew of padding on the left only."""
+    """Return the columns of the `seen` tokens of a cohort, among `most` columns. Files of the first version say nothing
+    of it: they knew only padding on the left."""
     if described is None:
         return Columns(((0, most - seen),) if seen else ())
     runs: list[tuple[int, int]] = []
@@ -376,7 +376,7 @@ def _columns(described: Any, seen: int, most: int) -> Columns:
 
 
 def _layout(binding: Binding, layer: int, held: Any) -> Layout:
-    """What the model caches for a token in a layer, of which transformers' own cache has `held` a token."""
+    """Return the layout of the model's cache in a layer, for one token; transformers' own cache has `held` a token."""
     keys, values, module = held.keys, held.values, binding.modules[layer]
     assert binding.model is not None
     return Layout(
@@ -426,13 +426,13 @@ def load(path: str | os.PathLike[str]) -> Saved:
     again, name = "Save it again.", os.fspath(path)
     metadata, tensors = read_tensors(Path(path), UseError, "cache", again)
     if metadata.get("format") != FORMAT:
-        raise UseError(f"{name!r} is no cache of this version of kvstack. {again}")
+        raise UseError(f"{name!r} is not a cache of this version of kvstack. {again}")
     try:
         described = entries(parsed_json(metadata.get("cache", "")), "its description", NEEDED, LATER)
         return Saved(name, described, Tensors(tensors, dict(_deflated(described.get("deflated", {}), tensors))))
     except ValueError as error:
         own = isinstance(error, KVStackError) and not isinstance(error, Misfit)  # it says what to do
-        raise UseError(f"{name!r} is no cache that can be read: {error}{'' if own else f' {again}'}") from None
+        raise UseError(f"{name!r} cannot be read as a cache: {error}{'' if own else f' {again}'}") from None
 
 
 def _deflated(described: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[torch.dtype, list[int]]]]:

@@ -39,7 +39,7 @@ class CalibrationError(KVStackError):
 
 
 class KVStackWarning(UserWarning):
-    """What a stack leaves undone for a model, without any result being wrong."""
+    """A part of a stack is not at work for a model; no result is wrong."""
 
 
 class WriteError(UseError, OSError):

@@ -88,7 +88,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise WriteError(f"{name!r} is a symbolic link to itself. Name another file.")
         known = place.stat() if place.exists() else None
         if known is not None and not stat.S_ISREG(known.st_mode):
-            raise WriteError(f"{name!r} is no ordinary file, so it cannot be replaced. Name another file.")
+            raise WriteError(f"{name!r} is not an ordinary file, so it cannot be replaced. Name another file.")
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(place)
         _replace(place, data, known)
@@ -189,30 +189,30 @@ def read_tensors(
     try:
         if not os.path.isfile(path):
             os.stat(path)
-            raise error(f"{name!r} is no file. {again}")
+            raise error(f"{name!r} is not a file. {again}")
         with open(path, "rb") as file:
             metadata, tensors = _read(file)
     except FileNotFoundError:
-        raise error(f"{name!r} is no file. {again}") from None
+        raise error(f"{name!r} does not exist. {again}") from None
     except KVStackError:
         raise
     except OSError as problem:
         raise error(f"{name!r} cannot be read: {problem.strerror}. {again}") from None
     except ValueError as problem:
-        raise error(f"{name!r} is damaged or no {what}: {problem}. {again}") from None
+        raise error(f"{name!r} is damaged or not a {what}: {problem}. {again}") from None
     written = metadata.pop(CHECKSUM, None)
     if written is None:
-        raise error(f"{name!r} is no {what} of this version of kvstack. {again}")
+        raise error(f"{name!r} is not a {what} of this version of kvstack. {again}")
     if written != _checksum(tensors, metadata):
         raise error(f"{name!r} is damaged: its checksum is another. {again}")
     return metadata, tensors
 
 
 def parsed_json(text: str | bytes | bytearray) -> Any:
-    """What a JSON text says; any fault of it, NaN and infinity among them, is a ValueError."""
+    """Return the content of a JSON text; any fault of it, NaN and infinity among them, is a ValueError."""
 
     def unknown(word: str) -> None:
-        raise ValueError(f"{word} is no number")
+        raise ValueError(f"{word} is not a number")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         known = dict(pairs)
@@ -234,10 +234,10 @@ def _read(file: BinaryIO) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError("its header is longer than the file")
     header = parsed_json(_exactly(file, head))
     if not isinstance(header, dict):
-        raise ValueError("its header is no mapping")
+        raise ValueError("its header is not a dict")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is no mapping of words")
+        raise ValueError("its metadata is not a dict of words")
     end, tensors = 0, {}
     for name, dtype, shape, start, stop in sorted(_described(header), key=lambda entry: entry[3:]):
         if start != end or stop > size - 8 - head:

@@ -64,7 +64,7 @@ class Heads:
         return x
 
     def gathered(self, thing: T) -> list[T]:
-        """What each process says, in their order. For small things: they are pickled."""
+        """Return the `thing` of each process, in their order. For small things: they are pickled."""
         if self.group is None:
             return [thing]
         told: list[Any] = [None] * self.size

@@ -1,4 +1,4 @@
-"""What `update` returns where attention is answered from the store: tensors that are decoded when somebody looks.
+"""The result of `update` if attention is answered from the store: tensors that are decoded when somebody looks.
 
 To our own attention a `Lazy` tensor only says whose keys or values are wanted. To everybody else it is what it seems:
 any operation on it decodes once and goes on with an ordinary tensor. Models look when they reuse the keys of an earlier
@@ -50,7 +50,7 @@ class Lazy(Tensor):
             return self._decoded
 
     def is_decoded_as(self, x: Tensor) -> bool:
-        """Whether `x` is what this became."""
+        """Return True if `x` is the tensor that this one was decoded to."""
         return vars(self)["_decoded"] is x
 
     @classmethod

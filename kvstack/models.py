@@ -20,7 +20,7 @@ DEFAULT_MODEL, GEMMA_MODEL = SMOLLM2.name, GEMMA3.name
 
 
 def cache_dir() -> Path:
-    """Where kvstack keeps files between runs: `$KVSTACK_CACHE`, or the user's cache folder."""
+    """Return the folder of kvstack's files between runs: `$KVSTACK_CACHE`, or the user's cache folder."""
     if chosen := os.environ.get("KVSTACK_CACHE"):
         return Path(chosen).expanduser()
     import platformdirs

@@ -123,7 +123,7 @@ class _Filling:
             self.seen = next(state[name] for name in COUNTED if type(state.get(name)) is int)
 
     def value(self, x: Any, like: Any, fresh: Any, name: str) -> Any:
-        """What `x` describes, where the layer has `like` after a token, and `fresh` before."""
+        """Return the value that `x` describes, for a layer that has `like` after a token, and `fresh` before."""
         what = f"{name} of a {self.kind}"
         if isinstance(like, Tensor) or (like is None and not self.exact and isinstance(x, dict)):
             return self._tensor(entries(x, what, ["tensor"], ["device"])["tensor"], like, fresh, name, what)

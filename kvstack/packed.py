@@ -1,4 +1,4 @@
-"""What an encoder leaves behind: a few tensors whose third axis runs along the tokens.
+"""The result of an encoder: a few tensors whose third axis runs along the tokens.
 
 Because every part has the layout (B, H, units, ...), where a unit is a fixed number of tokens, the store can
 append, crop, evict and reorder encoded tokens without knowing the encoder:
@@ -60,11 +60,11 @@ class Room:
         }
 
     def holds(self, packed: Packed) -> bool:
-        """Whether the parts are views of these buffers: nobody has put others in their place."""
+        """Return True if the parts are views of these buffers: nobody has put others in their place."""
         return all(packed.parts[name].data_ptr() == buffer.data_ptr() for name, buffer in self.buffers.items())
 
     def takes(self, packed: Packed, newer: Packed) -> bool:
-        """Whether `packed` is all that is written, and `newer` may be written behind it."""
+        """Return True if `packed` is all that is written, and `newer` may be written behind it."""
         if packed.tokens != self.written or self.written + newer.tokens > self.most or not self.holds(packed):
             return False
         for name, buffer in self.buffers.items():

@@ -1,4 +1,4 @@
-"""What `update` returns: the plain tensors of a dense cache where there are such, and lazy ones otherwise."""
+"""The results of `update`: the plain tensors of a dense cache if there are such, and lazy ones otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Promise", "Promises"]
 
 @dataclass
 class Promise:
-    """What one layer's `update` returned.
+    """The result of one layer's `update`.
 
     Attributes:
         layer: whose keys and values they are.
@@ -35,7 +35,7 @@ class Promise:
     attached: KV | None
 
     def holds(self, key: Tensor, value: Tensor) -> bool:
-        """Whether attention was called with just these, or with what became of them by a move that moved nothing."""
+        """Return True if attention was called with these tensors, or with those that these were decoded to."""
         return self.holds_keys(key) and _same(value, self.kv.values)
 
     def holds_keys(self, key: Tensor) -> bool:
@@ -47,7 +47,7 @@ def _same(x: Tensor, promised: Tensor) -> bool:
 
 
 class Promises:
-    """What was promised to the layers of the running forward.
+    """The promises to the layers of the running forward.
 
     Args:
         label: the stack, as messages name it.
@@ -155,7 +155,7 @@ class Promises:
         return whole or KV(*(x.new_zeros(*x.shape[:2], width, x.shape[3]) for x in (new.keys, new.values)))
 
     def attach(self, kv: KV, cohort: Cohort, attached: KV | None) -> KV:
-        """What was read, with the new tokens as the model made them, so that gradients reach them."""
+        """Return `kv`, as it was read, with the new tokens as the model made them, so that gradients reach them."""
         refuses = self.batch.attached and torch.is_grad_enabled()
         if not cohort.new or (attached is None and not refuses):
             return kv

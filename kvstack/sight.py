@@ -1,4 +1,4 @@
-"""What the queries of a forward see of the tokens held: the model's mask, cut to what a stack holds of its tokens."""
+"""The tokens that the queries of a forward see: the model's mask, cut to the tokens that a stack holds."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Sight:
     def part(
         self, mask: Any, call: Call, number: int, cohort: Cohort, places: Tensor | None, n: int, dense: int
     ) -> Tensor | None:
-        """What the model's mask says of the `n` queries of a cohort, at `places`, over all its tokens; None where that
-        is causal."""
+        """Return the part of the model's mask for the `n` queries of a cohort, at `places`, over all its tokens; None
+        if that is causal."""
         if id(mask) not in self._parts:
             while len(self._parts) > 1:  # layers may have a mask each, which nobody asks for again
                 del self._parts[next(iter(self._parts))]

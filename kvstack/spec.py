@@ -31,11 +31,11 @@ SETTINGS: Mapping[str, tuple[Any, str]] = {
     "device": (str | None, "the name of a device, such as 'cpu'"),
     "fused": (bool, "True or False"),
 }
-"""Settings of a stack that its dict holds beside the stages: their types, in words too."""
+"""Settings of a stack that its dict holds next to the stages: their types, in words too."""
 WRITABLE = (bool, int, float, str, tuple, list, type(None))
 """Types that a setting can have to be written down."""
 LONGEST = 10_000
-"""Characters of a spec that are read: a longer one is no stack, and nesting that deep would exhaust the parser."""
+"""Characters of a spec that are read: a longer one is not a stack, and nesting that deep would exhaust the parser."""
 
 
 # ---- reading
@@ -50,12 +50,14 @@ def parse(spec: str | Mapping[str, Any]) -> tuple[list[Stage], dict[str, Any]]:
     with _only_spec_errors(spec):
         if isinstance(spec, str):
             if len(spec) > LONGEST:
-                raise SpecError(f"{spec[:40]!r}... is no spec: it has {len(spec)} characters. Use {LONGEST} at most.")
+                raise SpecError(f"{spec[:40]!r}... is not a valid spec: {len(spec)} characters. Use {LONGEST} at most.")
             pipeline, *behind = _cut(spec, "@")
             settings = _settings(behind, spec)
             return ([_stage(part, spec) for part in _cut(pipeline, "+")] if pipeline.strip() else []), settings
         if not isinstance(spec, Mapping) or "stages" not in spec:
-            raise SpecError(f"{spec!r} is no spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict().")
+            raise SpecError(
+                f"{spec!r} is not a valid spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict()."
+            )
         if not isinstance(spec["stages"], list | tuple):
             raise SpecError(f"stages={spec['stages']!r} is not a list of stages. Give the dict of to_dict().")
         settings = {name: value for name, value in spec.items() if name != "stages"}
@@ -68,10 +70,10 @@ def _settings(behind: Sequence[str], spec: str) -> dict[str, Any]:
     if not behind:
         return {}
     if len(behind) > 1:
-        raise SpecError(f"{spec!r} is no spec: it has more than one @. Write 'quant:2@window=16,block=64'.")
+        raise SpecError(f"{spec!r} is not a valid spec: it has more than one @. Write 'quant:2@window=16,block=64'.")
     args, settings = _arguments(_call_of(behind[0], spec), spec)
     if args:
-        raise SpecError(f"{spec!r} is no spec: behind the @ every setting has a name. Write '@window=16,block=64'.")
+        raise SpecError(f"{spec!r} is not a valid spec: settings after the @ need names. Write '@window=16,block=64'.")
     return _known(settings, spec)
 
 
@@ -100,7 +102,7 @@ def _only_spec_errors(spec: object) -> Iterator[None]:
         except (ValueError, RecursionError):  # integers of thousands of digits cannot be shown
             shown = "the spec"
         reason = str(error) or type(error).__name__
-        raise SpecError(f"{shown[:200]} is no spec: {reason[:200]}. Write 'quant:2+evict:0.2'.") from None
+        raise SpecError(f"{shown[:200]} is not a valid spec: {reason[:200]}. Write 'quant:2+evict:0.2'.") from None
 
 
 def make_score(text: str) -> Score:
@@ -150,7 +152,7 @@ def check_types(thing: Any) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is what the type `hint` says. Whole numbers are floats too, truth values are no numbers."""
+    """Return True if `value` is of the type `hint`. Whole numbers are floats too, truth values are not numbers."""
     if hint is Any:
         return True
     origin, args = get_origin(hint), get_args(hint)
@@ -177,7 +179,7 @@ def _expression(text: str, whole: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError):
-        raise SpecError(f"{whole!r} is no spec: {text!r} cannot be read. Write 'quant:2+evict:0.2'.") from None
+        raise SpecError(f"{whole!r} is not a valid spec: {text!r} cannot be read. Write 'quant:2+evict:0.2'.") from None
 
 
 def _call_of(arguments: str, whole: str) -> ast.Call:
@@ -186,7 +188,7 @@ def _call_of(arguments: str, whole: str) -> ast.Call:
     node = _expression(text, whole)
     complete = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     if not complete or ast.get_source_segment(text, node) != text:
-        raise SpecError(f"{whole!r} is no spec: {arguments!r} are no arguments. Write 'quant:2+evict:0.2'.")
+        raise SpecError(f"{whole!r} is not a valid spec: {arguments!r} are no arguments. Write 'quant:2+evict:0.2'.")
     assert isinstance(node, ast.Call)
     return node
 
@@ -204,16 +206,18 @@ def _value(node: ast.expr, family: Family, whole: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise SpecError(
-            f"{whole!r} is no spec: {ast.unparse(node)!r} is neither a number nor a word. A path is quoted: 'out/file'."
+            f"{whole!r} is not a valid spec: {ast.unparse(node)!r} is not a number and not a word. Quote a path: "
+            "'out/file'."
         ) from None
 
 
 def _arguments(call: ast.Call, whole: str) -> tuple[list[Any], dict[str, Any]]:
     names = [keyword.arg for keyword in call.keywords]
     if None in names:
-        raise SpecError(f"{whole!r} is no spec: ** has no place in it. Name every setting.")
+        raise SpecError(f"{whole!r} is not a valid spec: ** has no place in it. Name every setting.")
     if twice := {name for name in names if names.count(name) > 1}:
-        raise SpecError(f"{whole!r} is no spec: {', '.join(sorted(map(str, twice)))} is given twice. Give it once.")
+        names_twice = ", ".join(sorted(map(str, twice)))
+        raise SpecError(f"{whole!r} is not a valid spec: {names_twice} is given twice. Give it once.")
     args = [_value(arg, "scores", whole) for arg in call.args]
     return args, {k.arg: _value(k.value, "scores", whole) for k in call.keywords if k.arg}
 
@@ -236,7 +240,7 @@ def _cut(text: str, at: str) -> list[str]:
 def _stage(text: str, whole: str) -> Stage:
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?::(.*)|\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
-        raise SpecError(f"{whole!r} is no spec: {text!r} is not a stage. Write 'quant:2+evict:0.2'.")
+        raise SpecError(f"{whole!r} is not a valid spec: {text!r} is not a stage. Write 'quant:2+evict:0.2'.")
     name = match[1].lower()
     call = _call_of(match[2] or match[3] or "", whole)
     return _checked(_build("stages", name, *_arguments(call, whole)), whole)
@@ -244,7 +248,7 @@ def _stage(text: str, whole: str) -> Stage:
 
 def _checked(stage: Any, whole: object) -> Stage:
     if not isinstance(stage, Stage):
-        raise SpecError(f"{whole!r} is no spec: {stage!r} is not a stage.")
+        raise SpecError(f"{whole!r} is not a valid spec: {stage!r} is not a stage.")
     return stage
 
 
@@ -277,7 +281,7 @@ def to_dict(thing: Settings) -> dict[str, Any]:
     """Describe a stage or score as plain data: its name and settings, nested scores included.
 
     Raises:
-        StageError: it is no kvstack stage or score, or a setting is of a type that cannot be written down.
+        StageError: it is not a stage or score of kvstack, or a setting is of a type that cannot be written down.
     """
     if not isinstance(thing, Settings):
         raise StageError(f"{thing!r} is not a kvstack Score, so it has no name to be stored under. Subclass Score.")

@@ -30,7 +30,7 @@ class StackLayer(CacheLayerMixin):
     def stack(self) -> KVStack:
         stack = self._stack()
         if stack is None:
-            raise UseError("the KVStack of this layer is gone. Keep the stack, not its layers.")
+            raise UseError("the KVStack of this layer no longer exists. Keep the stack, not its layers.")
         return stack
 
     # ---- what it holds

@@ -75,7 +75,7 @@ def as_path(stage: object, name: str, thing: type) -> Any:
         return os.fspath(value)
     quoted = "/".join(map(str, value)) if isinstance(value, tuple) else "FILE"  # a/b in a spec is a pair
     fits = value is None or isinstance(value, str | thing)
-    check(fits, stage, f"{name} is no path.", f"Quote it in a spec: {name}={quoted!r}.")
+    check(fits, stage, f"{name} is not a path.", f"Quote it in a spec: {name}={quoted!r}.")
     return value
 
 
@@ -115,7 +115,7 @@ class Ranking:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """What was fitted to the model; all its caches share it."""
+        """The tensors that were fitted to the model; all its caches share them."""
         return ()
 
     def score(self, kv: KV, context: Context) -> Tensor:
@@ -152,7 +152,7 @@ class Score(Settings, Ranking):
     """Whether `bind` fits it to the weights of a model, so that it has no `score` without one."""
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
-        """What ranks the tokens of `model`: this score itself, or something that was fitted to the model.
+        """Return the ranking for the tokens of `model`: this score itself, or something that was fitted to the model.
 
         Args:
             layers: the full-attention layers that hold keys and values.
@@ -203,14 +203,14 @@ class Encoder:
 
     @property
     def reads_room(self) -> bool:
-        """Whether `decode`, `dot`, `mix` and the `reader` take parts that are not contiguous: there is room for more
+        """True if `decode`, `dot`, `mix` and the `reader` take parts that are not contiguous: there is room for more
         tokens behind those of every head. Operators of torch do, `view` and pointers may not. False (the default):
         parts are contiguous, so all of them are copied for every block of new tokens."""
         return False
 
     def reader(self, device: torch.device) -> Reader:
-        """What answers a single query from tensors packed on `device`, chosen when a stack is bound: this encoder
-        itself (the default), or something faster that agrees with it."""
+        """Return the reader that answers a single query from tensors packed on `device`, chosen when a stack is bound:
+        this encoder itself (the default), or something faster that agrees with it."""
         return self
 
     def granule(self, width: int) -> int:
@@ -219,7 +219,7 @@ class Encoder:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """What it knows about the channels of one latent. It belongs to the model: all its caches share it."""
+        """The tensors that describe the channels of one latent. They belong to the model: all its caches share them."""
         return ()
 
     def encode(self, x: Tensor, role: str) -> Packed:
@@ -246,7 +246,7 @@ class ChannelEncoder(Encoder):
 
     @property
     def rank(self) -> int:
-        """How many channels it stores."""
+        """The number of channels that it stores."""
         raise NotImplementedError
 
 
@@ -355,7 +355,7 @@ class Transform(Stage):
     unrotated: bool = False
     """Whether keys are wanted without rotary embedding."""
     encodes_itself: ClassVar[bool] = False
-    """Whether it packs its latents itself, so that no encoder can stand beside it."""
+    """True if it packs its latents itself, so that a stack can have no encoder next to it."""
     usual_window: int = 64
     """Newest tokens that a stack leaves as they are, if it is not told how many and evicts none."""
 

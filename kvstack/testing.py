@@ -4,7 +4,7 @@
     def test_contract():
         check_stage(MyQuant(4))
 
-Every function raises AssertionError with a sentence; nothing here needs pytest, weights or a network.
+Every function raises AssertionError with a message; nothing here needs pytest, weights or a network.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _check_moves(stage: Encoder, packed: Packed, role: str, whole: Tensor, granu
 
 
 def _check_room(stage: Encoder, packed: Packed, role: str, whole: Tensor) -> None:
-    """What `reads_room` promises: heads may be further apart in memory than their tokens are."""
+    """Check the promise of `reads_room`: heads may be further apart in memory than their tokens are."""
     apart = packed.with_room(packed.tokens)
     assert torch.equal(stage.decode(apart, role), whole), f"{stage!r}: room behind the tokens changes them ({role})"
     _check_products(stage, apart, role, whole)
@@ -240,7 +240,7 @@ def check_transform(stage: Transform, model: Any = None) -> None:
 
 
 def _check_fitted(stage: Transform, codec: FitsText, data: dict[str, Tensor], layer: int, back: KV) -> None:
-    """What was fitted to a text has a first axis of rows, and goes with them."""
+    """Check that all that was fitted to a text has a first axis of rows, and goes with them."""
     swapped = codec.with_fitted({name: x[[1, 0]] for name, x in codec.fitted.items()})
     again = swapped.inverse({name: x[[1, 0]] for name, x in data.items()}, layer)
     same = torch.allclose(again.keys[[1, 0]], back.keys, atol=1e-5)
@@ -305,18 +305,18 @@ def check_in_stack(stage: Stage, model: Any = None) -> None:
         assert bool((positions.diff(dim=-1) > 0).all()), f"{stage!r}: positions of layer {layer} are not ascending"
         ends = torch.cat([torch.arange(3), torch.arange(339 - 16, 339)])
         kept = torch.isin(ends, positions).all() and all(torch.isin(ends, head).all() for head in positions)
-        assert bool(kept), f"{stage!r}: sinks or window of layer {layer} are gone"
+        assert bool(kept), f"{stage!r}: sinks or window of layer {layer} are lost"
         assert stack.read(layer, 1).keys.shape[2] == stack.held, f"{stage!r}: layer {layer} does not hold `held` tokens"
     if isinstance(stage, Evict):
         budget = stage.keep if isinstance(stage.keep, int) else stage.keep * (339 - 19)
-        assert stack.held <= budget + 19, f"{stage!r}: holds {stack.held} tokens, {budget} beside sinks and window fit"
+        assert stack.held <= budget + 19, f"{stage!r}: holds {stack.held} tokens, and its budget is {budget}"
     stack.batch_select_indices(torch.tensor([1]))
     stack.crop(-5)
     assert (stack.batch_size, stack.seen) == (1, 334), f"{stage!r}: rows or crop went wrong"
 
 
 def check_file(stage: Stage, model: Any = None) -> None:
-    """What is packed goes to a file and back, and parts that are cut or hold no numbers are refused."""
+    """Check that packed tokens go to a file and back, and that parts that are cut or hold no numbers are refused."""
     model = tiny_model() if model is None else model
     ids = torch.randint(3, 97, (2, 300), generator=torch.Generator().manual_seed(0))
     stack = KVStack([stage], model=model, sinks=3, window=16)

@@ -43,7 +43,7 @@ LONG = 1 << 30
 
 
 class TokenRotation(Protocol):
-    """How one layer rotates the tokens of a text, named by their indices in it (0 is the first token).
+    """The rotation of one layer for the tokens of a text, named by their indices in it (0 is the first token).
 
     The rotation goes through the positions that the model was given for these tokens, whatever they were."""
 
@@ -60,8 +60,8 @@ class Rotation(TokenRotation, Protocol):
     (B or 1, axes, H or 1, T) where these are not the indices of the tokens."""
 
     def turns(self, positions: Tensor, width: int, /) -> Turns | None:
-        """How heads of `width` channels are turned at positions that are the same for all
-        heads; None where that is not pair by pair."""
+        """Return the turns of heads of `width` channels at positions that are the same for all
+        heads; None if they are not turned pair by pair."""
 
     def remember(self, positions: Tensor, /) -> None:
         """Keep the tables for these positions until `forget`."""
@@ -97,7 +97,7 @@ class KV:
 
 @dataclass(frozen=True)
 class Context:
-    """What a score may know about the tokens it is given, next to their keys and values.
+    """The facts that a score may use about the tokens it is given, next to their keys and values.
 
     Attributes:
         layer: index of the layer in the model.
@@ -160,7 +160,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model caches for one token of one row in one layer, and where.
+    """The sizes, types and device of a model's cache in one layer, for one token of one row.
 
     Attributes:
         heads: key and value heads.

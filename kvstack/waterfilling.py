@@ -29,7 +29,7 @@ ENOUGH = 1.1
 
 
 def spread(energies: Sequence[Tensor], bits: int) -> list[Tensor]:
-    """How many of `bits` bits each channel gets: one uint8 tensor like each of `energies` (R,).
+    """Spread `bits` bits over channels: return one uint8 tensor like each of `energies` (R,).
 
     Spends exactly `bits`, or 12 on every channel where that is less. A channel never gets fewer bits than one of
     less energy. Of equal channels the first come first.
@@ -65,8 +65,8 @@ def spread_by_class(
 
 
 def leading(energies: Sequence[Tensor], numbers: int) -> list[int]:
-    """How many leading channels each of `energies` (R,) keeps when all together keep the `numbers` of most energy; at
-    least one each. For encoders that spend the same bits on every channel."""
+    """Return how many leading channels each of `energies` (R,) keeps if all together keep the `numbers` of most energy;
+    at least one each. For encoders that spend the same bits on every channel."""
     lengths = [len(energy) for energy in energies]
     flat = torch.cat([energy.cpu() for energy in energies])
     best = flat.sort(descending=True, stable=True).indices[:numbers]
@@ -85,5 +85,5 @@ def error_left(energies: Sequence[Tensor], bits: Sequence[Tensor]) -> float:
 
 
 def nearly_best(energies: Sequence[Tensor], bits: Sequence[Tensor], best: Sequence[Tensor]) -> bool:
-    """Whether `bits` leave an error that is at most a tenth larger than what the `best` ones leave."""
+    """Return True if `bits` leave an error that is at most a tenth larger than that of the `best` ones."""
     return error_left(energies, bits) <= ENOUGH * error_left(energies, best)

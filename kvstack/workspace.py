@@ -1,6 +1,6 @@
 """Scratch memory that one forward reuses for all layers and drops when it ends.
 
-Reading a compressed layer needs somewhere to put the decoded tokens. Allocating that anew for each layer costs
+Reading a compressed layer needs somewhere to put the decoded tokens. Allocating that again for each layer costs
 more than the arithmetic (fresh pages are zeroed by the system), so layers share one set of buffers.
 """
 

@@ -119,9 +119,9 @@ def test_mistakes(tmp_path):
     with pytest.raises(UseError, match="is damaged: its checksum"):
         KVStack.load(path, model=model)
     path.write_bytes(data[:-10])
-    with pytest.raises(UseError, match="is damaged or no cache"):
+    with pytest.raises(UseError, match="is damaged or not a cache"):
         KVStack.load(path, model=model)
-    with pytest.raises(UseError, match="is no file"):
+    with pytest.raises(UseError, match="does not exist"):
         KVStack.load(tmp_path / "none", model=model)
     with pytest.raises(UseError, match="not bound to a model"):
         KVStack([Quant(4)]).save(path)
@@ -283,7 +283,9 @@ def test_a_missing_part_is_said(tmp_path):
     path = tmp_path / "cache"
     model, _ = stored([Quant(4)], path)
     changed(path, lambda described, tensors: described.pop("cohorts"))
-    with pytest.raises(UseError, match=r"cache' is no cache .* its description lacks \['cohorts'\]\. Save it again"):
+    with pytest.raises(
+        UseError, match=r"cache' cannot be read as a cache: .*its description lacks \['cohorts'\]\. Save it again"
+    ):
         KVStack.load(path, model=model)
     model, _ = stored([Quant(4)], path)
     changed(path, lambda described, tensors: tensors.pop("0"))

@@ -61,7 +61,7 @@ def test_a_file_that_may_not_grow(tmp_path):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(WriteError, match=r"is a folder\. Name a file in it"):
         write_bytes(tmp_path, b"new")
-    with pytest.raises(UseError, match=r"is no file\. Again"):
+    with pytest.raises(UseError, match=r"is not a file\. Again"):
         read_tensors(tmp_path, UseError, "cache", "Again.")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(WriteError, match="cannot be written"):
@@ -143,9 +143,9 @@ def test_a_link_stays(tmp_path):
 @unix
 def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(WriteError, match="is no ordinary file"):
+    with pytest.raises(WriteError, match="is not an ordinary file"):
         write_bytes(tmp_path / "pipe", b"new")
-    with pytest.raises(UseError, match="is no file"):
+    with pytest.raises(UseError, match="is not a file"):
         read_tensors(tmp_path / "pipe", UseError, "cache", "Again.")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
@@ -286,7 +286,7 @@ def test_files_that_are_no_safetensors(name, tmp_path):
         head = json.dumps(data).encode()
         data = len(head).to_bytes(8, "little") + head + bytes(24)
     (tmp_path / "file").write_bytes(data)
-    with pytest.raises(UseError, match=r"file' is damaged or no cache: .*\. Again\."):
+    with pytest.raises(UseError, match=r"file' is damaged or not a cache: .*\. Again\."):
         read_tensors(tmp_path / "file", UseError, "cache", "Again.")
 
 

@@ -111,7 +111,7 @@ class KVStackLM(HFLM):
         self._dense += stack.dense_nbytes
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside the results: with the stack, and the share of the dense cache's bytes that it
+        """Return the harness's notes on the model, with the stack, and the share of the dense cache's bytes that it
         held, over all forwards of log likelihoods and the ends of all generations."""
         share = self._held / self._dense if self._dense else None
         return super().get_model_info() | {"kvstack": self._name, "kvstack_share_of_dense_bytes": share}
