@@ -618,7 +618,7 @@ def test_one_layer_cannot_share():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_default_of_a_model_with_few_layers(layers):
     more = "Leave it out" if layers == 1 else "Use share=0.5 or more"
-    with pytest.warns(KVStackWarning, match=f"no whole layer of the {layers} full-attention layers .* {more}"):
+    with pytest.warns(KVStackWarning, match=f"not a whole layer of the {layers} full-attention layers .* {more}"):
         stack = KVStack([KVSharer()], model=tiny_model(num_hidden_layers=layers))
     assert not stack.binding.shares
 

@@ -140,9 +140,9 @@ def test_bytes_that_are_refused(fitted, model):
     chunk = chunk_of(model, 0, 100)
     data = codec.encode(chunk)
     told = (chunk.shape, chunk.dtype)
-    with pytest.raises(ChunkError, match="no chunk that kvstack packed"):
+    with pytest.raises(ChunkError, match="not a chunk that kvstack packed"):
         codec.decode(data.flip(0), *told)
-    with pytest.raises(ChunkError, match="no chunk that kvstack packed"):
+    with pytest.raises(ChunkError, match="not a chunk that kvstack packed"):
         codec.decode(data[:3], *told)
     with pytest.raises(ChunkError, match="too few for this chunk, which takes"):
         codec.decode(data[:-1], *told)
