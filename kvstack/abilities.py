@@ -139,9 +139,9 @@ class FitsText(Codec):
     them, and forgets them with the last sealed token."""
 
     fitted: Mapping[str, Tensor] = {}
-    """What `fit` made; empty: not fitted."""
+    """The result of `fit`; empty: not fitted."""
     first_block_only: bool = False
-    """Whether only the first block of a text is sealed, and later tokens stay raw."""
+    """True if only the first block of a text is sealed, and later tokens stay raw."""
 
     def min_tokens(self, group: Sequence[KV]) -> int:
         """Return the number of tokens that the first block of a text needs; fewer stay raw. `group` holds the raw

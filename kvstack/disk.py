@@ -336,10 +336,10 @@ class Saved:
 
 S = TypeVar("S")
 COHORT = ("rows", "seen", "stores")
-"""What is said of a cohort."""
+"""Entries of a cohort."""
 NEEDED = ("stack", "model", "dtype", "batch", "columns", "shapes", "scaling", "direct", "cohorts", "others")
 LATER = ("shares", "deflated", "heads", "ids")
-"""What is said of a cache, and what the first versions did not say."""
+"""Entries of a cache; files of the first versions have none of `LATER`."""
 STORE = ("sealed_tokens", "fitted")
 """Entries of a store next to its tracks; files of the first versions have none of `bases`."""
 MOST_SCALING = 1e6

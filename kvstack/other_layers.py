@@ -21,9 +21,9 @@ from .errors import UseError
 __all__ = ["describe_layer", "fill_layer", "forked_layer"]
 
 TOKENS_AXIS = {"keys": 2, "values": 2, "indexer_keys": 1}
-"""Which axis of a tensor runs along the tokens, by its name in the layer."""
+"""The axis of a tensor that runs along the tokens, by its name in the layer."""
 ROWS_AXIS = {"indexer_position_ids": 1}
-"""Which axis runs along the rows of the batch, where it is not the first."""
+"""The axis that runs along the rows of the batch, if it is not the first."""
 FREE = ("record_past",)
 """Settings that may differ from those of a new layer."""
 COUNTED = ("cumulative_length",)
@@ -88,7 +88,7 @@ def fill_layer(
 
 
 PLACES = (torch.dtype, torch.device)
-"""Where a layer's tensors are and of which type: the model tells, not the file."""
+"""Types of a layer's entries that the model tells, not the file: the type and the device of its tensors."""
 
 
 def _tensors_in(x: Any) -> int:

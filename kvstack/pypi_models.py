@@ -32,7 +32,7 @@ class PyPIModel:
     files: tuple[tuple[str, str], ...]
     """Module and file in its folder, of each part in order."""
     package: str
-    """What to install."""
+    """The package to install."""
     install: str
     megabytes: int
     """Of the folder, once converted."""

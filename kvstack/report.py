@@ -45,8 +45,8 @@ class Report:
     """Bytes that were fitted to the model: held once for all its caches, and not part of `nbytes`."""
 
     reads_with: list[str] = field(default_factory=list)
-    """What answers a single query from sealed tokens: `torch`, or a faster reader. Empty where nothing is sealed, or
-    everything is decoded."""
+    """The readers that answer a single query from sealed tokens: `torch`, or a faster one. Empty if nothing is sealed,
+    or everything is decoded."""
 
     devices: dict[str, int] = field(default_factory=dict)
     """Bytes on each device; they add up to `nbytes`."""

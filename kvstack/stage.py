@@ -104,7 +104,7 @@ class Stage(Settings):
 
     kind: ClassVar[Kind]
     saves: ClassVar[str] = ""
-    """What becomes smaller, in a few words, for the catalogue."""
+    """The saving, in a few words, for the catalogue."""
 
 
 # ---- select
@@ -135,21 +135,21 @@ class Score(Settings, Ranking):
     """
 
     queries: int = 0
-    """How many of the newest queries `score` wants in `Context.queries`; -1 for all of the running forward."""
+    """The number of newest queries that `score` wants in `Context.queries`; -1 for all of the running forward."""
     references: ClassVar[bool] = False
-    """Whether `score` wants queries of the whole forward, evenly spaced, in `Context.references`."""
+    """True if `score` wants queries of the whole forward, evenly spaced, in `Context.references`."""
     tracks: ClassVar[bool] = False
-    """Whether `track` keeps a memory per token."""
+    """True if `track` keeps a memory per token."""
     rereads: ClassVar[bool] = False
-    """Whether the model reads every prompt and every later turn a second time before it is compressed. `track` then
+    """True if the model reads every prompt and every later turn a second time before it is compressed. `track` then
     gets the queries of that second reading, and no others."""
     needs_rope: ClassVar[bool | None] = None
-    """Whether `score` uses `Context.rope`. True: a model whose rotation cannot be told is refused when bound.
+    """True if `score` uses `Context.rope`: a model whose rotation cannot be found is then refused when bound.
     False: it never does, so positions are not noted. None (the default): it may."""
     layers: int = 1
     """Adjacent layers that keep the same tokens where neither the user nor a transform says how many."""
     is_fitted: ClassVar[bool] = False
-    """Whether `bind` fits it to the weights of a model, so that it has no `score` without one."""
+    """True if `bind` fits it to the weights of a model, so that it has no `score` without one."""
 
     def bind(self, model: PreTrainedModel, layers: Sequence[int]) -> Ranking:
         """Return the ranking for the tokens of `model`: this score itself, or something that was fitted to the model.
@@ -187,7 +187,7 @@ class Reader(Protocol):
     """Answers one query from what an encoder packed."""
 
     reads_with: str
-    """What does the work, for the report."""
+    """The name of the library that does the work, for the report."""
 
     def dot(self, query: Tensor, packed: Packed, role: str, work: Workspace) -> Tensor:
         """`query` (B, H, G, R) times the transposed packed tensor: (B, H, G, T)."""
@@ -288,15 +288,15 @@ class Codec:
     latent_multiple: int = 1
     """A latent that an encoder packs holds all tokens of a granule, or a multiple of this number."""
     reads_room: bool = False
-    """Whether latents that are stored exactly need not be contiguous, see `Encoder.reads_room`."""
+    """True if latents that are stored exactly need not be contiguous, see `Encoder.reads_room`."""
     encoders: Mapping[str, Encoder] = {}
     """Encoders of its own by the name of the latent. Name all latents that are not exact, or none."""
     lower: Mapping[str, Sequence[Encoder]] = {}
-    """Where tokens are in classes: the encoders of the classes below the first, whose encoder is in `encoders`."""
+    """If tokens are in classes, the encoders of the classes below the first, whose encoder is in `encoders`."""
     tensors: Sequence[Tensor] = ()
-    """What was fitted to the model for this group; all caches of the model share it."""
+    """The tensors that were fitted to the model for this group; all caches of the model share them."""
     fingerprint: str = ""
-    """What was fitted, in a few words: a saved cache is refused where this has changed."""
+    """The fitted data in short: a saved cache is refused if this has changed."""
 
     def forward(self, group: Sequence[KV]) -> Mapping[str, Latent]:
         """Latents of one block of tokens; `group` holds one `KV` per layer, in layer order."""
@@ -351,9 +351,9 @@ class Transform(Stage):
     layers: int | None
     """Adjacent layers that are stored together; None: settled when the stack is bound."""
     share_heads: bool = True
-    """Whether a token must be kept by all heads of the group or by none."""
+    """True if a token must be kept by all heads of the group or by none."""
     unrotated: bool = False
-    """Whether keys are wanted without rotary embedding."""
+    """True if keys are wanted without rotary embedding."""
     encodes_itself: ClassVar[bool] = False
     """True if it packs its latents itself, so that a stack can have no encoder next to it."""
     usual_window: int = 64

@@ -99,12 +99,24 @@ def texts_of(source: str) -> Iterator[tuple[int, str]]:
 
 
 def first_words(source: str) -> Iterator[tuple[int, str]]:
-    """First words of the docstrings of a module, its classes and functions, with the lines of these."""
+    """First words of the docstrings of a module, its classes, functions and attributes, with the lines of these."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             words = (ast.get_docstring(node) or "").split()
             if words:
                 yield getattr(node, "lineno", 1), words[0]
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for attribute, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(attribute, ast.Assign | ast.AnnAssign) and (words := _string(text).split()):
+                    yield attribute.lineno, words[0]
+
+
+def _string(node: ast.stmt) -> str:
+    """Return the text of a statement that is only a string; empty for all others."""
+    match node:
+        case ast.Expr(value=ast.Constant(value=str(text))):
+            return text
+    return ""
 
 
 def phrases_in(text: str, rules: Rules, path: str, line: int = 1) -> Iterator[Finding]:

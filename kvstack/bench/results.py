@@ -32,7 +32,7 @@ class Figures(NamedTuple):
     rows: list[Record]
     """Keys and figures together."""
     environment: Mapping[str, Any]
-    """Where they come from: model, versions, hardware, seed, ..."""
+    """Their origin: model, versions, hardware, seed, ..."""
 
 
 class Results:

@@ -89,7 +89,7 @@ class Calibration:
     _before: str = field(default="", repr=False)
     """The fingerprint of a file of version 0.1: caches that were saved with it still load."""
     cuts: dict[Any, Calibration] = field(default_factory=dict, repr=False)
-    """What was cut from it for one of several processes."""
+    """Parts that were cut from it for one of several processes."""
 
     def __repr__(self) -> str:
         model, tokens = self.manifest.get("model", "?"), self.manifest.get("tokens", "?")
@@ -298,7 +298,7 @@ TENSORS = ("mean", "weight", "axes", "fine", "scale", "energy")
 TENSORS_BEFORE = ("mean", "weight", "axes", "energy")
 LARGEST = 1e30  # a weight grows as what it weighs gets smaller
 NEARLY_ONE = 0.05
-"""How far the length of an axis in few bits may be from 1."""
+"""The largest distance from 1 that the length of an axis in few bits may have."""
 
 
 def _read_group(entry: Any, tensors: Mapping[str, Tensor]) -> GroupAxes:

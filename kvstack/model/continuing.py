@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckedPrefill"]
 
 PREFILL = "_prefill"
-"""Where a generation has its cache, and the ids of all rows (beams, several answers), and has computed nothing."""
+"""The method in which a generation has its cache and the ids of all rows (beams, several answers), but no result."""
 
 
 class CheckedPrefill:

@@ -81,7 +81,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 WRAPPED = ("base_layer", "original_module")
-"""What peft calls the layer in whose place it has put its own."""
+"""The names of peft for the layer in whose place it has put its own."""
 
 
 def _as_without(adapted: Mapping[str, Any], name: str | None) -> str | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerGroups", "Layers", "find_layers", "group_size"]
 
 GROWING = ("full_attention", "hybrid")
-"""What transformers calls a layer whose cache grows with the text; a hybrid one holds a state of fixed size as well."""
+"""transformers' names of layers whose cache grows with the text; a hybrid one holds a state of fixed size as well."""
 INDEXED = "indexed_attention"
 FIXED = {
     "sliding_attention": "a window of the text",
@@ -30,7 +30,7 @@ FIXED = {
     "conv": "a state of fixed size",
     "dummy": "nothing",
 }
-"""What layers of other types hold, where that is bounded whatever the length of the text."""
+"""The data that layers of other types hold, if it is bounded for every length of the text."""
 MOST_LAYERS = 8
 
 

@@ -23,7 +23,7 @@ from ..errors import UseError
 __all__ = ["causal_mask", "cut", "fitted", "is_causal", "real_tokens", "visible"]
 
 HIDDEN = -1e4
-"""What an additive mask must lie below to hide a token; float16 reaches it."""
+"""An additive mask hides a token if it is below this number; float16 reaches it."""
 
 
 TOO_SHORT = (

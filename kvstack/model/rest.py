@@ -16,7 +16,8 @@ __all__ = ["at_rest", "buffers_kept"]
 
 
 OFFSETS = "rope_deltas"
-"""Where models that see images note how far the positions of their last text ran ahead or behind, row by row."""
+"""The attribute in which models that see images note how far the positions of their last text ran ahead or behind, row
+by row."""
 
 
 @contextmanager

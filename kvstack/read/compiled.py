@@ -25,7 +25,7 @@ __all__ = ["Kernel", "agree", "kernel", "side_by_side"]
 log = logging.getLogger(__name__)
 
 CLOSE = 1e-4
-"""How far kernels may be from the reference, as a share of the largest number."""
+"""The largest allowed difference of kernels from the reference, as a share of the largest number."""
 
 Kernel = Callable[..., None]
 """Called with whole numbers; a contiguous tensor stands for its address."""

@@ -13,7 +13,7 @@ PAIR = 16
 CHUNK = 8
 """Units of tokens whose weights are summed before the sums go to memory."""
 ONE = 1 << 40
-"""What stands for 1 where kernels, which are given whole numbers, need a share."""
+"""The number that means 1 if kernels, which are given whole numbers, need a share."""
 SLACK = 32
 """Bytes, and numbers, that may be read or written behind the last one."""
 

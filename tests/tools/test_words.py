@@ -74,6 +74,14 @@ def test_docstrings_do_not_begin_with_a_question():
     assert rules_of(words.check_module(module, RULES, "module.py")) == [(1, "Whether (first word)")]
 
 
+def test_nor_do_the_docstrings_of_attributes():
+    module = 'X = 1\n"""Whether so."""\n\n\nclass A:\n    y: int\n    """Whether it is."""\n\n\n"""Whether no."""\n'
+    assert sorted(rules_of(words.check_module(module, RULES, "module.py"))) == [
+        (1, "Whether (first word)"),
+        (6, "Whether (first word)"),
+    ]
+
+
 @pytest.mark.parametrize("line", ["[phrases]\nno arrow", "[limits]\nwhat often", "lost -> found", "[short]\nmany"])
 def test_a_list_that_cannot_be_read(line):
     with pytest.raises(ValueError, match=r"line \d of the list of words cannot be read"):

@@ -36,7 +36,7 @@ TOTAL = 0.1
 DENSE_BITS = 16
 
 Parts = Sequence[Tensor]
-"""Which numbers of a group are in each block."""
+"""The numbers of a group that are in each block."""
 
 
 def run(run: Run, layers: int | None) -> Iterator[Figures]:

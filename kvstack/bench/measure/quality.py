@@ -77,7 +77,7 @@ class Reading:
     share: float
     """Bytes held while the tokens were scored, as a share of a bfloat16 dense cache's."""
     simulated: bool = False
-    """Whether the bytes are what the method claims and not what is held."""
+    """True if the bytes are those that the method claims, not those that are held."""
     model_nbytes: int = 0
     """Bytes that were fitted to the model and serve all its caches."""
     break_even: int | None = 0

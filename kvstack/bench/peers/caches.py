@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Make", "dense", "hqq", "quanto", "tensors_in", "turboquant"]
 
 Make = Callable[["PreTrainedModel"], Cache]
-"""What builds an empty cache for a model."""
+"""A function that builds an empty cache for a model."""
 
 RESIDUAL = 128
 """Tokens that transformers' and tiny-turboquant's caches gather unquantized: the default of both."""

@@ -84,7 +84,7 @@ class Reading(NamedTuple):
     share: float
     """Bytes held when the context was read, as a share of a dense bfloat16 cache's."""
     simulated: bool
-    """Whether the press only hides tokens: the bytes are then those it would save."""
+    """True if the press only hides tokens: the bytes are then those it would save."""
 
 
 class Answer(NamedTuple):

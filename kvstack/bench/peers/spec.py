@@ -28,7 +28,7 @@ __all__ = ["NAMES", "Peer", "parse"]
 # hqq's 3 bits cannot be read back from tensors with four axes
 BITS = {"hqq": (2, 4, 8), "quanto": (2, 4), "turboquant": (2, 3, 4, 8)}
 NAMES = ("dense", *BITS, "kvpress")
-"""What the spec of a peer begins with."""
+"""The first words of the specs of peers."""
 FORMS = "dense, hqq:BITS, quanto:BITS and turboquant:BITS (each with ,group=N) and kvpress:PRESS,keep=SHARE"
 
 
@@ -42,7 +42,7 @@ class Peer:
     make: Make | None = None
     """From a model to an empty cache for it; None for kvpress."""
     press: Press | None = None
-    """What to ask of `KvPress`; None for caches."""
+    """The press to ask of `KvPress`; None for caches."""
     package: str | None = None
     """The module that must be installed here."""
 

@@ -12,7 +12,7 @@ from .sample import Question, Sample
 __all__ = ["ruler_files"]
 
 QUESTIONS = ("\nWhat", "\nQuestion")
-"""What the question of a RULER task begins with."""
+"""The beginnings of the question of a RULER task."""
 
 
 def ruler_files(folder: Path, context: int, task: str, samples: int) -> list[Sample]:

@@ -21,7 +21,7 @@ class Question:
     classes: tuple[str, ...] = ()
     """The labels to choose from, where the metric is `classes`."""
     one_line: bool = False
-    """Whether only the first line of what is generated counts."""
+    """True if only the first line of the generated text counts."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Sample:
     text: str
     questions: tuple[Question, ...]
     depth: float | None
-    """Where the first question's needle was put, from 0 (first) to 1 (last); None: there are several, or none."""
+    """The place of the first question's needle, from 0 (first) to 1 (last); None: there are several, or none."""
     index: int
     seed: int | None
     """The seed of `make`; None for samples from files."""

@@ -331,7 +331,7 @@ def _cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 Kind = str
-"""What a layer holds, in words: layers share only where it is the same."""
+"""The kind of a layer's cache, in words: only layers of the same kind share."""
 
 
 def kinds_of(model: PreTrainedModel) -> dict[int, Kind]:
