@@ -172,25 +172,11 @@ def _answers(
         assert subject.kvpress is not None  # it is available, or the cache would have been left out
         for (_, question), limit in zip(asked, limits, strict=True):
             told = subject.kvpress.answer(context, question, limit, cache.press, blind=True)
-            yield _words(subject, told.ids), {"share": told.share, "model_nbytes": 0, "break_even": 0}
+            yield subject.words(told.ids), {"share": told.share, "model_nbytes": 0, "break_even": 0}
         return
     held = cache.cache(subject.model)
     prefill(subject.model, context, held)
     for number, ((_, question), limit) in enumerate(zip(asked, limits, strict=True), 1):
         used = held if number == len(asked) else copy.deepcopy(held)
-        ids = torch.cat([context, question], dim=1).to(subject.model.device)
-        out = subject.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=used,
-            max_new_tokens=limit,
-            do_sample=False,
-            # kvpress generates by itself, and knows none of a model's own settings
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-        )
-        yield _words(subject, out[0, ids.shape[1] :]), sizes.of_bfloat16(used, subject.model)
-
-
-def _words(subject: Subject, ids: Any) -> str:
-    return str(subject.tokenizer.decode(ids, skip_special_tokens=True))
+        answer = subject.answer(torch.cat([context, question], dim=1), used, limit)
+        yield subject.words(answer[0]), sizes.of_bfloat16(used, subject.model)

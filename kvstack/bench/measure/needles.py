@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from ...errors import KVStackError
 from .. import tasks, terminal
@@ -182,29 +181,9 @@ def _answers(
         last = number == len(sample.questions) - 1
         used = copy.deepcopy(held) if mode == "agnostic" and not last else held
         ids = torch.cat([so_far if mode == "turns" else text, subject.ids(question.text)], dim=1)
-        out = _generate(subject, ids, used, question, answer_tokens)
-        yield _words(subject, out[0, ids.shape[1] :]), sizes.of_bfloat16(used, model)
-        so_far = out.cpu()
-
-
-def _generate(subject: Subject, ids: Tensor, held: Cache, question: Question, answer_tokens: int) -> Tensor:
-    ids = ids.to(subject.model.device)
-    limit = _limit(question, answer_tokens)
-    generated: Tensor = subject.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=held,
-        max_new_tokens=limit,
-        do_sample=False,
-        # what a model's own settings may ask for, and a peer in another process does not know
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-    )
-    return generated
-
-
-def _words(subject: Subject, ids: Any) -> str:
-    return str(subject.tokenizer.decode(ids, skip_special_tokens=True))
+        answer = subject.answer(ids, used, _limit(question, answer_tokens))
+        yield subject.words(answer[0]), sizes.of_bfloat16(used, model)
+        so_far = torch.cat([ids, answer], dim=1)
 
 
 def _limit(question: Question, answer_tokens: int) -> int:
@@ -220,4 +199,4 @@ def _answers_of_peer(
     for question in sample.questions:
         asked, limit = subject.ids(question.text), _limit(question, answer_tokens)
         answer = subject.kvpress.answer(text, asked, limit, cache.press, blind=mode == "agnostic")
-        yield _words(subject, answer.ids), {"share": answer.share, "model_nbytes": 0, "break_even": 0}
+        yield subject.words(answer.ids), {"share": answer.share, "model_nbytes": 0, "break_even": 0}

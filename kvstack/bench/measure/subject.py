@@ -77,6 +77,25 @@ class Subject:
         """Tokens of `text`."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def words(self, ids: Tensor | Sequence[int]) -> str:
+        """The text of `ids` (T,)."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def answer(self, ids: Tensor, cache: Cache, limit: int) -> Tensor:
+        """Generate up to `limit` tokens after `ids` (1, T), greedily; `cache` may hold the first ids. Return (1, N)."""
+        ids = ids.to(self.model.device)
+        generated: Tensor = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=limit,
+            do_sample=False,
+            # a model's own settings may ask for these, and a peer in another process does not know them
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+        )
+        return generated[:, ids.shape[1] :].cpu()
+
 
 class Letters:
     """A token for every character: the tokenizer of a random model, so that it goes the way of a real one."""
