@@ -175,7 +175,7 @@ class Allotment:
     """The share of one latent: it stores its leading `rank` channels, packed by `encoder` (None: by the stack's own).
 
     Attributes:
-        lower: where tokens are in classes, the encoders of the other classes, which keep as many channels or fewer.
+        lower: if tokens are in classes, the encoders of the other classes, which keep as many channels or fewer.
     """
 
     rank: int

@@ -24,13 +24,13 @@ class Asked:
 
     Attributes:
         number: of the cohort.
-        places, n: which of the forward's tokens ask (None: all), and how many.
+        places, n: the forward's tokens that ask (None: all), and their number.
         query: (b, query heads, n, D) of the cohort's rows.
         mask: the model's, for all rows and heads.
         dense: tokens the model has seen.
-        every: whether the cohort has all rows, and all new tokens of them ask.
+        every: True if the cohort has all rows, and all new tokens of them ask.
         attached: the new keys and values, where gradients may be asked for.
-        kwargs: what else the attention function was called with.
+        kwargs: other arguments of the attention function.
         heads: places of the kv heads that are asked; None: all of them. `groups`: query heads of each.
     """
 

@@ -108,8 +108,8 @@ class Candidate:
     """A stack that spends a budget.
 
     Attributes:
-        kind: what it does, in words.
-        stages, settings: what the stack is made of.
+        kind: the work of the stack, in words.
+        stages, settings: the parts of the stack.
         share: the bytes it holds after the prompt, as a share of a dense cache's, predicted.
     """
 

@@ -115,10 +115,10 @@ class Get:
     Attributes:
         read: `Tensors.read`.
         layers: indices in the model of the layers that the track is for.
-        layouts: what the model caches for a token in each of them.
+        layouts: the layout of a token in the model's cache, in each of them.
         rows: of the cohort.
         seen: tokens that the model saw.
-        sealed: how many of them are sealed.
+        sealed: the number of them that are sealed.
     """
 
     read: Callable[[Any, Sequence[int | None] | None, Sequence[torch.dtype], torch.device, str, int], Tensor]
@@ -175,7 +175,7 @@ class Tensors:
         Args:
             shape: with None for lengths that are free; None: any shape.
             dtypes: those it may have; none: any.
-            what: what it is, for messages.
+            what: its name in messages.
             most: the largest length that is free or, where the shape is, how many numbers it may hold.
 
         Raises:

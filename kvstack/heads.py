@@ -23,8 +23,8 @@ class Heads:
     by all of them in turn, with tensors of one shape.
 
     Attributes:
-        rank: which of them this one is, from 0 on.
-        size: how many there are (default 1: this one holds all heads).
+        rank: the number of this one, from 0 on.
+        size: the number of all (default 1: this one holds all heads).
         whole: layers of which each process holds all heads.
         group: torch's process group; None for one process.
         chosen: places in their layer of the heads that somebody looks at; None: all that are here.

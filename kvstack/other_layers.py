@@ -110,7 +110,7 @@ class _Filling:
     """One layer that is filled, entry by entry.
 
     Args:
-        exact: whether it is known what such a layer holds.
+        exact: True if it is known what such a layer holds.
     """
 
     def __init__(

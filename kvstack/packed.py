@@ -45,7 +45,8 @@ class Room:
     who hold all that is written may write (`takes`): of two caches that grow from the same tokens, one gets a copy.
 
     Args:
-        like, newer: what will be written: shapes, and types that hold both (newer tokens may be too large for a half).
+        like, newer: examples of what will be written: shapes, and types that hold both (newer tokens may be too large
+            for a half).
         most: tokens that there is room for.
     """
 
@@ -99,9 +100,9 @@ class Packed:
         tokens: tokens held.
         width: channels of the decoded tensor.
         dtype: type of the decoded tensor.
-        exact: whether they are stored as they were, without an encoder.
+        exact: True if they are stored as they were, without an encoder.
         room: the buffers that `parts` are views of, where they have room for more tokens.
-        home: where `parts` are read, if they are stored on another device.
+        home: the device on which `parts` are read, if they are stored on another one.
     """
 
     parts: dict[str, Tensor]

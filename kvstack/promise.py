@@ -24,7 +24,7 @@ class Promise:
 
     Attributes:
         layer: whose keys and values they are.
-        kv: what was returned.
+        kv: the returned keys and values.
         whole: these are the plain tensors that a dense cache would have returned.
         attached: the new keys and values, where gradients may be asked for.
     """

@@ -266,7 +266,7 @@ class Encode(Stage, Encoder):
 
         Args:
             shares: of the tokens, 1 in all, the most important class first.
-            weights: how much an error counts in each class, falling.
+            weights: the weight of an error in each class, falling.
         """
         return None
 
@@ -317,9 +317,9 @@ class BoundTransform:
     Args:
         stage: the settings.
         layers: adjacent layers that are stored together.
-        unrotated: whether keys are wanted without rotary embedding; the stack rotates what `inverse` gives back.
+        unrotated: True if keys are wanted without rotary embedding; the stack rotates what `inverse` gives back.
         codec: the codec of all groups, where they need none of their own.
-        remainder: whether the last group may hold fewer layers, where their number does not divide (default False).
+        remainder: True if the last group may hold fewer layers, if their number does not divide (default False).
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class TextHash:
         columns: tokens of each row.
         sums: (rows, n) int64, of all tokens and of all but the newest 1, 2, ... in front of that; None: nothing was
             read, or the ids are not known.
-        known: whether `sums` are of all that was read: embeddings have no ids.
+        known: True if `sums` are of all that was read: embeddings have no ids.
     """
 
     columns: int = 0

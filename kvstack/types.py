@@ -112,7 +112,7 @@ class Context:
             (`Score.references`).
         rope: rotates and un-rotates keys of this layer, or None where it has no rotary embedding. It takes indices
             such as `positions`, and goes through the positions that the model was given for them.
-        sinks, window: how many first and last tokens are always kept, whatever the scores say.
+        sinks, window: numbers of first and last tokens that are always kept, with any scores.
         heads: the kv heads that other processes hold (tensor parallelism). A score that looks at several heads at once
             takes their mean or maximum with it.
     """

@@ -48,7 +48,7 @@ def spread_by_class(
     Args:
         bits: spent per token, in the mean over all tokens: at most that many, and less than one share below.
         shares: of the tokens, 1 in all.
-        weights: how much a squared error counts in each class.
+        weights: the weight of a squared error in each class.
     """
     lengths = [len(energy) for energy in energies]
     one = torch.cat([energy.double().cpu() for energy in energies])

@@ -103,7 +103,7 @@ class HeldHere(Calibration):
     Attributes:
         whole: the blocks of all processes.
         source: the calibration that `whole` was cut from. Who has this keeps that, so that others find it.
-        place: which process of how many this is.
+        place: the number of this process, and the number of all.
     """
 
     whole: Calibration

@@ -82,9 +82,9 @@ def calibrate(
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.
-        texts: what to read, best of all kinds that will be read later; they take turns. Default: prose,
+        texts: texts to read, best of all kinds that will be read later; they take turns. Default: prose,
             documentation, code, numbers and chat that come with Python and with this package.
-        tokens: how many to read (default 10,240, or 2.5 for each axis of the largest block).
+        tokens: number of tokens to read (default 10,240, or 2.5 for each axis of the largest block).
         layers: adjacent full-attention layers in a group; default a divisor of their number near 5, or with `variance`
             all of them, or fewer where they cache more than `block` numbers a token.
         metric: `fisher` (default) weighs each number by how much it matters to the model's predictions, and finds axes

@@ -166,7 +166,7 @@ class Calibration:
 
     def spectrum(self, part: int = 0) -> dict[tuple[int, ...], Tensor]:
         """Layers of a group -> energy (N,) along each of its axes, falling. The energies of all groups are in one
-        unit: what an error of that size would cost, up to a common factor."""
+        unit: the cost of an error of that size, up to a common factor."""
         return {group.layers: group.energy.clone() for group in self.groups[part :: self.parts]}
 
     def rank(self, share: float = 0.99, part: int = 0) -> dict[tuple[int, ...], int]:

@@ -55,7 +55,7 @@ def fitted_to(
     from the user's cache folder, or found now in some `tokens` of text, and kept there.
 
     Args:
-        readings: how often `find` reads each text in one go: they are short enough for that.
+        readings: times that `find` reads each text in one go: they are short enough for that.
 
     Raises:
         BindError: the model caches latents, or its attention looks at something else than it caches.

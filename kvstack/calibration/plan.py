@@ -78,10 +78,10 @@ class CalibrationPlan:
 
     Attributes:
         groups: the layers that are stored together.
-        metric: how numbers are weighed.
+        metric: the weights of numbers.
         blocks: the numbers that share axes, group after group.
-        tokens: how many are to be read.
-        passes: which blocks are added up in each pass over the texts.
+        tokens: number of tokens to read.
+        passes: the blocks to add up in each pass over the texts.
         keep_axes: share of the axes that is kept.
         bits: of each number of an axis.
     """

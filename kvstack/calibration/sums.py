@@ -38,7 +38,7 @@ class Found:
 
     Attributes:
         power: the sum of all energies, in the unit of the gradients.
-        factor: what weights and energies were multiplied with, so that they are numbers of ordinary size.
+        factor: weights and energies were multiplied with it, so that they are numbers of ordinary size.
     """
 
     layers: tuple[int, ...]
@@ -57,7 +57,7 @@ class Sums:
 
     Args:
         layers: the group.
-        ropes: how each layer rotates its keys; not asked where they come un-rotated.
+        ropes: the rotation of each layer's keys; not used if they come un-rotated.
         heads: of each layer, the first kv head of the block and the one behind its last; empty: all.
     """
 

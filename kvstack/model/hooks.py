@@ -81,8 +81,8 @@ class Told:
     """The last call of a rotary module in this thread.
 
     Attributes:
-        positions: what it was given, (B or 1, T) or (axes, B or 1, T).
-        tables: what it made of them, as long as that is in use.
+        positions: its argument, (B or 1, T) or (axes, B or 1, T).
+        tables: its result, as long as that is in use.
     """
 
     positions: Tensor
@@ -288,7 +288,7 @@ class _Guard:
     that another thread has removed meanwhile.
 
     Args:
-        tells: whether a cache in the call is told that a forward begins, before anything is computed, and that it has
+        tells: True if a cache in the call is told that a forward begins, before anything is computed, and that it has
             ended.
     """
 

@@ -39,11 +39,11 @@ class Layers:
     """The layers of a model, as its cache sees them.
 
     Attributes:
-        types, arguments: what transformers' own cache would make of each layer.
+        types, arguments: the layers that transformers' own cache would make.
         modules: the attention module of each layer that has one of its own.
         full: layers whose keys and values a stack compresses.
         growing: why each other layer whose cache grows with the text is left to transformers.
-        fixed: what each layer holds whose cache does not grow.
+        fixed: the content of each layer whose cache does not grow.
     """
 
     types: Sequence[str]
@@ -83,7 +83,7 @@ class LayerGroups:
     Args:
         size: layers in a group; None: a divisor of their number near `near`.
         layers: the full-attention layers to group, where some hold nothing; None: all.
-        near, most: how many layers a group should hold, and may hold, where `size` does not say it (default 5 and 8).
+        near, most: layers that a group should hold, and may hold at most, without `size` (default 5 and 8).
 
     Raises:
         CalibrationError: no such layer, or `size` does not divide their number.

@@ -65,9 +65,9 @@ class Reading:
     """The knowledge that readers of one layer share.
 
     Args:
-        keys, values: how the layer's keys and values come from latents; `keys` before rotation.
+        keys, values: the maps from latents to the layer's keys and values; `keys` before rotation.
         tokens: that are sealed.
-        turns: how keys of the sealed tokens are rotated.
+        turns: the rotation of the sealed tokens' keys.
         exact: keys that are rebuilt for each kv head, at most.
         rough: channels that score the others.
     """

@@ -29,9 +29,9 @@ class Select(Stage):
         score: the name of a score, or any object with `score(kv, context)`; the object once it is made.
         layers: adjacent layers that share one ranking; None: as many as a transform stores together, or else what suits
             the score.
-        share_heads: whether all kv heads of a layer share one ranking.
-        pool: how the scores of heads and layers that share a ranking become one.
-        refit: whether tokens are made to stand in for others (default False).
+        share_heads: True if all kv heads of a layer share one ranking.
+        pool: joins the scores of heads and layers that share a ranking: `mean` or `max`.
+        refit: True if tokens are made to stand in for others (default False).
         usual_score: the name of the default score.
     """
 

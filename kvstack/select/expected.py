@@ -22,7 +22,7 @@ class ExpectedAttention(Score):
     Args:
         window: newest queries the Gaussian is fitted to (default 512).
         future: positions ahead that the rotation is averaged over (default 512).
-        covariance: whether the spread of the queries counts too (default True).
+        covariance: True if the spread of the queries counts too (default True).
 
     Source: Devoto et al. 2025, arXiv 2510.00636, section 3. Differs from the paper: the norm of the value stands for
     the norm of its output projection, and while decoding the Gaussian is fitted to the last few queries.

@@ -31,9 +31,9 @@ class Tiers(Select):
             `lookahead`, which asks for the whole text.
         shares: of the tokens in each class, the most important first; 1 in all, 2 to 8 classes (default 1/16, 1/16,
             1/8, 1/4, 1/2). A prompt is ranked as a whole. While decoding, every block is ranked when it is sealed.
-        weights: how much an error in a token of each class counts, falling (default 64, 16, 4, 2, 1). Steeper ones
+        weights: the weight of an error in a token of each class, falling (default 64, 16, 4, 2, 1). Steeper ones
             suit what the text itself goes on with, and lose facts that nothing in it has asked for yet.
-        pool: how the scores of heads and layers become one: `mean` (default) or `max`, after every head's scores have
+        pool: joins the scores of heads and layers: `mean` (default) or `max`, after every head's scores have
             been brought to the same scale.
 
     The bytes are those of the same stack without it, and 1 to 3 bits for each token and group of layers.

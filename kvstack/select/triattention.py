@@ -38,7 +38,7 @@ class TriAttention(Score):
     found at first use and kept in the user's cache folder.
 
     Args:
-        horizon: how far ahead; attention is averaged over distances of 1, 2, 4, ... tokens up to it (default 65,536).
+        horizon: tokens ahead: attention is averaged over distances of 1, 2, 4, ... tokens up to it (default 65,536).
         over: `max` (default) or `mean` over the query heads of a kv head, brought to one scale.
 
     Source: TriAttention, arXiv 2604.04921. Differs from the paper: by default one choice for all heads of five layers;

@@ -56,10 +56,10 @@ class CommonKV(Transform):
             spread over all channels.
         layers: adjacent full-attention layers in a group; default those of `calibration`, or a divisor of their number
             near 5, fewer where a layer caches very many numbers.
-        basis: where the axes of a group come from. `calibrated` (default): the directions along which its un-rotated
+        basis: the source of a group's axes. `calibrated` (default): the directions along which its un-rotated
             keys and values vary on calibration text, each number weighed by how much it matters. `weights` (the
             paper's): singular vectors of its key and value projections; no data, and much worse.
-        merge: how a group's layers become one latent. `project` (default): the latent that leaves the least error in
+        merge: makes one latent of a group's layers. `project` (default): the latent that leaves the least error in
             the group's keys and values. `mean` (the paper's, with `basis="weights"`): the mean of what each layer's
             hidden state would give; hidden states of raw tokens are then held too.
         weights: with `merge="mean"`: how much each layer of the model counts in its group's mean (equal by default);
@@ -75,7 +75,7 @@ class CommonKV(Transform):
         exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
             384): those whose rough scores give them a share of the attention that counts, 3 in 10,000 or more. The
             others keep their rough scores, and all values count. None: all keys are rebuilt, as for a prompt.
-        rough: how many leading channels of a latent make the rough scores (default 512).
+        rough: leading channels of a latent that make the rough scores (default 512).
         rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
             model's own. On processors with products of bfloat16 that is several times faster.
 
@@ -179,7 +179,7 @@ class Calibrated(Budgeted):
     several share the kv heads.
 
     Args:
-        complete: whether all axes are wanted, where the default calibration keeps half of them.
+        complete: True if all axes are wanted, where the default calibration keeps half of them.
     """
 
     stage: CommonKV
@@ -478,7 +478,7 @@ class Mean(NeedsHidden, Project):
     Args:
         down: (R, hidden size), hidden states to latents.
         shares: (layers,) how much each layer counts, in all 1.
-        similarity: which layers' latents must be alike for a token to be merged: `ends` or all `pairs`.
+        similarity: the layers whose latents must be alike for a token to be merged: `ends` or all `pairs`.
     """
 
     def __init__(

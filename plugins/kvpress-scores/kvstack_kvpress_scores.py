@@ -48,7 +48,7 @@ class KVPressScore(Score):
     Args:
         press: the class name of a press, such as `"KeyDiffPress"`, or any object with kvpress' method
             `score(module, hidden_states, keys, values, attentions, kwargs) -> (B, H, T)`.
-        arguments: what a press that is named is built with, such as `lag_size=64`.
+        arguments: the settings of a press that is named, such as `lag_size=64`.
 
     A press sees the keys (as cached, and un-rotated by `module.k_proj`) and the values of all tokens that are held,
     decoded where they are packed. It sees no hidden states, queries or attention: kvstack holds none. A press that asks

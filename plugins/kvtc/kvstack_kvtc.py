@@ -66,7 +66,7 @@ class KVTC(Transform):
         exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
             384): those whose rough scores give them a share of the attention that counts. The others keep their rough
             scores, and all values count. None: all keys are rebuilt.
-        rough: how many leading components make the rough scores (default 512).
+        rough: leading components that make the rough scores (default 512).
 
     Source: KVTC, arXiv 2511.01815. Differs from the paper: codes are those of a Gaussian of the channel's variance,
     with one of four gains a token for each run of channels of equal bits, not integer and floating types with a scale;
@@ -200,9 +200,9 @@ class Components(ReadsLinearly):
     Args:
         bases: the axes of the keys, and those of the values; of each kind as many as there are runs of kv heads with
             axes of their own, whose heads side by side are those of the group.
-        codes: what packs the components along them.
+        codes: the encoders of the components along them.
         dtype: of keys and values.
-        tensors, fingerprint: what was fitted to the model, see `Codec`.
+        tensors, fingerprint: of the data fitted to the model, see `Codec`.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class MiniCache(Transform):
         start: share of the model's layers, counted from the input, that is left alone (default 0.5): these go to the
             encoder as they would without a transform. The rest is merged in pairs; of an odd number of layers, the
             last is left alone too.
-        t: where the merged direction lies: 0 is the shallower layer's, 1 the deeper one's (default 0.6).
+        t: the place of the merged direction: 0 is the shallower layer's, 1 the deeper one's (default 0.6).
         retain: share of the tokens that is retained (default 0.05), to the nearest 64th; above 0 at least one of 64.
 
     Keys are merged as they are cached. Both layers have rotated a token's key by the same angles, and an interpolation

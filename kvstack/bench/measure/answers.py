@@ -41,9 +41,9 @@ class Asking:
 
     Attributes:
         file: a Parquet file or JSON lines.
-        dataset: how it is scored, a name in `tasks.DATASETS`.
+        dataset: the way to score it, a name in `tasks.DATASETS`.
         samples: the first rows of the file; None: all.
-        aware: whether the question is compressed with the context.
+        aware: True if the question is compressed with the context.
         new_tokens: in place of each row's own number.
         context_length: the first tokens of each context that are read; None: all.
     """

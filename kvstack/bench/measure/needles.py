@@ -54,7 +54,7 @@ class Asking:
         modes: see above.
         samples: texts for each task.
         questions: for each text; more than one only in tasks that have several.
-        answer_tokens: where answers are looked for in what is generated, at most this many new tokens for each of them,
+        answer_tokens: if answers are looked for in the generated text, at most this many new tokens for each of them,
             and no more than the task allows; other metrics get all that the task allows.
         folder: RULER's CONTEXT/TASK.jsonl files, or LongBench's TASK.jsonl files, in place of our own texts.
         longbench: True if `folder` holds LongBench's.

@@ -40,7 +40,7 @@ class Run:
         seed: for all that is random.
         tiny: a random model and no texts, to test the benchmark itself.
         texts: folder of .txt files, which take the place of the third kind of text.
-        device: where the model runs.
+        device: the device of the model.
         out: folder for the figures; what stands there already is not measured again.
     """
 

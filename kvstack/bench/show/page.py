@@ -50,8 +50,8 @@ def page(title: str, environment: Mapping[str, object], sections: Sequence[Secti
 
     Args:
         title: the heading of the page.
-        environment: what is needed to repeat the figures, name to value; a list of values has a line each.
-        sections: what is shown, in this order.
+        environment: all that you need to repeat the figures, name to value; a list of values has a line each.
+        sections: the parts of the page, in this order.
 
     Raises:
         KVStackError: jinja2 is not installed, or a row has more or fewer cells than its table has columns.

@@ -56,7 +56,7 @@ class Dataset:
 
     Attributes:
         score: of one generated text, from 0 to 1.
-        metrics: what kvpress writes to metrics.json, from all rows and the texts generated for them.
+        metrics: the content of kvpress' metrics.json, from all rows and the texts generated for them.
     """
 
     score: Callable[[str, Asked], float]

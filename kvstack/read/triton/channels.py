@@ -41,7 +41,7 @@ class Tables(NamedTuple):
         channels: (4, R') int32: the first byte of the channel, how many its run has, the run's number, and bits.
         steps: (R',) float32.
         planes: (tiles,) int32: widths of the planes that channels of a tile have, added up.
-        runs: how many.
+        runs: their number.
     """
 
     channels: Tensor

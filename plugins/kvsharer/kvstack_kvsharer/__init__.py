@@ -28,7 +28,7 @@ class KVSharer(Share):
     Args:
         share: the part of the full-attention layers that holds NOTHING, 0 or more and below 1 (default 0.25). That part
             of the cache is not stored. Where the default is less than half a layer, none shares, and a warning says so.
-        strategy: which layer reads which: a `Strategy` or the path of a saved one, made by
+        strategy: the layers that read another: a `Strategy` or the path of a saved one, made by
             `kvstack_kvsharer.search`. It says all that the other settings would. Default: searched for at first use
             with these settings, and kept in the user's cache folder.
         rank: the pairs of layers tried first. `different` (default, the paper's): those whose keys and values are

@@ -64,7 +64,7 @@ class Strategy:
         pairs: those taken, in their order and before chains are resolved: (layer, earlier layer, distance of their
             averages, cosine with all pairs up to this one).
         identity: fingerprint of the model it was searched for; empty: any model is taken.
-        settings: what it was searched with.
+        settings: the settings of the search.
 
     Raises:
         CalibrationError: a layer that reads itself or a later one.
@@ -154,7 +154,7 @@ def search(
 
     Args:
         model: any decoder-only model of transformers. Its weights are not changed.
-        texts: what to read, each up to `tokens` long. Default: 30 cuts of prose, documentation, code, numbers and chat
+        texts: texts to read, each up to `tokens` long. Default: 30 cuts of prose, documentation, code, numbers and chat
             that come with Python and with kvstack.
         share: the part of the full-attention layers that shall hold nothing; rounded to whole layers.
         rank: pairs in the order they are tried: `different` (default), `similar` or `random`.

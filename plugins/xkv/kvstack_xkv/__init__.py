@@ -40,7 +40,7 @@ class XKV(Transform):
         layers: adjacent full-attention layers in a group; default a divisor of their number near 4.
         keep: share of a token's numbers that is KEPT, in (0, 1], two fifths for keys and three for values (default
             0.25). The bases are extra: a short text needs more numbers for them than for its tokens.
-        decode: what becomes of later tokens. `fold` (default): they are projected on the bases, block by block. `dense`
+        decode: stores later tokens. `fold` (default): they are projected on the bases, block by block. `dense`
             (the paper's): only the first block that is sealed is decomposed, the prompt or, where that is short, the
             prompt and a part of the answer. All that comes later stays raw.
         refit: with `fold`: a block of which the bases leave out this much more than they left of the tokens they were
@@ -50,7 +50,7 @@ class XKV(Transform):
         exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
             384): those whose rough scores give them a share of the attention that counts. The others keep their rough
             scores, and all values count. None: all keys are rebuilt.
-        rough: how many leading factors make the rough scores (default 512).
+        rough: leading factors that make the rough scores (default 512).
 
     Models that cache latents (DeepSeek V2 and V3) have those compressed, with the rank of keys; the rotary key that all
     heads share is stored as it is.

@@ -39,7 +39,7 @@ class Factors(RefitsText, ReadsLinearly):
 
     Args:
         stage: the settings.
-        caches_latents: whether the model caches (latent, rotary key): latents are decomposed as keys are, and the
+        caches_latents: True if the model caches (latent, rotary key): latents are decomposed as keys are, and the
             rotary key that all heads share is stored as it is.
         fitted: bases of each layer, `key 0`, `value 0` and so on, (B, r, H, D), and how much they may leave out;
             empty before `fit`.
