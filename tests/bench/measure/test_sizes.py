@@ -22,12 +22,14 @@ def test_bytes_as_a_share_of_bfloat16():
         model(ids, past_key_values=cache)
         shares.append(sizes.share_of_bfloat16(cache, model))
     codes, raw = 64 * (4 + 32 / 32 / 2 + 32 / 16 / 2) / 16, 10
-    assert shares[:2] == [1.0, 1.0]
-    assert shares[2] == pytest.approx((raw + codes) / 74)
+    text_hash = 8 / 512  # a stack holds one number for each row; a dense token has 512 bytes
+    assert shares[0] == 1.0
+    assert shares[1] == pytest.approx((74 + text_hash) / 74)
+    assert shares[2] == pytest.approx((raw + codes + text_hash) / 74)
     held = caches[3].held
     assert held <= 32 + 10
     # positions: four bytes for each token that was chosen, once for all four layers; a token has 256 numbers
-    assert shares[3] == pytest.approx((held + (held - 10) * 4 / (256 * 2)) / 74)
+    assert shares[3] == pytest.approx((held + (held - 10) * 4 / (256 * 2) + text_hash) / 74)
 
 
 def test_dense_bytes_of_a_sliding_layer_end_with_its_window():
