@@ -20,7 +20,7 @@ class Evict(Select):
         score: the name of a score (`kvstack stages` lists them) or any object with `score(kv, context)`.
         layers: adjacent layers that keep the same tokens; with more than one, all heads of these layers share one
             set. Default None: as many as a transform in the stack stores together, otherwise what suits the score
-            (5 for `snapkv` and `triattention`, 1 for the others).
+            (5 for `snapkv`, `lookahead` and `triattention`, 1 for the others).
         share_heads: whether all kv heads of a layer keep the same tokens (default False).
         pool: how the scores of heads and layers that share a set become one: `mean` (default) or `max`, after every
             head's scores have been brought to the same scale.

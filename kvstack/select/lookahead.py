@@ -36,6 +36,7 @@ class LookAhead(Score):
     source = "arXiv 2602.16284"
     needs_rope = True
     references = True
+    layers = 5
 
     def __post_init__(self) -> None:
         check(isinstance(self.ahead, int) and self.ahead >= 1, self, "ahead counts positions.", "Use 1 or more.")
