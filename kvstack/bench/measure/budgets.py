@@ -9,19 +9,21 @@ STACKS = (
     "nothing",
     "evict:0.2,score=random",
     # a half
+    "evict:0.48,score=kvzap(window=32),budgets=heads",
     "commonkv:0.9+quant:8",
     # a quarter
     "commonkv:0.9+quant:4",
     # a tenth and less
+    "quant:4+evict:0.2,score=kvzap(window=32),budgets=heads",
     "quant:2+evict:0.5",
     "commonkv:0.65+quant:2",
-    "commonkv:0.35+quant:2@window=16",
-    "commonkv:0.35,layers=10+quant:2@window=16",
+    "commonkv:0.35+quant:2",
+    "commonkv:0.35,layers=10+quant:2",
     "commonkv+quant:2+evict:0.5",
-    "commonkv:0.12+quant:2@window=16",
-    "commonkv:0.12,layers=10+quant:2@window=16",
+    "commonkv:0.12+quant:2",
+    "commonkv:0.12,layers=10+quant:2",
     "commonkv+quant:2+evict:0.2@window=16",
-    *(f"commonkv:{keep},layers=10+quant:2+tiers:score=lookahead@window=16" for keep in (0.7, 0.35, 0.11)),
+    *(f"commonkv:{keep},layers=10+quant:2+tiers" for keep in (0.7, 0.35, 0.11)),
     # peers, from a half down
     "hqq:4,group=16",
     "hqq:4",
