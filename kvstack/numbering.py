@@ -1,0 +1,124 @@
+"""Positions inside the cache, for `Evict(positions="cache")`: tokens held count from 0, and new ones follow them.
+
+The model itself rotates queries and keys of a forward, by the positions that it is given. So it is given places inside
+the cache, before anything is computed, and its own rotation is exact. What is held is turned when it is read
+(store/store.py). Attention masks are made of columns and not of positions: they stay those of the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import BindError, UseError
+from .model import masks
+from .model.attention import decoder_of, expands, parameters
+from .model.rope import find_ropes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .batch import Batch
+    from .model.layers import Layers
+    from .select.evict import Evict
+
+__all__ = ["check_model", "check_places", "places_of"]
+
+
+def check_model(evict: Evict, model: PreTrainedModel, layers: Layers) -> None:
+    """Refuse a model whose tokens cannot be moved inside the cache.
+
+    Raises:
+        BindError: some layer would go on with the old positions.
+    """
+    name, why = type(model).__name__, None
+    ropes = find_ropes(model, layers.modules)
+    if "position_ids" not in parameters(decoder_of(model)):
+        why = f"{name} takes no position_ids, so it cannot be told the new positions"
+    elif not any(ropes.get(layer) for layer in layers.full):
+        why = f"{name} does not rotate its keys, so tokens that are held cannot be moved"
+    for layer, rope in ropes.items():
+        if why is not None:
+            break
+        if expands(layers.modules[layer]):
+            why = f"layer {layer} of {name} caches latents, and rotates a part of them only"
+        elif rope is None:
+            continue
+        elif rope.refusal:
+            why = f"kvstack cannot rotate the keys of layer {layer} of {name}: {rope.refusal}"
+        elif layer not in layers.full:
+            why = (
+                f"layer {layer} of {name} is left to transformers' own cache ({layers.types[layer]}), whose keys keep "
+                "their positions"
+            )
+        elif rope.switch is not None:
+            why = f"layer {layer} of {name} has other angles for a text of {rope.switch} tokens or more"
+        elif rope.call is not None and rope.call.axes:
+            why = f"positions of {name} have {rope.call.axes} dimensions (images and video)"
+    if why is not None:
+        raise BindError(f'{evict!r} gives tokens new positions, and {why}. Use positions="text".')
+
+
+def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor:
+    """Places inside the cache (rows, new) for the tokens of a forward that is about to begin.
+
+    Args:
+        who: the stack, as messages name it.
+        given: the arguments of the forward.
+
+    Raises:
+        UseError: the tokens are not known, or the model was given positions of another kind for them.
+    """
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor):
+        raise UseError(f"{who} numbers new tokens, and the model was given neither input_ids nor inputs_embeds.")
+    rows, new = tokens.shape[:2]
+    if batch.size is not None and rows != batch.size:
+        raise UseError(
+            f"{who} holds {batch.size} rows and was given {rows}. Use reset() or a new stack for another text, "
+            "batch_repeat_interleave or batch_select_indices for other rows of this one."
+        )
+    seen = max(batch.columns.values(), default=0)
+    real = masks.real_tokens(given.get("attention_mask"), seen, new)
+    places, index = batch.places(rows, new, real, tokens)
+    positions = given.get("position_ids")
+    if positions is None or batch.reading:
+        return places
+    columns = torch.arange(seen, seen + new, device=tokens.device).expand(rows, -1)
+    plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == new
+    if plain and positions.shape[0] in (1, rows):
+        positions = positions.to(tokens.device)
+        mine = torch.ones_like(places, dtype=torch.bool) if real is None else real.to(tokens.device).expand(rows, -1)
+        same = [((positions == known) | ~mine).all() for known in (index, columns, places)]
+        if bool(torch.stack(same).any()):
+            return places
+    raise UseError(
+        f"{who} numbers tokens by their places in the cache, and the model was given position_ids of another kind than "
+        '0, 1, 2 and so on for each row. Leave out position_ids, or use positions="text".'
+    )
+
+
+def check_places(who: str, batch: Batch, positions: Tensor, real: Tensor | None) -> None:
+    """Refuse new tokens that were rotated by other `positions` (B, axes, new) than their places inside the cache. Where
+    nothing is held yet, their places may begin anywhere.
+
+    Raises:
+        UseError: the model was not told these places.
+    """
+    rows, axes, new = positions.shape
+    places, _ = batch.places(rows, new, real, positions)
+    apart = positions[:, 0] - places
+    if real is not None:  # what padding was given does not matter
+        mine = real.to(apart.device).expand(rows, -1)
+        first = apart.gather(1, mine.int().argmax(1, keepdim=True))
+        apart = torch.where(mine, apart, first)
+    wrong = (apart != apart[:, :1]) if not any(cohort.seen for cohort in batch.cohorts) else apart != 0
+    if axes > 1 or bool(wrong.any()):
+        raise UseError(
+            f"{who} gives tokens their places in the cache as positions, and the layers of the model were called with "
+            'others. Call the model itself, without position_ids, or use positions="text".'
+        )
