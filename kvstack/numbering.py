@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .batch import Batch
     from .model.layers import Layers
+    from .model.rotation import Rope
     from .select.evict import Evict
 
 __all__ = ["check_model", "check_places", "places_of"]
@@ -34,32 +35,33 @@ def check_model(evict: Evict, model: PreTrainedModel, layers: Layers) -> None:
     Raises:
         BindError: some layer would go on with the old positions.
     """
-    name, why = type(model).__name__, None
-    ropes = find_ropes(model, layers.modules)
+    name, ropes = type(model).__name__, find_ropes(model, layers.modules)
+    latents = next((layer for layer in layers.full if expands(layers.modules[layer])), None)
     if "position_ids" not in parameters(decoder_of(model)):
         why = f"{name} takes no position_ids, so it cannot be told the new positions"
+    elif latents is not None:
+        why = f"layer {latents} of {name} caches latents, of which it rotates a part"
     elif not any(ropes.get(layer) for layer in layers.full):
         why = f"{name} does not rotate its keys, so tokens that are held cannot be moved"
-    for layer, rope in ropes.items():
-        if why is not None:
-            break
-        if expands(layers.modules[layer]):
-            why = f"layer {layer} of {name} caches latents, and rotates a part of them only"
-        elif rope is None:
-            continue
-        elif rope.refusal:
-            why = f"kvstack cannot rotate the keys of layer {layer} of {name}: {rope.refusal}"
-        elif layer not in layers.full:
-            why = (
-                f"layer {layer} of {name} is left to transformers' own cache ({layers.types[layer]}), whose keys keep "
-                "their positions"
-            )
-        elif rope.switch is not None:
-            why = f"layer {layer} of {name} has other angles for a text of {rope.switch} tokens or more"
-        elif rope.call is not None and rope.call.axes:
-            why = f"positions of {name} have {rope.call.axes} dimensions (images and video)"
-    if why is not None:
+    else:
+        each = ((layer, rope) for layer, rope in ropes.items() if rope is not None)
+        why = next(filter(None, (_keeps(name, layer, rope, layers) for layer, rope in each)), "")
+    if why:
         raise BindError(f'{evict!r} gives tokens new positions, and {why}. Use positions="text".')
+
+
+def _keeps(name: str, layer: int, rope: Rope, layers: Layers) -> str:
+    """Why the keys of a layer cannot be rotated to other positions; empty: they can."""
+    if rope.refusal:
+        return f"kvstack cannot rotate the keys of layer {layer} of {name}: {rope.refusal}"
+    if layer not in layers.full:
+        kind = layers.types[layer]
+        return f"layer {layer} of {name} is left to transformers' own cache ({kind}), where keys keep their positions"
+    if rope.switch is not None:
+        return f"layer {layer} of {name} has other angles for a text of {rope.switch} tokens or more"
+    if rope.call is not None and rope.call.axes:
+        return f"positions of {name} have {rope.call.axes} dimensions (images and video)"
+    return ""
 
 
 def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor:

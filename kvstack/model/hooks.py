@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .rotation import RotaryCall, Tables
 
-__all__ = ["Call", "Listener", "ModelHooks", "Told", "install", "running", "told"]
+__all__ = ["Call", "Listener", "ModelHooks", "Told", "install", "replaced", "running", "told"]
 
 
 class Listener(Protocol):
@@ -302,7 +302,7 @@ class _Guard:
             given: Mapping[str, Any] = dict(zip(names, args, strict=False)) | kwargs if tells else {}
             if tells:
                 for name, value in _tell(given).items():
-                    args, kwargs = _replaced(names, args, kwargs, name, value)
+                    args, kwargs = replaced(names, args, kwargs, name, value)
             try:
                 output = inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
             except BaseException:
@@ -442,12 +442,12 @@ def _entering(names: list[str]) -> Callable[..., Any]:
         if mask is call.mask:
             return None
         call.replaced, call.mask = call.mask, mask
-        return _replaced(names, args, kwargs, "attention_mask", mask)
+        return replaced(names, args, kwargs, "attention_mask", mask)
 
     return hook
 
 
-def _replaced(
+def replaced(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another `value` for one of them."""
