@@ -388,7 +388,7 @@ class KVStack(Cache):
 
     def read(self, layer_idx: int, row: int = 0, head: int | None = None) -> KV:
         """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`; of one
-        kv `head` (1, 1, held, D).
+        kv `head` (1, 1, held, D). With `Evict(positions="cache")`, keys are rotated to their places in the cache.
 
         Raises:
             UseError: heads hold different numbers of tokens (`Evict(budgets="heads")`), and none is named.

@@ -90,37 +90,42 @@ def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor:
     positions = given.get("position_ids")
     if positions is None or batch.reading:
         return places
-    columns = torch.arange(seen, seen + new, device=tokens.device).expand(rows, -1)
+    columns = torch.arange(seen, seen + new, device=tokens.device)
     plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == new
     if plain and positions.shape[0] in (1, rows):
-        positions = positions.to(tokens.device)
-        mine = torch.ones_like(places, dtype=torch.bool) if real is None else real.to(tokens.device).expand(rows, -1)
-        same = [((positions == known) | ~mine).all() for known in (index, columns, places)]
-        if bool(torch.stack(same).any()):
+        # where a text begins, and what a turn leaves out before it, does not matter
+        steps = [_apart(positions.to(tokens.device), known, real) for known in (index, columns)]
+        if bool(torch.stack([(step == step[:, :1]).all() for step in steps]).any()):
             return places
     raise UseError(
-        f"{who} numbers tokens by their places in the cache, and the model was given position_ids of another kind than "
-        '0, 1, 2 and so on for each row. Leave out position_ids, or use positions="text".'
+        f"{who} numbers tokens by their places in the cache, and the model was given position_ids that do not follow "
+        'each other in every row (or have several dimensions). Leave out position_ids, or use positions="text".'
     )
 
 
 def check_places(who: str, batch: Batch, positions: Tensor, real: Tensor | None) -> None:
-    """Refuse new tokens that were rotated by other `positions` (B, axes, new) than their places inside the cache. Where
-    nothing is held yet, their places may begin anywhere.
+    """Refuse new tokens that were rotated by other `positions` (B, axes, new) than their places inside the cache. As
+    long as nothing is held, their places may begin anywhere.
 
     Raises:
         UseError: the model was not told these places.
     """
     rows, axes, new = positions.shape
     places, _ = batch.places(rows, new, real, positions)
-    apart = positions[:, 0] - places
-    if real is not None:  # what padding was given does not matter
-        mine = real.to(apart.device).expand(rows, -1)
-        first = apart.gather(1, mine.int().argmax(1, keepdim=True))
-        apart = torch.where(mine, apart, first)
-    wrong = (apart != apart[:, :1]) if not any(cohort.seen for cohort in batch.cohorts) else apart != 0
-    if axes > 1 or bool(wrong.any()):
+    apart = _apart(positions[:, 0], places, real)
+    begins = not any(cohort.seen for cohort in batch.cohorts)
+    if axes > 1 or bool((apart != (apart[:, :1] if begins else 0)).any()):
         raise UseError(
             f"{who} gives tokens their places in the cache as positions, and the layers of the model were called with "
             'others. Call the model itself, without position_ids, or use positions="text".'
         )
+
+
+def _apart(positions: Tensor, places: Tensor, real: Tensor | None) -> Tensor:
+    """(rows, new) `positions` less `places`; tokens that are not `real` have the difference of the first one of their
+    row that is."""
+    apart = positions - places
+    if real is None:
+        return apart
+    mine = real.to(apart.device).expand_as(apart)
+    return torch.where(mine, apart, apart.gather(1, mine.int().argmax(1, keepdim=True)))

@@ -111,7 +111,8 @@ class Context:
             single ones, and the indices (n,) of their tokens in the text; None if the score did not ask for them
             (`Score.references`).
         rope: rotates and un-rotates keys of this layer, or None where it has no rotary embedding. It takes indices
-            such as `positions`, and goes through the positions that the model was given for them.
+            such as `positions`, and goes through the positions that the model was given for them, or through their
+            places in the cache where attention sees these.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
         heads: the kv heads that other processes hold (tensor parallelism). A score that looks at several heads at once
             takes their mean or maximum with it.

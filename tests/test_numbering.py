@@ -305,8 +305,9 @@ def test_position_ids_of_another_kind_are_refused_and_nothing_is_lost():
     stack, other = (KVStack([evict(12)], model=model, **SMALL) for _ in range(2))
     for each in (stack, other):
         model(ids[:, :30], past_key_values=each)
-    for wrong in (torch.arange(5)[None], torch.arange(31, 36)[None], torch.zeros(3, 1, 5, dtype=torch.long)):
-        with pytest.raises(UseError, match="position_ids of another kind"):
+    packed, gap, axes = torch.tensor([[30, 31, 0, 1, 2]]), torch.tensor([[30, 31, 33, 34, 35]]), torch.zeros(3, 1, 5)
+    for wrong in (packed, gap, axes.long(), torch.arange(4)[None]):
+        with pytest.raises(UseError, match="position_ids that do not follow each other"):
             model(ids[:, 30:35], past_key_values=stack, position_ids=wrong)
     right = torch.arange(30, 35)[None]
     found = model(ids[:, 30:35], past_key_values=stack, position_ids=right).logits

@@ -444,7 +444,7 @@ class Store:
         return Numbered(index, seen, _of_one_axis(newest))
 
     def _moved(self, slot: int, seen: int) -> bool:
-        """Whether keys of a layer may be rotated to other places than those that their tokens have now."""
+        """Return True if keys of a layer may be rotated to other places than those that their tokens have now."""
         if not self.plan.renumbers or self.ropes.get(self.layers[slot]) is None:
             return False
         return self.held < seen or self.given.told is not None

@@ -419,7 +419,7 @@ def step(figures: Figures) -> None:
 
 
 def beyond(figures: Figures) -> None:
-    """How well one cache lets a model predict the parts of a long text."""
+    """Perplexity of the parts of a long text, read with one cache."""
     rows = figures.rows
     firsts = [0, *(row["context"] for row in rows)]
     lines = [
