@@ -237,7 +237,8 @@ class KVStack(Cache):
             return {}
         if not self.batch.running:
             self._catch_up()  # what goes now frees places
-        return {"position_ids": places_of(repr(self), self.batch, given)}
+        places = places_of(repr(self), self.batch, given)
+        return {} if places is None else {"position_ids": places}
 
     def _check_forward(self) -> None:
         binding = self.binding

@@ -59,25 +59,24 @@ def _keeps(name: str, layer: int, rope: Rope, layers: Layers) -> str:
         return f"layer {layer} of {name} is left to transformers' own cache ({kind}), where keys keep their positions"
     if rope.switch is not None:
         return f"layer {layer} of {name} has other angles for a text of {rope.switch} tokens or more"
-    if rope.call is not None and rope.call.axes:
-        return f"positions of {name} have {rope.call.axes} dimensions (images and video)"
     return ""
 
 
-def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor:
-    """Places inside the cache (rows, new) for the tokens of a forward that is about to begin.
+def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor | None:
+    """Places inside the cache (rows, new) for the tokens of a forward that is about to begin. None if its arguments do
+    not include its tokens: it is the forward of a layer, which gets positions and cannot give others.
 
     Args:
         who: the stack, as messages name it.
         given: the arguments of the forward.
 
     Raises:
-        UseError: the tokens are not known, or the model was given positions of another kind for them.
+        UseError: the model was given positions of another kind.
     """
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor):
-        raise UseError(f"{who} numbers new tokens, and the model was given neither input_ids nor inputs_embeds.")
+        return None
     rows, new = tokens.shape[:2]
     if batch.size is not None and rows != batch.size:
         raise UseError(
@@ -90,16 +89,18 @@ def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor:
     positions = given.get("position_ids")
     if positions is None or batch.reading:
         return places
-    columns = torch.arange(seen, seen + new, device=tokens.device)
-    plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == new
-    if plain and positions.shape[0] in (1, rows):
-        # where a text begins, and what a turn leaves out before it, does not matter
+    columns = torch.arange(seen, seen + new, device=tokens.device).expand(rows, -1)
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        positions = positions[None]
+    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[1:] in ((1, new), (rows, new)):
+        # a text may begin anywhere, and a turn may leave out positions before it; images have a row and a column
         steps = [_apart(positions.to(tokens.device), known, real) for known in (index, columns)]
-        if bool(torch.stack([(step == step[:, :1]).all() for step in steps]).any()):
+        if bool(torch.stack([(step == step[:1, :, :1]).all() for step in steps]).any()):
             return places
     raise UseError(
         f"{who} numbers tokens by their places in the cache, and the model was given position_ids that do not follow "
-        'each other in every row (or have several dimensions). Leave out position_ids, or use positions="text".'
+        "each other in every row: those of a packed text, or of images. Leave out position_ids, or use "
+        'positions="text".'
     )
 
 
@@ -110,22 +111,22 @@ def check_places(who: str, batch: Batch, positions: Tensor, real: Tensor | None)
     Raises:
         UseError: the model was not told these places.
     """
-    rows, axes, new = positions.shape
+    rows, _, new = positions.shape
     places, _ = batch.places(rows, new, real, positions)
-    apart = _apart(positions[:, 0], places, real)
+    apart = _apart(positions.transpose(0, 1), places, real)
     begins = not any(cohort.seen for cohort in batch.cohorts)
-    if axes > 1 or bool((apart != (apart[:, :1] if begins else 0)).any()):
+    if bool((apart != (apart[:1, :, :1] if begins else 0)).any()):
         raise UseError(
             f"{who} gives tokens their places in the cache as positions, and the layers of the model were called with "
-            'others. Call the model itself, without position_ids, or use positions="text".'
+            'others, such as those of images. Call the model itself, without position_ids, or use positions="text".'
         )
 
 
 def _apart(positions: Tensor, places: Tensor, real: Tensor | None) -> Tensor:
-    """(rows, new) `positions` less `places`; tokens that are not `real` have the difference of the first one of their
-    row that is."""
+    """`positions` (axes, rows or 1, new) less `places` (rows, new): (axes, rows, new). Tokens that are not `real`
+    have the difference of the first one of their row that is."""
     apart = positions - places
     if real is None:
         return apart
     mine = real.to(apart.device).expand_as(apart)
-    return torch.where(mine, apart, apart.gather(1, mine.int().argmax(1, keepdim=True)))
+    return torch.where(mine, apart, apart.gather(2, mine.int().argmax(2, keepdim=True)))

@@ -324,3 +324,40 @@ def test_layers_that_are_called_with_positions_in_the_text_are_refused():
     with pytest.raises(UseError, match="Call the model itself"):
         model.model.layers[0](hidden, past_key_values=stack, position_ids=places, position_embeddings=tables)
     model(ids[:, 40:], past_key_values=stack)  # nothing was stored
+
+
+def test_tokens_that_are_taken_back_before_they_are_compressed():
+    """Assisted decoding: guesses come behind the tokens held, and those that are wrong go."""
+    model, ids, seen = tiny.model(dtype=torch.float64), tiny.tokens(1, 200), 0
+    stack, oracle = KVStack([evict(12, "keydiff")], model=model, **SMALL), Oracle(model)
+    stack.activate_past_recording()
+    for count, wrong in [(40, 0), (5, 3), (5, 4), (6, 0), (1, 0), (9, 8), (9, 2), (3, 0)]:
+        new = ids[:, seen : seen + count]
+        found, expected = model(new, past_key_values=stack).logits, oracle.feed(new, seen)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        stack.crop(-wrong)
+        seen += count - wrong
+        oracle.follow(stack)
+    assert stack.held < seen
+
+
+@pytest.mark.parametrize("told", ["nothing", "columns", "tokens"])
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_first_forward_may_count_padding(told, bound):
+    """A stack that is bound by its first forward cannot change the positions of a decoder that runs already."""
+    model = tiny.model(dtype=torch.float64)
+    ids, mask = tiny.left_padded([50, 31])
+    positions = {
+        "nothing": None,
+        "columns": torch.arange(50)[None],
+        "tokens": (mask.cumsum(1) - 1).clamp_min(0),
+    }[told]
+    made = [KVStack([evict(12, "expected")], model=model if binds else None, **SMALL) for binds in (bound, True)]
+    decoder = model.model
+    decoder(ids, attention_mask=mask, past_key_values=made[0], position_ids=positions)
+    model(ids, attention_mask=mask, past_key_values=made[1])
+    for step in range(12):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        new = torch.full((2, 1), 5 + step)
+        found, expected = (model(new, attention_mask=mask, past_key_values=stack).logits for stack in made)
+        torch.testing.assert_close(found, expected, **CLOSE)

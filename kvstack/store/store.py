@@ -715,5 +715,5 @@ class Store:
 
 
 def _of_one_axis(positions: Tensor) -> Tensor:
-    """Positions (B or 1, H or 1, n) or (B, 1, H or 1, n) without the axis."""
+    """Positions (B or 1, H or 1, n) of (B, axes, H or 1, n) that are the same on all axes, or as they are."""
     return positions[:, 0] if positions.dim() == 4 else positions
