@@ -237,9 +237,10 @@ def test_a_single_query_reads_packed_latents_as_decoded_ones():
             torch.testing.assert_close(one, other, atol=5e-3, rtol=5e-3)
 
 
-def test_a_crop_through_packed_tokens_leaves_them_where_they_are():
+@pytest.mark.parametrize("transform", [[], [Pairs()], [Pairs(unrotated=False)]], ids=str)
+def test_a_crop_through_packed_tokens_leaves_them_where_they_are(transform):
     model, ids = tiny.model(dtype=torch.float64), tiny.tokens(1, 120)
-    stack = KVStack([Pairs(), Quant(8, group=8), evict(40, "streaming")], sinks=2, window=4, block=8)
+    stack = KVStack([*transform, Quant(8, group=8), evict(40, "streaming")], sinks=2, window=4, block=8)
     for new in ids[:, :100].split(20, dim=1):
         model(new, past_key_values=stack)
     before = stack.read(0)
