@@ -84,7 +84,9 @@ def places_of(who: str, batch: Batch, given: Mapping[str, Any]) -> Tensor | None
             "batch_repeat_interleave or batch_select_indices for other rows of this one."
         )
     seen = max(batch.columns.values(), default=0)
-    real = masks.real_tokens(given.get("attention_mask"), seen, new)
+    mask = given.get("attention_mask")
+    mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask  # a mask for each type of layers
+    real = masks.real_tokens(mask, seen, new)
     places, index = batch.places(rows, new, real, tokens)
     positions = given.get("position_ids")
     if positions is None or batch.reading:

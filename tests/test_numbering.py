@@ -362,3 +362,18 @@ def test_a_first_forward_may_count_padding(told, bound):
         new = torch.full((2, 1), 5 + step)
         found, expected = (model(new, attention_mask=mask, past_key_values=stack).logits for stack in made)
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_mask_for_each_type_of_layers_tells_padding_too():
+    model = tiny.model("qwen2", dtype=torch.float64)
+    ids, mask = tiny.left_padded([40, 25])
+    made = [KVStack([evict(12, "keydiff")], model=model, **SMALL) for _ in range(2)]
+    for start, end in ((0, 40), (40, 41), (41, 46), (46, 47)):
+        mask = torch.nn.functional.pad(mask, (0, max(0, end - mask.shape[1])), value=1)
+        new = ids[:, start:end] if end <= 40 else torch.full((2, end - start), 9)
+        causal = torch.arange(end)[None] <= torch.arange(start, end)[:, None]
+        whole = (causal[None] & mask[:, None, :end].bool())[:, None]
+        one = model(new, attention_mask=mask[:, :end], past_key_values=made[0]).logits
+        other = model(new, attention_mask={"full_attention": whole}, past_key_values=made[1]).logits
+        real = mask[:, start:end].bool()
+        torch.testing.assert_close(one[real], other[real], **CLOSE)
