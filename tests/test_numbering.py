@@ -82,7 +82,7 @@ class Oracle:
             take = at[None, ..., None].expand(-1, -1, -1, layer.keys.shape[-1])
             keys, values = layer.keys.gather(2, take), layer.values.gather(2, take)
             steps = torch.arange(stays.shape[1]) - at
-            layer.keys = keys if i in self.still else turned(self.model, keys, steps)
+            layer.keys = keys if i in self.still else turned(self.model, keys, steps).to(keys)
             layer.values, self.index[i] = values, stays
         # what stands in for others is no token of the text
         if stack.binding.plan.refits:
