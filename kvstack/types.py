@@ -45,7 +45,8 @@ LONG = 1 << 30
 class TokenRotation(Protocol):
     """How one layer rotates the tokens of a text, named by their indices in it (0 is the first token).
 
-    The rotation goes through the positions that the model was given for these tokens, whatever they were."""
+    The rotation goes through the positions that the model was given for these tokens, whatever they were. With
+    `Evict(positions="cache")` it goes through their places in the cache, which attention sees."""
 
     def rotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
         """Rotate `x` (B, H, T, D) as the tokens at `positions` (B or 1, H or 1, T) were, or will be. One row of `x`
@@ -111,8 +112,7 @@ class Context:
             single ones, and the indices (n,) of their tokens in the text; None if the score did not ask for them
             (`Score.references`).
         rope: rotates and un-rotates keys of this layer, or None where it has no rotary embedding. It takes indices
-            such as `positions`, and goes through the positions that the model was given for them, or through their
-            places in the cache where attention sees these.
+            such as `positions`, and goes through the positions that the model was given for them.
         sinks, window: how many first and last tokens are always kept, whatever the scores say.
         heads: the kv heads that other processes hold (tensor parallelism). A score that looks at several heads at once
             takes their mean or maximum with it.

@@ -289,7 +289,7 @@ class _Guard:
 
     Args:
         tells: whether a cache in the call is told that a forward begins, before anything is computed, and that it has
-            ended. It may put other arguments in the place of given ones.
+            ended.
     """
 
     def __init__(self, module: nn.Module, tells: bool = False) -> None:
