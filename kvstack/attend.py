@@ -28,6 +28,7 @@ from .model import masks
 from .model.attention import device_of, expands, gives_queries
 from .model.hooks import Call, running, told
 from .model.rotation import Rope
+from .numbering import check_places
 from .promise import Promise, Promises
 from .sight import Sight, spread
 from .store.store import Store
@@ -262,6 +263,8 @@ class Attention:
         self._forget()
         watched = call is not None and bool(batch.binding.rotary)
         positions = self._forward.positions = self._positions(call, rows, new) if call and watched else None
+        if batch.binding.plan.renumbers and positions is not None:
+            check_places(self.label, batch, positions, real)
         # from here on an interrupt leaves the batch between two forwards
         batch.running = call is not None  # without hooks nobody says when it ends
         batch.begin(rows, new, real)
@@ -425,7 +428,7 @@ class Attention:
         return None if len(places) == queries else places, len(places)
 
     def _may_fuse(self, store: Store, new: int) -> bool:
-        return self.fused and new == 1 and store.sealed_tokens > 0
+        return self.fused and store.plan.fuses and new == 1 and store.sealed_tokens > 0
 
     def _fused(
         self, call: Call, store: Store, slot: int, cohort: Cohort, query: Tensor, part: Tensor | None, attached: bool

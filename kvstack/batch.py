@@ -78,6 +78,21 @@ class Cohort:
         return Cohort(self.rows, stores, self.seen, self.columns, self.new, self.places, self.unsettled, given)
 
     @property
+    def held(self) -> int:
+        """Tokens held in every layer and head.
+
+        Raises:
+            UseError: some hold more than others.
+        """
+        held = {store.held for store in self.stores}
+        if len(held) > 1:
+            raise UseError(
+                f"layers of this cache hold {sorted(held)} tokens, so a new token has no one place in all of them. Use "
+                'Evict(..., positions="text").'
+            )
+        return held.pop() if held else 0
+
+    @property
     def dirty(self) -> bool:
         """Return True if tokens of a forward are not settled yet."""
         return any(store.dirty for store in self.stores)
@@ -272,6 +287,18 @@ class Batch:
     def waits(self) -> bool:
         """Return True if the last forward goes on with a second reading."""
         return self.reading or (self.unread and not self.recording)
+
+    def places(self, rows: int, new: int, real: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Places inside the cache (rows, new) of the next `new` tokens, behind those that are held, and their indices
+        in the text of each row. Those of tokens that are not `real` (B or 1, new) mean nothing."""
+        real = torch.ones(1, new, dtype=torch.bool) if real is None else real
+        counted = real.to(like.device).expand(rows, new).long().cumsum(-1) - 1
+        held, seen = (torch.zeros(rows, 1, dtype=torch.long) for _ in range(2))
+        for cohort in self.cohorts:
+            mine = slice(None) if cohort.rows is None else cohort.rows.cpu()
+            held[mine], seen[mine] = cohort.held, cohort.seen
+        place, index = ((x.to(like.device) + counted).clamp_min(0) for x in (held, seen))
+        return place, index
 
     def place(self, positions: Tensor) -> None:
         """The new tokens of the forward that has just begun were given `positions` (B, axes, new)."""

@@ -38,6 +38,7 @@ from .model.probing import cached_shapes
 from .model.ranks import heads_of
 from .model.rope import find_ropes
 from .model.rotation import Rope
+from .numbering import check_model
 from .select.choosing import Select
 from .select.evict import Evict
 from .select.tiers import Tiers
@@ -176,7 +177,8 @@ def is_fitted(stages: Sequence[Stage]) -> bool:
 def needs_model(stages: Sequence[Stage]) -> bool:
     """Whether these stages cannot work for a caller that is no transformers model."""
     select = _of_kind(stages, Select)
-    return is_fitted(stages) or (select is not None and select.looks_at_queries)
+    renumbers = isinstance(select, Evict) and select.positions == "cache"
+    return is_fitted(stages) or renumbers or (select is not None and select.looks_at_queries)
 
 
 def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans) -> Binding:
@@ -219,6 +221,8 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
         # what stages keep for all stacks must not be inference tensors, whatever forward this happens in
         with torch.inference_mode(False), torch.no_grad():
             select, transform = (_of_kind(stages, kind) for kind in (Select, Transform))
+            if isinstance(select, Evict) and select.positions == "cache":
+                check_model(select, model, layers)
             if (transform and transform.unrotated) or (select and select.needs_rope is not False):
                 ropes = find_ropes(model, {i: modules[i] for i in full})
                 _check_ropes(transform and transform.unrotated and transform, select, name, ropes)
@@ -447,7 +451,7 @@ def _check_agreed(who: str, plan: Plan, shares: Mapping[int, int]) -> None:
             type(stage).__name__
             for stage in (select and select.score, plan.transform and plan.transform.stage, plan.encode)
         ],
-        plan.evict and (plan.evict.keep, plan.evict.budgets),
+        plan.evict and (plan.evict.keep, plan.evict.budgets, plan.evict.positions),
         plan.tiers and (plan.tiers.shares, plan.tiers.weights),
         select and (select.pool, plan.share_heads),
         (plan.layers, plan.stored_together, plan.sinks, plan.window, plan.block),

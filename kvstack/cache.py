@@ -33,6 +33,7 @@ from .model.arming import arm
 from .model.head import with_head
 from .model.hooks import install, running
 from .model.ranks import heads_of
+from .numbering import places_of
 from .other_layers import forked_layer
 from .packed import storage_bytes
 from .report import Report
@@ -220,19 +221,24 @@ class KVStack(Cache):
             self._disarm = None
         return self
 
-    def begin_forward(self, given: Mapping[str, Any]) -> None:
+    def begin_forward(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The model begins a forward with this cache (its watched forward says so), which was `given` these arguments.
-        With other adapters than before, the stages are fitted again; where tokens are held, they would mean something
-        else: it is refused."""
-        if self.batch.reading:
-            return
-        self._check_forward()
-        if self.batch.binding.plan.rereads:
-            if not self.batch.running:
-                self._read_again()
-            self.batch.text = text_of(given)
-        ids = given.get("input_ids")
-        self.batch.fed = ids if isinstance(ids, Tensor) else None
+        Returns those that take the place of given ones. With other adapters than before, the stages are fitted again;
+        where tokens are held, they would mean something else: it is refused."""
+        if not self.batch.reading:
+            self._check_forward()
+            if self.batch.binding.plan.rereads:
+                if not self.batch.running:
+                    self._read_again()
+                self.batch.text = text_of(given)
+            ids = given.get("input_ids")
+            self.batch.fed = ids if isinstance(ids, Tensor) else None
+        if self.binding is None or not self.binding.plan.renumbers:
+            return {}
+        if not self.batch.running:
+            self._catch_up()  # what goes now frees places
+        places = places_of(repr(self), self.batch, given)
+        return {} if places is None else {"position_ids": places}
 
     def _check_forward(self) -> None:
         binding = self.binding
@@ -383,7 +389,7 @@ class KVStack(Cache):
 
     def read(self, layer_idx: int, row: int = 0, head: int | None = None) -> KV:
         """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`; of one
-        kv `head` (1, 1, held, D).
+        kv `head` (1, 1, held, D). With `Evict(positions="cache")`, keys are rotated to their places in the cache.
 
         Raises:
             UseError: heads hold different numbers of tokens (`Evict(budgets="heads")`), and none is named.

@@ -45,7 +45,8 @@ LONG = 1 << 30
 class TokenRotation(Protocol):
     """The rotation of one layer for the tokens of a text, named by their indices in it (0 is the first token).
 
-    The rotation goes through the positions that the model was given for these tokens, whatever they were."""
+    The rotation goes through the positions that the model was given for these tokens, whatever they were. With
+    `Evict(positions="cache")` it goes through their places in the cache, which attention sees."""
 
     def rotate(self, x: Tensor, positions: Tensor, /) -> Tensor:
         """Rotate `x` (B, H, T, D) as the tokens at `positions` (B or 1, H or 1, T) were, or will be. One row of `x`

@@ -15,6 +15,7 @@ from tests.stages import Pairs
 STAGES = [Quant(bits) for bits in (2, 3, 4, 8)]
 STAGES += [Quant(4, group=8), Quant(4, codec="nf4"), Quant(4, codec="fp4"), Quant(8, codec="int8")]
 STAGES += [Evict(0.2), Evict(50), Evict(0.5, "h2o", layers=1), Evict(0.5, "knorm", share_heads=True, pool="max")]
+STAGES += [Evict(0.2, "streaming", positions="cache")]
 STAGES += [CommonKV(), CommonKV(0.25, layers=2), CommonKV(50, layers=1)]
 
 

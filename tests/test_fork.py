@@ -26,6 +26,8 @@ STACKS = {
     "refit": ("llama", [Evict(0.4, refit=True), GROUPED]),
     "count": ("llama", [Evict(20, "keydiff", layers=2)]),
     "budgets": ("llama", [Evict(0.4, budgets="heads"), GROUPED]),
+    "places": ("llama", [Evict(20, "keydiff", positions="cache")]),
+    "places_sealed": ("llama", [Pairs(), Evict(0.4, positions="cache")]),
     "transform": ("llama", [Pairs(), Quant(8, group=8), Evict(0.5)]),
     "commonkv": ("llama", [CommonKV(0.5, layers=2), Quant(2), Evict(0.5)]),
     "merged": ("llama", [CommonKV(0.5, layers=2, basis="weights", merge="mean")]),

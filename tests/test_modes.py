@@ -16,6 +16,7 @@ STACKS = {
     "refit": [Evict(0.4, refit=True), Quant(8, group=8)],
     "budgets": [Evict(0.4, budgets="heads"), Quant(8, group=8)],
     "kvzip": [Evict(0.4, "kvzip"), Quant(8, group=8)],
+    "places": [Evict(0.4, positions="cache"), Quant(8, group=8)],
     "both": [Evict(24, "h2o"), Quant(3, group=8)],
     "three": [Pairs(), Evict(0.5), Quant(8, group=8)],
     "commonkv": [CommonKV(0.5, layers=2), Evict(0.5), Quant(2)],

@@ -23,6 +23,12 @@ STACKS = {
     "budgets": [Evict(0.4, "keydiff", budgets="heads")],
     # rows of one length drop packed tokens together, so a score that is the same for all rows
     "budgets_sealed": [Evict(0.4, "streaming", budgets="heads"), Quant(8, group=8)],
+    "places": [Evict(12, "streaming", positions="cache")],
+    "places_heads": [Evict(0.4, "keydiff", positions="cache")],
+    "places_queries": [Evict(0.4, positions="cache", refit=True)],
+    "places_sealed": [Evict(0.4, "keydiff", positions="cache"), Quant(8, group=8)],
+    "places_kvzip": [Evict(0.4, "kvzip", positions="cache")],
+    "places_commonkv": [CommonKV(0.5, layers=2), Evict(0.5, positions="cache"), Quant(2)],
     "budgets_layers": [Evict(0.4, budgets="layers"), Quant(8, group=8)],
     "shared_layers": [Evict(0.4, layers=2, pool="max")],
     "quant2_evict": [Quant(2, group=8), Evict(0.5)],

@@ -373,6 +373,19 @@ def length(
 
 
 @_command
+def beyond(
+    run: Run,
+    feed: Annotated[int, typer.Option(min=1, help="Tokens fed at once.")] = 256,
+) -> None:
+    """Perplexity of the parts of one long text, also beyond the longest one that the model was made for."""
+    from ..bench.measure import beyond as bench
+    from ..bench.show import tables
+
+    for figures in bench.run(run.usually(bench.CONTEXTS, bench.STACKS), feed):
+        tables.beyond(figures)
+
+
+@_command
 def fork(
     run: Run,
     rounds: Annotated[int, typer.Option(min=1, help="Questions asked in each way.")] = 5,

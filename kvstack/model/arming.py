@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import BindError, UseError
 from .attention import layer_of, parameters, takes_cache
 from .changes import Handles, changes
+from .hooks import replaced
 from .keeping import leaves_out
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Waiting(Protocol):
 
     def bind_met(self, model: PreTrainedModel, /) -> Any: ...
 
-    def begin_forward(self, given: Mapping[str, Any], /) -> None: ...
+    def begin_forward(self, given: Mapping[str, Any], /) -> Mapping[str, Any]: ...
 
 
 def arm(stack: Waiting) -> Callable[[], None]:
@@ -53,17 +54,21 @@ def arm(stack: Waiting) -> Callable[[], None]:
         with changes:
             take_off()
 
-    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         root = roots.get(module)
         waiting, model = reference(), root() if root is not None else None
         if waiting is None or model is None or kwargs is None:
-            return
+            return None
         for value in (*args, *kwargs.values()):
             if value is waiting:
                 given = dict(zip(parameters(module), args, strict=False)) | kwargs
                 waiting.bind_met(model)
-                waiting.begin_forward(given)
-                return
+                changed = waiting.begin_forward(given)
+                names = list(parameters(module))
+                # what is changed was used before a layer is called
+                for name in changed.keys() & set(names) if isinstance(module, PreTrainedModel) else ():
+                    args, kwargs = replaced(names, args, kwargs, name, changed[name])
+                return args, kwargs
             if getattr(value, "self_attention_cache", None) is waiting:
                 raise BindError(
                     f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
@@ -77,6 +82,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
                     f"{type(model).__name__} leaves out the cache that generate was given, {waiting!r}, where a text "
                     f"begins with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
                 )
+        return None
 
     def meet(module: nn.Module, args: Any) -> None:
         changes.catch_up()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .rotation import RotaryCall, Tables
 
-__all__ = ["Call", "Listener", "ModelHooks", "Told", "install", "running", "told"]
+__all__ = ["Call", "Listener", "ModelHooks", "Told", "install", "replaced", "running", "told"]
 
 
 class Listener(Protocol):
@@ -299,8 +299,10 @@ class _Guard:
 
         @functools.wraps(module.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            given: Mapping[str, Any] = dict(zip(names, args, strict=False)) | kwargs if tells else {}
             if tells:
-                _tell(dict(zip(names, args, strict=False)) | kwargs)
+                for name, value in _tell(given).items():
+                    args, kwargs = replaced(names, args, kwargs, name, value)
             try:
                 output = inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
             except BaseException:
@@ -308,7 +310,7 @@ class _Guard:
                 raise
             _leaving(self if inside is not None else module, args, output)
             if tells:
-                _tell_end(dict(zip(names, args, strict=False)) | kwargs)
+                _tell_end(given)
             return output
 
         before: Any = self.before
@@ -341,11 +343,14 @@ class _Guard:
             vars(module)["forward"] = self.before
 
 
-def _tell(given: Mapping[str, Any]) -> None:
+def _tell(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what takes the place of given arguments."""
+    changed: dict[str, Any] = {}
     for name in CACHE_ARGUMENTS:
         begin = getattr(given.get(name), "begin_forward", None)
         if begin is not None:
-            begin(given)
+            changed |= begin(given)
+    return changed
 
 
 def _tell_end(given: Mapping[str, Any]) -> None:
@@ -437,12 +442,12 @@ def _entering(names: list[str]) -> Callable[..., Any]:
         if mask is call.mask:
             return None
         call.replaced, call.mask = call.mask, mask
-        return _replaced(names, args, kwargs, "attention_mask", mask)
+        return replaced(names, args, kwargs, "attention_mask", mask)
 
     return hook
 
 
-def _replaced(
+def replaced(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another `value` for one of them."""

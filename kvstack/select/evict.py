@@ -32,6 +32,9 @@ class Evict(Select):
             tokens. `layers`: each layer has a budget of its own, and `keep` is the mean. `heads`: each kv head of each
             layer has one. The budgets are found once for the model and the score, on a few texts (the idea of AdaKV,
             arXiv 2407.11550).
+        positions: the position that attention sees for a token. `text` (default): its place in the text. `cache`: its
+            place among the tokens that are held, 0 for the first (StreamingLLM, arXiv 2309.17453). No position is then
+            larger than the number of tokens held, so a text may be longer than the ones that the model was trained on.
 
     The budget holds while decoding and at every later turn.
 
@@ -48,6 +51,7 @@ class Evict(Select):
     pool: Literal["mean", "max"] = field(default="mean", kw_only=True)
     refit: bool = field(default=False, kw_only=True)
     budgets: Literal["equal", "layers", "heads"] = field(default="equal", kw_only=True)
+    positions: Literal["text", "cache"] = field(default="text", kw_only=True)
 
     name = "evict"
     source = "one paper a score"
@@ -76,6 +80,18 @@ class Evict(Select):
             "heads that keep the same tokens cannot have budgets of their own.",
             'Leave out layers and share_heads, or use budgets="layers".',
         )
+        known = self.positions in ("text", "cache")
+        check(known, self, f"positions={self.positions!r} is not known.", 'Use "text" or "cache".')
+        check(
+            self.positions == "text" or self.budgets == "equal",
+            self,
+            "a new token has one place in the cache, so all layers and heads must hold equally many tokens.",
+            'Use budgets="equal", or positions="text".',
+        )
+
+    @property
+    def needs_rope(self) -> bool | None:
+        return True if self.positions == "cache" else super().needs_rope
 
     @property
     def usual_layers(self) -> int:

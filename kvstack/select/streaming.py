@@ -16,8 +16,8 @@ __all__ = ["Streaming"]
 class Streaming(Score):
     """The position: the budget goes to the newest tokens, in addition to the stack's sinks.
 
-    Source: Xiao et al. 2024, arXiv 2309.17453. Differs from the paper: kept tokens keep their true positions; the
-    paper renumbers them inside the cache, which allows texts longer than the model's training context.
+    Source: Xiao et al. 2024, arXiv 2309.17453. Differs from the paper: kept tokens keep their positions in the text.
+    With `Evict(..., positions="cache")` they are numbered inside the cache, as in the paper.
     """
 
     name = "streaming"

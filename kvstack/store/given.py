@@ -2,6 +2,9 @@
 
 Positions may start elsewhere, start again (packed texts), leave gaps, or have several dimensions (images and video).
 They are told for each token the model saw, not for each that is held: a token's index finds them.
+
+With `Evict(positions="cache")` a token has two positions: the one that its key was rotated by when it came (`Given`),
+and its place among the tokens that are held now (`Numbered`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from ..types import LONG, Rotation, positions_between
 
-__all__ = ["Given", "Placed"]
+__all__ = ["Given", "Numbered", "Placed"]
 
 WAITING = 64
 """Forwards whose positions may wait to be compared."""
@@ -128,12 +131,47 @@ def _plain(new: Sequence[tuple[int, Tensor]]) -> bool:
     return bool(torch.stack([found.to(each[0].device) for found in each]).all())
 
 
+@dataclass(frozen=True, eq=False)
+class Numbered:
+    """The places of tokens inside the cache, by their indices in the text.
+
+    They are counted back from the newest token, which has the position that it was given. New tokens are given the
+    places behind those that are held, so in a forward the first token held has place 0. When tokens were dropped, the
+    others are counted back from the same newest place, until the next forward begins.
+
+    Attributes:
+        index: (B or 1, H or 1, held) tokens held, ascending.
+        seen: tokens the model saw.
+        newest: (B or 1, 1, 1) position of the newest of these.
+    """
+
+    index: Tensor
+    seen: int
+    newest: Tensor
+
+    def held(self) -> Tensor:
+        """(B or 1, 1, held) places of the tokens held."""
+        tokens = self.index.shape[-1]
+        return self.newest + positions_between(1 - tokens, 1, self.index.device)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Places of the tokens at `index` (B or 1, H or 1, n), as `Given.at`: (B or 1, H or 1, n). Where heads hold
+        different tokens and `index` is the same for all of them, it names newest tokens, or some to come."""
+        index, newest, last = index.to(self.newest.device), self.newest, self.seen - 1
+        if index.shape[1] < self.index.shape[1]:
+            return (newest + index - last).to(torch.int32)
+        rows, heads, tokens = max(len(index), len(self.index)), index.shape[1], self.index.shape[-1]
+        held = self.index.to(index).expand(rows, heads, -1).contiguous()
+        rank = torch.searchsorted(held, index.expand(rows, heads, -1).contiguous()).clamp_max(tokens - 1)
+        return (newest + 1 - tokens + rank + (index - last).clamp_min(0)).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class Placed:
     """The rotation of a layer for the tokens of some rows, by their indices."""
 
     rope: Rotation
-    given: Given
+    given: Given | Numbered
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.rope.rotate(x, self.given.at(positions).to(x.device))

@@ -79,6 +79,22 @@ class Plan:
         return self.select if isinstance(self.select, Tiers) else None
 
     @cached_property
+    def renumbers(self) -> bool:
+        """Return True if attention sees the places of tokens inside the cache, and not those in the text."""
+        return self.evict is not None and self.evict.positions == "cache"
+
+    @cached_property
+    def rotates_late(self) -> bool:
+        """Return True if sealed keys are held without rotary embedding, and rotated when they are read."""
+        return self.transform is not None and self.transform.unrotated
+
+    @cached_property
+    def fuses(self) -> bool:
+        """Return True if packed keys can be read as they are. Those that were rotated to another position must be
+        decoded and turned first."""
+        return self.rotates_late or not self.renumbers
+
+    @cached_property
     def seals(self) -> bool:
         """Return True if tokens are encoded at all."""
         return self.encode is not None
@@ -143,7 +159,7 @@ class Plan:
 
     def reads_with(self, device: torch.device) -> frozenset[str]:
         """What answers a single query from sealed tokens on `device`, by the names of the readers."""
-        if self.encode is None:
+        if self.encode is None or not self.fuses:
             return frozenset()
         if not self.codecs:
             return frozenset({self.reader(device).reads_with})

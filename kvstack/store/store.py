@@ -33,7 +33,7 @@ from ..stage import Codec
 from ..types import KV, Context, Layout, Rotation, positions_between
 from ..workspace import Workspace
 from .budget import Choice, Profile, allowance, choose, how_many
-from .given import Given, Placed
+from .given import Given, Numbered, Placed
 from .plan import Plan
 from .refit import Refitted, refitted
 from .sealed import GroupLatents, LayerCodes, Sealed
@@ -304,17 +304,19 @@ class Store:
             queries=queries,
             scaling=scaling,
             memory=memory,
-            rope=self._rope(slot),
+            rope=self._rope(slot, seen),
             references=self._reference(slot, seen) if self.references else None,
             sinks=self.sinks,
             window=self.plan.window,
             heads=self.heads,
         )
 
-    def _rope(self, slot: int) -> Placed | None:
+    def _rope(self, slot: int, seen: int) -> Placed | None:
         """How a layer rotates the tokens of this text, by their indices."""
         rope = self.ropes.get(self.layers[slot])
-        return None if rope is None else Placed(rope, self.given)
+        if rope is None:
+            return None
+        return Placed(rope, self._numbered(seen) if self.plan.renumbers else self.given)
 
     def _first_block(self, granule: int) -> int:
         """Raw tokens that must be there before any are sealed, whole granules, where none are."""
@@ -336,7 +338,7 @@ class Store:
         """What the tokens of a layer that a cut leaves become, to stand in for those that go."""
         kv = self.read(slot, seen, work)
         queries, tokens = self._reference(slot, seen)
-        queries = moved_behind(queries, tokens, self._rope(slot), seen, AHEAD)
+        queries = moved_behind(queries, tokens, self._rope(slot, seen), seen, AHEAD)
         middle = slice(cut.sinks, cut.sinks + cut.sealed + cut.middle)
         bias = self.biases[slot].of(self.sinks, self.held)
         return refitted(kv, bias, queries, cut.stay, cut.raw.shape[-1], middle, scaling)
@@ -409,15 +411,18 @@ class Store:
 
     # ---- reading
 
-    def read(self, slot: int, seen: int, work: Workspace) -> KV:
+    def read(self, slot: int, seen: int, work: Workspace, *, turned: bool = True) -> KV:
         """All held tokens of one layer in position order. Views of the raw part where nothing is sealed, scratch
-        memory (valid until the next read) otherwise."""
-        raw = self.raw[slot].kv
+        memory (valid until the next read) otherwise. `turned`: keys as attention sees them; False: as they came."""
+        raw, turned = self.raw[slot].kv, turned and self._moved(slot, seen)
         if not self.sealed_tokens:
-            return KV(raw.keys, raw.values)
+            return KV(self._turned(slot, raw.keys, seen) if turned else raw.keys, raw.values)
         first, second = self.sinks, self.sinks + self.sealed_tokens
+        loose = raw.keys
+        if turned and self.plan.rotates_late:
+            loose = self._turned(slot, loose, seen, self._loose)
         whole = []
-        for name, x in (("keys", raw.keys), ("values", raw.values)):
+        for name, x in (("keys", loose), ("values", raw.values)):
             b, h, n, d = x.shape
             out = work.get(name, (b, h, n + self.sealed_tokens, d), x.dtype, x.device)
             out[:, :, :first] = x[:, :, :first]
@@ -425,8 +430,42 @@ class Store:
             whole.append(out)
         keys, values = whole
         part, layer = self._stored(slot)
-        part.decode(layer, keys[:, :, first:second], values[:, :, first:second], self._where(seen))
+        part.decode(layer, keys[:, :, first:second], values[:, :, first:second], self._where(seen, turned))
+        if turned and not self.plan.rotates_late:
+            keys = self._turned(slot, keys, seen)
         return KV(keys, values)
+
+    # ---- places inside the cache
+
+    def _numbered(self, seen: int) -> Numbered:
+        """The places of tokens inside the cache."""
+        index = self.positions(seen)
+        newest = self.given.at(index.new_full((1, 1, 1), seen - 1))
+        return Numbered(index, seen, _of_one_axis(newest))
+
+    def _moved(self, slot: int, seen: int) -> bool:
+        """Return True if keys of a layer may be rotated to other places than those that their tokens have now."""
+        if not self.plan.renumbers or self.ropes.get(self.layers[slot]) is None:
+            return False
+        return self.held < seen or self.given.told is not None
+
+    @property
+    def _loose(self) -> Tensor:
+        """(raw,) which of the tokens held are raw."""
+        device, behind = self.raw[0].device, self.sinks + self.sealed_tokens
+        return torch.cat([torch.arange(self.sinks, device=device), torch.arange(behind, self.held, device=device)])
+
+    def _turned(self, slot: int, keys: Tensor, seen: int, places: Tensor | None = None) -> Tensor:
+        """Keys (B, H, n, D) as they came, of the tokens at `places` (n,) among those held (None: all), rotated to the
+        places that these have now. Each key is turned from what the model made: errors of rounding do not add up."""
+        rope, numbered = self.ropes[self.layers[slot]], self._numbered(seen)
+        assert rope is not None  # `_moved` has asked
+        index, now = numbered.index, numbered.held()
+        if places is not None:
+            index, now = index[..., places], now[..., places]
+        was = self.given.at(index).to(keys.device)
+        turned = rope.rotate(rope.unrotate(wide(keys), was), now.to(keys.device))
+        return saturated(turned, keys.dtype)
 
     def _stored(self, slot: int) -> tuple[Sealed, int]:
         """The sealed tokens that a layer is part of, and its place there."""
@@ -438,13 +477,16 @@ class Store:
             self._reading = part
         return part, slot % size
 
-    def _where(self, seen: int) -> Any:
-        """Positions that the model was given for the sealed tokens, worked out at the first question of a forward."""
+    def _where(self, seen: int, turned: bool = False) -> Any:
+        """Positions that the model was given for the sealed tokens, worked out at the first question of a forward.
+        `turned`: their places inside the cache."""
 
         def where() -> Tensor:
             if self._sealed_positions is None:
                 first, device = self.sinks, self.raw[0].device
-                if self.kept_positions.kept is None:
+                if turned:
+                    self._sealed_positions = self._numbered(seen).held()[..., first : first + self.sealed_tokens]
+                elif self.kept_positions.kept is None:
                     start = seen - self.held + first
                     self._sealed_positions = self.given.of_run(start, start + self.sealed_tokens, device)
                 else:  # compared when they were sealed
@@ -463,7 +505,10 @@ class Store:
         softmax does not care for their order. `mask` (B or 1, H*G or 1, 1, held), in the order of positions, tells
         what the query sees: boolean, or added to the logits.
         """
-        raw, (part, layer), where = self.raw[slot].kv, self._stored(slot), self._where(seen)
+        raw, (part, layer), moved = self.raw[slot].kv, self._stored(slot), self._moved(slot, seen)
+        where = self._where(seen, moved)
+        if moved:
+            raw = KV(self._turned(slot, raw.keys, seen, self._loose), raw.values)
         b, h, _, d = raw.keys.shape
         grouped = wide(query).reshape(b, h, -1, d) * scaling  # (B, H, G, D); products of halves may not be halves
         # logits of sealed tokens, then of raw ones
@@ -580,7 +625,7 @@ class Store:
             )
         work, start = Workspace(), self.sinks + whole
         index = torch.arange(start, start + rest, device=self.raw[0].device)[None, None]
-        return tuple(self.read(slot, seen, work).take(index) for slot in range(len(self.layers)))
+        return tuple(self.read(slot, seen, work, turned=False).take(index) for slot in range(len(self.layers)))
 
     # ---- files
 
@@ -667,3 +712,8 @@ class Store:
             rope=self.ropes.get(self.layers[slot]),
         )
         return self.plan.ranking.track(KV(keys, values), context)
+
+
+def _of_one_axis(positions: Tensor) -> Tensor:
+    """Positions (B or 1, H or 1, n) of (B, axes, H or 1, n) that are the same on all axes, or as they are."""
+    return positions[:, 0] if positions.dim() == 4 else positions

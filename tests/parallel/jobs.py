@@ -23,6 +23,8 @@ from kvstack.model.ranks import heads_of
 from tests import tiny
 
 Job = Callable[[Any, Path], Any]
+OF_ALL_HEADS = ("text hash", "positions given")
+"""Parts of a stack that belong to no head: each process holds them."""
 NEW = 40
 """Tokens that are generated: more than a block, so that tokens are evicted and sealed while decoding too."""
 
@@ -42,6 +44,8 @@ SAME = [
     "quant:4+evict:0.3",
     "quant:2+evict:0.3,score=keydiff",
     "quant:4+evict:60,score=random",
+    "evict:40,score=keydiff,positions=cache",
+    "quant:4+evict:0.3,score=keydiff,positions=cache",
     "xkv:keep=1.0,exact=None+evict:0.5",
     "commonkv:1.0,layers=1,basis=weights",
 ]
@@ -83,9 +87,10 @@ def model_in(folder: Path, name: str) -> Any:
 
 
 def held(stack: KVStack) -> dict[str, Any]:
-    """What can be compared of a stack: counts, and positions of each layer."""
+    """What can be compared of a stack: counts, bytes of its heads, and positions of each layer."""
     positions = [[stack.positions(layer, row) for row in range(stack.batch_size)] for layer in stack.compressed_layers]
-    return {"seen": stack.seen, "held": stack.held, "nbytes": stack.nbytes, "positions": positions}
+    of_all = sum(x.nbytes for _, what, x in stack.parts() if what in OF_ALL_HEADS)
+    return {"seen": stack.seen, "held": stack.held, "nbytes": stack.nbytes - of_all, "positions": positions}
 
 
 def generated(model: Any, stack: KVStack, ids: torch.Tensor, **settings: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """On a real model: agreement with the dense cache."""
 
 import pytest
+import torch
 from transformers import DynamicCache
 
 from kvstack import Evict, KVStack, Quant
 from tests.real.quality import check_quality, divergence, text
+from tests.test_numbering import Oracle
 
 pytestmark = pytest.mark.real
 
@@ -37,3 +39,16 @@ def test_eight_bits_generate_what_the_dense_cache_does(smollm2):
         choice = model(dense[:, i : i + 1], past_key_values=stack).logits[0, -1].argmax()
         same += int(choice == dense[0, i + 1])
     assert same >= 47
+
+
+@torch.no_grad()
+def test_places_in_the_cache_are_those_of_a_plain_cache_of_the_kept_tokens(smollm2):
+    model, tokenizer = smollm2
+    ids, seen = text(tokenizer, 300), 0
+    stack, oracle = KVStack([Evict(64, "keydiff", positions="cache")], window=16, model=model), Oracle(model)
+    for count in (200, 1, 1, 40, 1, 57):
+        new = ids[:, seen : seen + count]
+        found, expected = model(new, past_key_values=stack).logits, oracle.feed(new, seen)
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.01)
+        seen += count
+        oracle.follow(stack)

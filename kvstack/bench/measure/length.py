@@ -26,7 +26,7 @@ from .variants import Variant
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CONTEXTS", "STACKS", "measure", "run"]
+__all__ = ["CONTEXTS", "STACKS", "measure", "run", "tokens_held"]
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 STACKS = ("empty", "quant:4", "quant:2", "quant:2+evict:0.2")
@@ -80,7 +80,7 @@ def measure(
             subject.wait(model)
             times.append(time.perf_counter() - start)
         seen += steps
-        tokens = _held(held)
+        tokens = tokens_held(held)
         yield {
             "ms_typical": statistics.median(times) * 1e3,
             "ms_mean": statistics.mean(times) * 1e3,
@@ -93,5 +93,6 @@ def measure(
         }
 
 
-def _held(cache: Cache) -> int:
+def tokens_held(cache: Cache) -> int:
+    """Tokens that a cache holds in each layer."""
     return cache.held if isinstance(cache, KVStack) else int(cache.get_seq_length())

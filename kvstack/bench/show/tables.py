@@ -18,6 +18,7 @@ __all__ = [
     "answers",
     "axes",
     "batch",
+    "beyond",
     "budgets",
     "calibration",
     "choose",
@@ -415,6 +416,27 @@ def step(figures: Figures) -> None:
     title = f"{rows[0]['context']:,} tokens: {_where(figures)}, {figures.environment['threads']} threads"
     caption = f"milliseconds of a step, the mean of {rows[0]['steps']}; being timed takes a little of them"
     _print(title, ("stack", "ms", *parts), lines, caption)
+
+
+def beyond(figures: Figures) -> None:
+    """Perplexity of the parts of a long text, read with one cache."""
+    rows = figures.rows
+    firsts = [0, *(row["context"] for row in rows)]
+    lines = [
+        [
+            f"{first:,} - {row['context']:,}",
+            f"{row['nll']:.3f}",
+            f"{row['perplexity']:,.2f}",
+            f"{row['held']:,}",
+            mib(row["nbytes"]),
+        ]
+        for first, row in zip(firsts, rows, strict=False)
+    ]
+    title = f"{rows[0]['cache']}: {_where(figures)}"
+    caption = (
+        f"{rows[0]['feed']} tokens fed at once; NLL of the true next token in nats; bytes held at the end of a part"
+    )
+    _print(title, ("tokens", "NLL", "perplexity", "held", "MiB"), lines, caption)
 
 
 def fork(figures: Figures) -> None:
