@@ -1,4 +1,5 @@
-"""Answering attention: what `update` hands to a layer's attention module, and what stands in for its function.
+"""Answering attention: what `update` hands to a layer's attention module, and the function that takes the place of its
+own.
 
 enter      an attention module with our cache begins                        (model/hooks.py)
 update     new keys and values go behind the raw tokens; attention gets all, or a promise of them
@@ -45,7 +46,7 @@ FLASH = 256
 
 @dataclass
 class Learned:
-    """What attention calls told about the layers of a model; it outlives a text.
+    """The facts that attention calls told about the layers of a model; it outlives a text.
 
     Attributes:
         scaling: layer -> the factor its attention multiplies q @ k with.
@@ -58,7 +59,7 @@ class Learned:
 
 @dataclass
 class Forward:
-    """What is known while one forward runs."""
+    """The state of one running forward."""
 
     new: int = 0
     begun: bool = False  # for the layer that comes first
@@ -203,7 +204,7 @@ class Attention:
             store.hear(slot, queries, cohort.seen, self.learned.scaling[call.layer], batch.work)
 
     def _is_dense(self, mask: Any, promise: Promise) -> bool:
-        """Whether a mask is over all tokens that the model has seen."""
+        """Return True if a mask is over all tokens that the model has seen."""
         return not isinstance(mask, Tensor) or mask.shape[-1] >= self.batch.columns[promise.layer]
 
     # ---- what the cache is asked
@@ -240,7 +241,7 @@ class Attention:
         return promise.kv.keys, promise.kv.values
 
     def _begins(self, layer: int) -> bool:
-        """Whether this layer is the first of a forward, whose beginning was not seen yet."""
+        """Return True if this layer is the first of a forward whose beginning was not seen yet."""
         forward = self._forward
         return not forward.begun and (not forward.fed or layer in forward.fed)
 
@@ -309,7 +310,7 @@ class Attention:
         )
 
     def _hidden(self, call: Call) -> Tensor:
-        """What the running attention module was given, (B, 1, new, hidden size)."""
+        """Hidden states that the running attention module was given, (B, 1, new, hidden size)."""
         if call.hidden is None:
             transform = self._bound.plan.transform
             raise UseError(
@@ -419,8 +420,8 @@ class Attention:
         return _with_bias(plain, asked.query, kv, fitted(asked, store), bias, scaling)[0], None
 
     def _asked(self, cohort: Cohort, queries: int) -> tuple[Tensor | None, int]:
-        """Which of the `queries` are a cohort's tokens (None: all), and how many: a layer that reuses the keys of
-        another may ask for the newest tokens of a forward alone."""
+        """Return the part of the `queries` that are a cohort's tokens (None: all), and how many: a layer that reuses
+        the keys of another may ask for the newest tokens of a forward alone."""
         if cohort.places is None:
             return None, min(queries, cohort.new)
         places = cohort.places - (self._forward.new - queries)
@@ -481,14 +482,14 @@ def exactly(call: Call) -> AbstractContextManager[Any]:
 
 
 def _is_simple(kwargs: Mapping[str, Any]) -> bool:
-    """Whether attention is plain softmax(qk)v, without any of the extras some models ask for."""
+    """Return True if attention is plain softmax(qk)v, without any of the extras some models ask for."""
     extras = ("softcap", "s_aux", "position_bias", "sliding_window")
     return not kwargs.get("dropout") and all(kwargs.get(name) is None for name in extras)
 
 
 def _is_tiled(key: Tensor, cached: Tensor) -> bool:
-    """Whether attention was called with all kv heads `cached`, one time after the other (JetMoe: each expert has its
-    queries)."""
+    """Return True if attention was called with all kv heads `cached`, one time after the other (JetMoe: each expert has
+    its queries)."""
     times, rest = divmod(key.shape[1], cached.shape[1])
     fits = times > 1 and not rest and key.shape[2:] == cached.shape[2:]
     return fits and all(torch.equal(x, cached) for x in key.chunk(times, dim=1))

@@ -162,8 +162,8 @@ class Batch:
         return positions if here is None or len(positions) == 1 else positions[here : here + 1]
 
     def read(self, layer: int, row: int, head: int | None = None) -> KV:
-        """What a layer holds for one row, decoded: (1, H, held, D) in the order of `positions`, of one `head` (1, 1,
-        held, D)."""
+        """Tokens that a layer holds for one row, decoded: (1, H, held, D) in the order of `positions`, of one `head`
+        (1, 1, held, D)."""
         cohort, local = self._cohort_of(row)
         store, slot, here = self._store_of(cohort, layer, head)
         heads = slice(None) if here is None else slice(here, here + 1)

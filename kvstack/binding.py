@@ -1,4 +1,4 @@
-"""What is settled when a stack meets its model: frozen, and shared by all that serves the stack afterwards.
+"""Everything that is decided when a stack meets its model: frozen, and shared by all that serves the stack afterwards.
 
 share      which layers hold nothing
 transform  how the layers that hold something are grouped, and a codec for each group
@@ -85,7 +85,7 @@ class Binding:
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     reuses: bool = field(init=False)
-    """Whether later layers attend to the keys and values of earlier ones."""
+    """Return True if later layers attend to the keys and values of earlier ones."""
     ends: Sequence[int] = field(init=False)
     """Of each group, the last layer that reads it: when that has run, the group is complete."""
 
@@ -120,15 +120,15 @@ class Binding:
 
     @property
     def _expansions(self) -> dict[int, Expand]:
-        """How each layer that caches latents makes keys and values of them."""
+        """For each layer that caches latents, the expansion into keys and values."""
         return {i: cast(Any, module).expand_kv for i, module in self.modules.items() if expands(module)}
 
     def serves(self, model: Any) -> bool:
-        """Whether `model` is the one this is for: the same, or the same one with or without its head."""
+        """Return True if `model` is the one this is for: the same, or the same one with or without its head."""
         return self.model is not None and decoder_of(unwrapped(model)) is decoder_of(self.model)
 
     def is_ours_alone(self, layer: int) -> bool:
-        """Whether transformers holds nothing of a layer: a hybrid one has a state, too, beside its keys and values."""
+        """Return True if transformers holds nothing of a layer: a hybrid one has a state and keys and values."""
         return layer in self.places and self.layer_types[layer] != "hybrid"
 
     def device_of(self, layer: int) -> torch.device:
@@ -142,7 +142,7 @@ class Binding:
 
     @property
     def reads_with(self) -> Sequence[str]:
-        """What answers a single query from sealed tokens, by the names of the readers."""
+        """Names of the readers that answer a single query from sealed tokens."""
         devices = {self.device_of(layer) for group in self.groups for layer in group if layer in self.modules}
         return sorted({name for device in devices for name in self.plan.reads_with(device)})
 
@@ -168,14 +168,14 @@ def unbound(stages: Sequence[Stage], layers: int, spans: Spans) -> Binding:
 
 
 def is_fitted(stages: Sequence[Stage]) -> bool:
-    """Whether some of these stages are fitted to the weights of a model."""
+    """Return True if some of these stages are fitted to the weights of a model."""
     return any(
         isinstance(stage, Transform | Share) or (isinstance(stage, Select) and stage.is_fitted) for stage in stages
     )
 
 
 def needs_model(stages: Sequence[Stage]) -> bool:
-    """Whether these stages cannot work for a caller that is no transformers model."""
+    """Return True if these stages cannot work for a caller that is not a transformers model."""
     select = _of_kind(stages, Select)
     renumbers = isinstance(select, Evict) and select.positions == "cache"
     return is_fitted(stages) or renumbers or (select is not None and select.looks_at_queries)
@@ -271,7 +271,7 @@ def _of_kind(stages: Sequence[Stage], kind: type[Any]) -> Any:
 # ---- the stages of one stack
 
 KINDS: dict[str, Any] = {"share": Share, "select": Select, "transform": Transform, "encode": Encode}
-"""What a stage of each kind is."""
+"""The class of the stages of each kind."""
 
 
 def check_stages(stages: Any) -> tuple[Stage, ...]:
@@ -290,7 +290,7 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
             hint = (
                 f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See `kvstack stages` for the catalogue."
             )
-            raise StageError(f"{stage!r} is no stage. {hint}")
+            raise StageError(f"{stage!r} is not a stage. {hint}")
         if stage.kind in by_kind:
             raise StageError(
                 f"{by_kind[stage.kind]!r} and {stage!r} are both of the kind {stage.kind!r}: a stack has one place for "

@@ -132,7 +132,7 @@ class KVStack(Cache):
 
     @property
     def fused(self) -> bool:
-        """Whether attention may read packed codes; it can be switched at any time."""
+        """True if attention may read packed codes; it can be switched at any time."""
         return self._fused
 
     @fused.setter
@@ -388,8 +388,9 @@ class KVStack(Cache):
         return self.batch.positions(layer_idx, row, head)
 
     def read(self, layer_idx: int, row: int = 0, head: int | None = None) -> KV:
-        """What a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`; of one
-        kv `head` (1, 1, held, D). With `Evict(positions="cache")`, keys are rotated to their places in the cache.
+        """Tokens that a layer holds for one row, decoded: keys and values (1, H, held, D) in the order of `positions`;
+        of one kv `head` (1, 1, held, D). With `Evict(positions="cache")`, keys are rotated to their places in the
+        cache.
 
         Raises:
             UseError: heads hold different numbers of tokens (`Evict(budgets="heads")`), and none is named.
@@ -404,7 +405,7 @@ class KVStack(Cache):
             yield getattr(kv, "keys", None), getattr(kv, "values", None), getattr(layer, "_sliding_window_tensor", None)
 
     def decoded(self, layer_idx: int) -> KV | None:
-        """What a compressed layer holds for all rows, decoded; None before the first forward.
+        """Tokens that a compressed layer holds for all rows, decoded; None before the first forward.
 
         Raises:
             UseError: rows hold different tokens (padding), so no one tensor can.

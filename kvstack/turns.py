@@ -79,7 +79,7 @@ def find_pairs(rotate: Callable[[Tensor, int], Tensor], width: int, device: torc
 
 @dataclass(frozen=True, eq=False)
 class Turns:
-    """How the pairs of T tokens are turned.
+    """The turns of the pairs of T tokens.
 
     Attributes:
         pairs: their channels.
@@ -122,8 +122,8 @@ class Turns:
         return Blocks.of(self, SLOW if self.rotates else tokens + -tokens % FAST)
 
     def facing(self, query: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """What scaled queries (B, H, G, D) make of the `mean` (H, D) of un-rotated keys: with a token's cosines (P,)
-        and sines (P,), numbers (B, H, G, 2 P); and with the channels that do not turn, (B, H, G)."""
+        """Return the products of scaled queries (B, H, G, D) with the `mean` (H, D) of un-rotated keys: with a token's
+        cosines (P,) and sines (P,), numbers (B, H, G, 2 P); and with the channels that do not turn, (B, H, G)."""
         pairs, mean = self.pairs, mean.to(query.dtype).unsqueeze(1)
         q, k = (query[..., pairs.first], query[..., pairs.second]), (mean[..., pairs.first], mean[..., pairs.second])
         turning = torch.cat([q[0] * k[0] + q[1] * k[1], q[1] * k[0] - q[0] * k[1]], dim=-1)

@@ -1,10 +1,8 @@
 """Search documents, docstrings and messages for phrases that are hard to read, listed in words.txt.
 
-    python tools/words.py                   prints what it finds; exit status 1 if there is anything new
-    python tools/words.py --known           prints everything, also what words-known.txt tolerates
-    python tools/words.py --write-known     tolerates what is there today
+    python tools/words.py     prints the findings; exit status 1 if there are any
 
-The tolerated places are a debt: when you change such a text, mend it. Code blocks and `names` are not read.
+Code blocks and `names` are not read.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIST, KNOWN = HERE / "words.txt", HERE / "words-known.txt"
+LIST = HERE / "words.txt"
 UNREAD = re.compile(
     r"^ *```.*?^ *```"  # code, diagrams, output
     r"|<!-- written by.*?<!-- end of"  # tables of make matrix: messages of the code, which are read there
@@ -164,36 +162,12 @@ def check_project(root: Path, rules: Rules) -> list[Finding]:
     return found
 
 
-def read_known(text: str) -> Counter[tuple[str, str]]:
-    """Return the number of tolerated findings by file and rule."""
-    rows = (line.split("\t") for line in text.splitlines() if line and not line.startswith("#"))
-    return Counter({(path, rule): int(count) for path, rule, count in rows})
-
-
-def write_known(found: list[Finding]) -> str:
-    counts = Counter((finding.path, finding.rule) for finding in found)
-    rows = [f"{path}\t{rule}\t{count}" for (path, rule), count in sorted(counts.items())]
-    head = "# Texts that words.txt objects to, tolerated for now: file, rule, how often. Mend them and delete lines."
-    return "\n".join([head, *rows]) + "\n"
-
-
-def new_ones(found: list[Finding], known: Counter[tuple[str, str]]) -> list[Finding]:
-    """Findings of files that have more of them than are tolerated."""
-    counts = Counter((finding.path, finding.rule) for finding in found)
-    return [f for f in found if counts[f.path, f.rule] > known[f.path, f.rule]]
-
-
-def main(arguments: list[str]) -> int:
+def main() -> int:
     found = check_project(HERE.parent, read_rules(LIST.read_text(encoding="utf-8")))
-    if "--write-known" in arguments:
-        KNOWN.write_text(write_known(found), encoding="utf-8")
-        return 0
-    known = read_known(KNOWN.read_text(encoding="utf-8")) if KNOWN.exists() else Counter[tuple[str, str]]()
-    shown = found if "--known" in arguments else new_ones(found, known)
-    for finding in shown:
+    for finding in found:
         print(finding)
-    return 1 if new_ones(found, known) else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -244,7 +244,7 @@ def _forms(attention: nn.Module) -> Iterator[Form]:
 
 
 def _apart(x: Tensor) -> float:
-    """How far `x` (rows, H, 1, D) of one token differs between positions: a share of its size."""
+    """Return the largest difference of `x` (rows, H, 1, D), one token, between positions: a share of its size."""
     x = x.double().unflatten(0, (len(PLACES), TOKENS))
     size = float(x.norm())
     return float((x - x.mean(0)).norm()) / size if size else 0.0

@@ -48,8 +48,8 @@ class RotaryCall:
     dtype: torch.dtype
 
     def tables(self, module: nn.Module, positions: Tensor) -> Tables:
-        """What the rotary `module`, this one or a copy, makes of `positions` (B, axes, T), without any update of its
-        frequencies."""
+        """Return the tables that the rotary `module`, this one or a copy, makes of `positions` (B, axes, T), without
+        any update of its frequencies."""
         like = torch.empty(0, dtype=self.dtype, device=positions.device)
         positions = positions.long()
         if self.axes:
@@ -102,15 +102,15 @@ class Form:
 
 @dataclass(eq=False)
 class _Known:
-    """What was worked out for some positions."""
+    """Results that were computed for some positions."""
 
     positions: Tensor
     tables: Tables
     turns: Turns | None = None
 
     def knows(self, positions: Tensor) -> bool:
-        """Whether they are these: groups of layers may hold tensors of their own, of the same numbers. A GPU is not
-        asked, since Python would wait for it."""
+        """Return True if they are these: groups of layers may hold tensors of their own, of the same numbers. A GPU is
+        not asked, since Python would wait for it."""
         if not (self.positions.device.type == positions.device.type == "cpu"):
             return False
         return torch.equal(self.positions, positions)
@@ -166,7 +166,7 @@ class Rope:
         return tuple(torch.where(long[..., None], far, near) for near, far in zip(*both, strict=True))
 
     def made(self, tables: Tables, positions: Tensor) -> bool:
-        """Whether a forward that was given `positions` (B, axes, T) computes these tables, up to rounding."""
+        """Return True if a forward that was given `positions` (B, axes, T) computes these tables, up to rounding."""
         mine = self.tables(self.marked(positions))
         if len(mine) != len(tables) or any(x.shape[1:] != y.shape[1:] for x, y in zip(mine, tables, strict=True)):
             return False
@@ -193,8 +193,8 @@ class Rope:
         return self._turn(x, positions, backwards=True)
 
     def turns(self, positions: Tensor, width: int) -> Turns | None:
-        """How heads of `width` channels are turned at positions that are the same for all heads, computed once like
-        the tables; None where the rotation is not one of pairs."""
+        """Return the turns of heads of `width` channels at positions that are the same for all heads, computed once
+        like the tables; None where the rotation is not one of pairs."""
         self.remember(positions)
         last = self._last  # read once: a copy of the stack in another thread may forget it
         known = None if last is None else last.turns
@@ -217,9 +217,9 @@ class Rope:
         return Turns(pairs, *_angles_of(self._tables_of(positions), columns))
 
     def _columns(self, like: Tensor, pairs: Pairs, width: int) -> Tensor | None:
-        """Where tables hold the angle of each pair, as most models have it: a number for each channel that turns, in
-        order. None where that is not what keys are turned by. It does not change from one forward to the next, so it
-        is looked at once, at positions that differ from axis to axis."""
+        """Return the places in the tables that hold the angle of each pair, as most models have it: a number for each
+        channel that turns, in order. None where that is not what keys are turned by. It does not change from one
+        forward to the next, so it is looked at once, at positions that differ from axis to axis."""
         assert self.form is not None
         axes = like.shape[1] if like.dim() == 4 else 1
         near = torch.arange(axes, device=like.device) * 101 + 3

@@ -1,4 +1,4 @@
-"""How many tokens stay, and which: the part of eviction that no score should have to think about."""
+"""The number of tokens that stay, and their choice: the part of eviction that no score should have to think about."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def alike(shares: Tensor, keep: float | int) -> list[tuple[tuple[int, ...], Prof
 
 
 def allowance(keep: float | int, seen: int, sinks: int, window: int, profile: Profile | None = None) -> int:
-    """Tokens that may stay beside sinks and window: a share of those between them, or a count; of a head with a
+    """Tokens that may stay in addition to sinks and window: a share of those between them, or a count; of a head with a
     `profile` its part of that."""
     between = max(0, seen - sinks - window)
     if profile is not None and between:
@@ -62,7 +62,7 @@ def allowance(keep: float | int, seen: int, sinks: int, window: int, profile: Pr
 
 
 def how_many(middle: int, raw: int, budget: int, granule: int, block: int) -> int:
-    """How many of the `middle` tokens (those between sinks and window) must go now.
+    """Return the number of the `middle` tokens (those between sinks and window) that must go now.
 
     Never leaves more than the budget. Where tokens can go one by one it cuts a little deeper, so that the next
     cut is a block of tokens away: cutting at every token would copy the store at every token. Encoded tokens go
@@ -85,7 +85,7 @@ def how_many(middle: int, raw: int, budget: int, granule: int, block: int) -> in
 
 @dataclass(frozen=True)
 class Choice:
-    """Which tokens stay, as ascending indices that broadcast over rows and heads.
+    """The tokens that stay, as ascending indices that broadcast over rows and heads.
 
     granules: (B, H or 1, n) of the encoded granules; raw: (B, H or 1, n) of the raw middle tokens.
     """
@@ -95,7 +95,7 @@ class Choice:
 
 
 def choose(scores: Tensor, packed: int, granule: int, drop: int, heads: Heads = ALONE) -> Choice:
-    """Which tokens stay when `drop` of them go.
+    """Return the tokens that stay when `drop` of them go.
 
     Args:
         scores: (B, H or 1, T) of the middle tokens: first `packed` encoded ones, then raw ones.

@@ -122,8 +122,8 @@ class Given:
 
 
 def _plain(new: Sequence[tuple[int, Tensor]]) -> bool:
-    """Whether positions (rows, axes, n) are the indices of the tokens from the first on, those of all forwards. Asked
-    together: a GPU is waited for once."""
+    """Return True if positions (rows, axes, n) are the indices of the tokens from the first on, those of all forwards.
+    Asked together: a GPU is waited for once."""
     each = []
     for first, positions in new:
         count = torch.arange(first, first + positions.shape[-1], device=positions.device)

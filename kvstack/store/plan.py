@@ -1,4 +1,4 @@
-"""What a stack does with tokens, settled once: its stages by kind and the numbers they agreed on."""
+"""The plan of a stack for its tokens, decided once: its stages by kind and the numbers they agreed on."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ class Plan:
             check(
                 not (isinstance(codec, NeedsHidden) and isinstance(codec, RefitsText)),
                 self.transform and self.transform.stage,
-                "it wants hidden states and may be fitted anew, and those of compressed tokens are gone.",
-                "Leave out hidden states, or what fits it anew.",
+                "it wants hidden states and may be fitted again, and those of compressed tokens are not kept.",
+                "Leave out hidden states, or the setting that fits it again.",
             )
 
     @property
     def evict(self) -> Evict | None:
-        """What drops tokens."""
+        """The stage that drops tokens."""
         return self.select if isinstance(self.select, Evict) else None
 
     @property
     def tiers(self) -> Tiers | None:
-        """What puts tokens into classes."""
+        """The stage that puts tokens into classes."""
         return self.select if isinstance(self.select, Tiers) else None
 
     @cached_property
@@ -151,14 +151,14 @@ class Plan:
         return self.encode is not None and not isinstance(self.encode, Exact)
 
     def reader(self, device: torch.device) -> Reader:
-        """What answers a single query from codes on `device`."""
+        """The reader that answers a single query from codes on `device`."""
         assert self.encode is not None
         if device.type not in self._readers:
             self._readers[device.type] = self.encode.reader(device)
         return self._readers[device.type]
 
     def reads_with(self, device: torch.device) -> frozenset[str]:
-        """What answers a single query from sealed tokens on `device`, by the names of the readers."""
+        """Names of the readers that answer a single query from sealed tokens on `device`."""
         if self.encode is None or not self.fuses:
             return frozenset()
         if not self.codecs:
@@ -167,7 +167,7 @@ class Plan:
         return frozenset(latents.reads_with(encoder, device) for encoder in encoders)
 
     def _encoders_of(self, codec: Codec) -> Sequence[Encoder]:
-        """What packs the latents that are read in place, if any."""
+        """The encoder of the latents that are read in place, if any."""
         assert self.encode is not None
         # codes of classes are joined before they are read
         reads = isinstance(codec, ReadsLinearly) and codec.exact is not None and self.tiers is None

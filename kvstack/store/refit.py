@@ -45,7 +45,7 @@ class Refitted(NamedTuple):
 def refitted(
     kv: KV, bias: Tensor | None, queries: Tensor, stay: Tensor, raw: int, middle: slice, scaling: float
 ) -> Refitted:
-    """What tokens must become that stand in for others.
+    """Return the biases and values of tokens that stand for others.
 
     Args:
         kv: all held tokens (B, H, T, D).
@@ -79,7 +79,8 @@ def refitted(
 
 
 def _shares(kept: Tensor, mass: Tensor) -> Tensor:
-    """How many tokens each kept one stands for, (B, n), above 0: `kept` (B, Q, n) times them is nearly `mass` (B, Q).
+    """Return the number of tokens that each kept one stands for, (B, n), above 0: `kept` (B, Q, n) times them is nearly
+    `mass` (B, Q).
 
     Multiplicative updates (Lee and Seung 2001) of non-negative least squares: they stay above 0, and need no more
     memory than `kept`."""

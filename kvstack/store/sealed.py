@@ -61,7 +61,7 @@ class Sealed(Track):
         (B, 1, T), how important they are, where tokens are in classes."""
 
     def needs(self, raw: Sequence[KV]) -> int:
-        """How many tokens the first block must have."""
+        """The number of tokens that the first block must have."""
         return 0
 
     def _encode(self, name: str, encoder: Encoder, data: Tensor, payer: object) -> Packed:
@@ -80,7 +80,7 @@ class Sealed(Track):
 
     @abstractmethod
     def _reads_room(self, name: str, packed: Packed) -> bool:
-        """Whether who reads a latent copes with room behind the tokens of every head."""
+        """Return True if the reader of a latent copes with room behind the tokens of every head."""
 
     # ---- reading
 
@@ -115,11 +115,11 @@ class Sealed(Track):
     # ---- moving
 
     def _share(self, packed: Packed, tokens: int) -> int:
-        """How many of `tokens` sealed tokens a latent holds that may hold only some."""
+        """The number of `tokens` sealed tokens that a latent holds, which may hold only some."""
         return tokens * packed.tokens // self.tokens
 
     def whole(self, tokens: int, granule: int) -> int:
-        """How many of the first `tokens` can stay sealed without those behind them."""
+        """The number of the first `tokens` that can stay sealed without those behind them."""
         return tokens // granule * granule
 
     def _emptied(self) -> None:
@@ -173,7 +173,7 @@ class Sealed(Track):
         return ((part, tensor) for _, part, tensor in self.paid_parts())
 
     def knows(self, name: str, packed: Packed) -> Sequence[Tensor]:
-        """What the encoder of a latent knows of its channels."""
+        """The facts about its channels that the encoder of a latent knows."""
         return ()
 
     def state(self, put: Put) -> Any:
@@ -216,7 +216,7 @@ class Sealed(Track):
         self._check_decoded(get)
 
     def _granules(self, name: str, granule: int) -> int:
-        """How many granules of a latent are sealed."""
+        """The number of sealed granules of a latent."""
         return self.tokens // granule
 
     def _restore_packed(self, name: str, entry: Mapping[str, Any], like: Packed, times: int, get: Get) -> Packed:
@@ -253,7 +253,7 @@ class Sealed(Track):
 
     @abstractmethod
     def _exact(self, name: str, packed: Packed) -> bool:
-        """Whether a latent is stored without an encoder."""
+        """Return True if a latent is stored without an encoder."""
 
     @abstractmethod
     def _check_decoded(self, get: Get) -> None:
@@ -264,7 +264,7 @@ class Sealed(Track):
 
 
 CODES = ("role", "parts", "tokens", "width", "exact", "dtype", "channels")
-"""What is said of a latent in a description."""
+"""The entries of a latent in a description."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -370,7 +370,7 @@ class GroupLatents(Sealed):
         self._forget()
 
     def _forget(self) -> None:
-        """What was fetched, decoded or opened for one forward."""
+        """Tensors that were fetched, decoded or opened for one forward."""
         self._fetched: dict[str, Packed] = {}
         self._decoded: dict[str, Tensor] = {}
         self._opened: dict[str, Opened] = {}
@@ -401,8 +401,8 @@ class GroupLatents(Sealed):
         return made
 
     def _fit(self, block: Sequence[KV]) -> Mapping[str, Latent]:
-        """Latents of a block, by a codec that is fitted to the text. Where it is fitted anew, the decoded tokens before
-        the block are encoded again with it."""
+        """Latents of a block, by a codec that is fitted to the text. Where it is fitted again, the decoded tokens
+        before the block are encoded again with it."""
         codec = self.codec
         if isinstance(codec, FitsText) and not self.tokens:
             self.codec = codec = codec.fit(block)
@@ -565,7 +565,7 @@ class GroupLatents(Sealed):
 
     @property
     def fitted(self) -> Mapping[str, Tensor]:
-        """What was fitted to the text."""
+        """Tensors that were fitted to the text."""
         return self.codec.fitted if isinstance(self.codec, FitsText) else {}
 
     def paid_parts(self) -> Iterator[tuple[object, str, Tensor]]:

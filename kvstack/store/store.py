@@ -1,4 +1,4 @@
-"""What is held for a group of layers that are handled together, and when tokens of it are evicted and sealed.
+"""The tokens held for a group of layers that are handled together, and when tokens of it are evicted and sealed.
 
     [ sinks | sealed tokens | raw: middle not sealed yet | window + new ]
       raw     encoded,        raw                          raw
@@ -269,7 +269,8 @@ class Store:
         self.close()
 
     def _can_score(self) -> bool:
-        """Whether the queries that the score looks at are known: after a deep crop they come with the next forward."""
+        """Return True if the queries that the score looks at are known: after a deep crop they come with the next
+        forward."""
         select = self.plan.select
         assert select is not None
         # what was tracked is enough for the score, but not to refit tokens
@@ -312,7 +313,7 @@ class Store:
         )
 
     def _rope(self, slot: int, seen: int) -> Placed | None:
-        """How a layer rotates the tokens of this text, by their indices."""
+        """The rotation of a layer for the tokens of this text, by their indices."""
         rope = self.ropes.get(self.layers[slot])
         if rope is None:
             return None
@@ -335,7 +336,7 @@ class Store:
         return Cut(sinks, sealed, middle, granule, choice.granules, choice.raw, positions)
 
     def _refitted(self, slot: int, cut: Cut, seen: int, scaling: float, work: Workspace) -> Refitted:
-        """What the tokens of a layer that a cut leaves become, to stand in for those that go."""
+        """Return the tokens of a layer that a cut leaves, changed so that they stand for those that go."""
         kv = self.read(slot, seen, work)
         queries, tokens = self._reference(slot, seen)
         queries = moved_behind(queries, tokens, self._rope(slot, seen), seen, AHEAD)
@@ -394,7 +395,8 @@ class Store:
         return select.pooled([score], self.heads) if one else score
 
     def _attended(self, slot: int, seen: int, work: Workspace) -> KV:
-        """What a score compares: with queries, the keys that these attend to, where latents are held in their place."""
+        """The tokens that a score compares: with queries, the keys that these attend to, where latents are held in
+        their place."""
         kv, select = self.read(slot, seen, work), self.plan.select
         expand = self.expansions.get(self.layers[slot]) if select is not None and select.looks_at_queries else None
         return kv if expand is None else KV(*expand(kv.keys, kv.values))
@@ -535,7 +537,7 @@ class Store:
         return logits.masked_fill(~mask.bool(), torch.finfo(logits.dtype).min)
 
     def _sealed_first(self, x: Tensor) -> Tensor:
-        """What belongs to all held tokens, in the order of their positions -> sealed tokens, then raw ones."""
+        """Values for all held tokens, in the order of their positions -> sealed tokens, then raw ones."""
         first, middle, last = x.tensor_split([self.sinks, self.sinks + self.sealed_tokens], dim=-1)
         return torch.cat([middle, first, last], dim=-1)
 
@@ -579,14 +581,15 @@ class Store:
         return other
 
     def older_than(self, limit: int, seen: int) -> int:
-        """How many middle tokens every head holds whose position is below `limit`."""
+        """The number of middle tokens that every head holds whose position is below `limit`."""
         if not self.held:
             return 0
         middle = self.positions(seen)[..., self.sinks : self.held]
         return int((middle < limit).sum(-1).min())
 
     def crop(self, seen: int, remove: int, stay: int) -> None:
-        """Forget the newest `remove` of `seen` tokens. `stay` tokens beside the sinks are left, in every layer."""
+        """Forget the newest `remove` of `seen` tokens. `stay` tokens are left in addition to the sinks, in every
+        layer."""
         sinks, granule = min(self.sinks, seen - remove), self.granule
         whole = min(part.whole(min(self.sealed_tokens, stay), granule) for part in self.sealed)
         rest = max(0, min(self.sealed_tokens, stay) - whole)
@@ -620,8 +623,8 @@ class Store:
         if self.plan.hidden:
             assert self.plan.transform is not None
             raise UseError(
-                f"{self.plan.transform.stage!r} merges hidden states, and those of compressed tokens are gone: crop "
-                f"back to a multiple of {granule} compressed tokens, or use merge='project'."
+                f"{self.plan.transform.stage!r} merges hidden states, and those of compressed tokens are not kept: "
+                f"crop back to a multiple of {granule} compressed tokens, or use merge='project'."
             )
         work, start = Workspace(), self.sinks + whole
         index = torch.arange(start, start + rest, device=self.raw[0].device)[None, None]
@@ -656,7 +659,9 @@ class Store:
             raise misfit(f"{get.where('raw tokens')} are {sorted(lengths)} tokens, not equally many.")
         sealed, raw = self.sealed_tokens, self.raw_tokens
         if sealed and not (plan.seals and sealed % self.granule == 0 and raw >= plan.sinks):
-            raise misfit(f"{get.where('sealed tokens')} are {sealed}, beside {raw} raw ones: no whole granules.")
+            raise misfit(
+                f"{get.where('sealed tokens')} are {sealed}, with {raw} raw ones: these are no whole granules."
+            )
         if self.held > get.seen or (self.kept_positions.kept is None and self.held < get.seen):
             raise misfit(f"{get.where('tokens')} are {self.held} of the {get.seen} that were read.")
 
@@ -697,7 +702,7 @@ class Store:
             raise misfit(f"{what} is of more tokens than are held.")
 
     def _any_memory(self, slot: int, layout: Layout) -> Mapping[str, Tensor]:
-        """What the score remembers of any numbers: for its names and types."""
+        """An example of the memory of the score, of any numbers: for its names and types."""
         assert self.plan.ranking is not None
         heads, device = layout.heads, layout.device
         keys = torch.ones(1, heads, SAMPLE, layout.key_width, dtype=layout.key_dtype, device=device)

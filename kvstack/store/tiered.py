@@ -38,7 +38,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Schedule:
-    """Which class each granule of tokens is for: in any run of granules the classes have nearly their shares.
+    """Return the class of each granule of tokens: in any run of granules the classes have nearly their shares.
 
     Args:
         shares: of the classes, 1 in all.
@@ -54,8 +54,8 @@ class Schedule:
         return [int(n) for n in torch.bincount(self._of(first, last), minlength=self.classes) * self.granule]
 
     def fit(self, classes: Tensor) -> Tensor:
-        """Whether the first tokens of all rows could be sealed alone: (T / granule + 1,) for 0, 1, ... granules of
-        `classes` (B, T)."""
+        """Return True if the first tokens of all rows could be sealed alone: (T / granule + 1,) for 0, 1, ... granules
+        of `classes` (B, T)."""
         t = classes.shape[1]
         there = torch.nn.functional.one_hot(self._of(0, t), self.classes).cumsum(0) * self.granule
         here = torch.nn.functional.one_hot(classes.long().cpu(), self.classes).cumsum(1)

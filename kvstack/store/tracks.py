@@ -88,10 +88,10 @@ class Crop:
         remove: how many of the tokens that the model saw.
         seen: how many it has seen then.
         sinks: sinks that are left.
-        stay: held tokens that are left beside the sinks, in every layer and head.
+        stay: held tokens that are left in addition to the sinks, in every layer and head.
         whole: sealed tokens that stay sealed, whole granules.
         thawed: by layer, what must become raw again of a granule that the crop cuts through; empty: nothing.
-        loose: raw tokens beside the sinks that are left, where nothing is thawed.
+        loose: raw tokens that are left in addition to the sinks, where nothing is thawed.
     """
 
     remove: int
@@ -295,7 +295,7 @@ class Positions(Track):
 
 
 class Bias(Track):
-    """What is added to the logits of tokens of one layer that stand in for dropped ones: (B, H, sealed + chosen raw)
+    """Biases, added to the logits of tokens of one layer that stand for dropped ones: (B, H, sealed + chosen raw)
     int8, in steps of `STEP` nats; the tokens behind them have none."""
 
     def __init__(self) -> None:
@@ -405,7 +405,7 @@ def _stride(tokens: int) -> int:
 
 
 class Memory(Track):
-    """What a score remembers for every token of one layer: named tensors (B, H, T), which may end before the newest
+    """The memory of a score for every token of one layer: named tensors (B, H, T), which may end before the newest
     tokens."""
 
     def __init__(self) -> None:

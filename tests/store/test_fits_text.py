@@ -235,6 +235,6 @@ def test_hidden_states_of_compressed_tokens_are_gone():
             return AsksCodec(self)
 
     with pytest.raises(
-        StageError, match=r"Asks\(\): it wants hidden states and may be fitted anew, .* Leave out hidden"
+        StageError, match=r"Asks\(\): it wants hidden states and may be fitted again, .* Leave out hidden"
     ):
         KVStack([Asks()], model=tiny_model())

@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -88,23 +87,10 @@ def test_a_list_that_cannot_be_read(line):
         words.read_rules(line)
 
 
-def test_only_more_than_is_tolerated_is_new():
-    found = list(words.check_page("is no file\nis no file\n", RULES, "page.md"))
-    assert words.new_ones(found, Counter()) == found
-    known = words.read_known(words.write_known(found))
-    assert known == Counter({("page.md", "is no file"): 2})
-    assert words.new_ones(found, known) == []
-    assert len(words.new_ones([*found, found[0]], known)) == 3
-    assert words.new_ones(found[:1], known) == []  # one was mended
-
-
-def test_the_lists_of_the_project_can_be_read():
+def test_the_list_of_the_project_can_be_read():
     rules = words.read_rules(words.LIST.read_text(encoding="utf-8"))
     assert {"is no file", "with a word", "without a word"} <= set(rules.phrases)
     assert all(rules.phrases.values())
-    assert {
-        path for path, _ in words.read_known(words.KNOWN.read_text(encoding="utf-8")) if not (ROOT / path).exists()
-    } == set()
 
 
 def test_a_phrase_is_not_its_own_advice():

@@ -193,7 +193,7 @@ def test_hidden_states_come_with_padding_and_chunks():
 
 def test_cropping_into_merged_hidden_states_is_refused():
     stack = filled([CommonKV(0.3, layers=2, basis="weights", merge="mean"), Quant(4)])
-    with pytest.raises(UseError, match="merges hidden states, and those of compressed tokens are gone"):
+    with pytest.raises(UseError, match="merges hidden states, and those of compressed tokens are not kept"):
         stack.crop(-50)
 
 
