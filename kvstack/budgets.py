@@ -44,6 +44,8 @@ SCALES = 4
 """Bytes of the scale and the least number of a group, two halves."""
 WINDOW, NARROW = 64, 16
 """The usual window of a stack, and the one of stacks for small budgets."""
+TEXT_HASH = 8
+"""Bytes of the hash of the ids of a row."""
 LATENT_GRANULE = 8
 """Tokens whose latents are packed together."""
 WIDE = 10
@@ -138,7 +140,7 @@ def predicted(stack: KVStack, caches: Caches, context: int) -> int:
     quant, common, evict, tiers = (_only(stack, kind) for kind in (Quant, CommonKV, Evict, Tiers))
     others = [stage for stage in stack.stages if stage not in (quant, common, evict, tiers)]
     odd = others or [stage for stage in (quant, common) if stage is not None and not _known(stage)]
-    odd += [evict] if evict is not None and evict.refit else []
+    odd += [evict] if evict is not None and not _plain(evict) else []
     if odd:
         raise StageError(f"the bytes of {odd[0]!r} cannot be predicted. Measure them: stack.nbytes after a prompt.")
     middle = max(0, context - stack.sinks - stack.window)
@@ -153,11 +155,16 @@ def predicted(stack: KVStack, caches: Caches, context: int) -> int:
     enough = left >= granule and (left < middle or left >= max(stack.block, granule))
     sealed = left // granule * granule if compresses and enough else 0
     raw = min(context, stack.sinks + stack.window) + left - sealed
-    held = caches.rest(context) + caches.counters + caches.numbers * raw * RAW
+    held = caches.rest(context) + caches.counters + caches.numbers * raw * RAW + TEXT_HASH
     held += math.ceil(_sealed(sealed, quant, common, tiers, caches))
     if evict is not None and left < middle:
         held += 4 * left * _sets(evict, common, caches)
     return held
+
+
+def _plain(evict: Evict) -> bool:
+    """Return True if all heads keep equally many tokens, and nothing is held in addition to their positions."""
+    return evict.budgets == "equal" and evict.positions == "text" and not evict.refit
 
 
 def _sealed(tokens: int, quant: Quant | None, common: CommonKV | None, tiers: Tiers | None, caches: Caches) -> float:

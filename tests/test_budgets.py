@@ -180,6 +180,9 @@ def test_refused(share, context, message):
         [CommonKV(basis="weights")],
         [CommonKV(unmerged=0.25)],
         [Evict(0.5, "expected", refit=True)],
+        [Evict(0.5, budgets="layers")],
+        [Evict(0.5, budgets="heads")],
+        [Evict(0.5, positions="cache")],
     ],
     ids=repr,
 )

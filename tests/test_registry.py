@@ -203,7 +203,7 @@ def test_a_plugin_of_this_repository_is_installed_and_loads(folder):
     entries = project.get("entry-points", {})
     announced = {group: names for group, names in entries.items() if group.startswith("kvstack.")}
     (row,) = re.findall(rf"^\| `{folder.name}` \|.*$", (PLUGINS / "README.md").read_text(), re.MULTILINE)
-    assert bool(announced) != ("no stage" in row)
+    assert bool(announced) != ("not a stage" in row)
     for group, names in announced.items():
         find = registry.stage_type if group == "kvstack.stages" else registry.score_type
         for name, where in names.items():

@@ -15,6 +15,7 @@ from transformers import Cache
 from ... import models
 from ...errors import KVStackError
 from ...model.fingerprint import fingerprint
+from ...pypi_models import quiet
 from ..peers.kvpress import KvPress, find
 from ..terminal import working
 from .run import Run
@@ -201,7 +202,8 @@ def _tiny(run: Run, ends: ExitStack) -> Subject:
         model = LlamaForCausalLM(config).eval().to(getattr(torch, run.dtype))
     folder = ends.enter_context(tempfile.TemporaryDirectory())
     if find():
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     return Subject("tiny random llama", model, Letters(), _outside(run, folder, ends))
 
 
