@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import terminal
 from ..results import Figures, Results
 from . import sizes, texts, variants
-from .length import tokens_held
+from .length import at_lengths, tokens_held
 from .run import Run, environment
 from .subject import opened
 from .variants import Variant
@@ -39,21 +39,15 @@ def run(run: Run, feed: int) -> Iterator[Figures]:
     with opened(run) as subject:
         caches = variants.available(variants.parse(run.stacks), subject.model, caches_only=True)
         results = Results("beyond", run.out, environment(run, subject.name, subject.identity))
-        # a text is read once for all of its parts
         settings = {"feed": feed, "lengths": lengths}
         (piece,) = texts.windows(texts.prose(run.texts), 1, 8 * lengths[-1], run.seed)
         ids = subject.encode(piece, lengths[-1] + 1)
+
+        def read(cache: Variant) -> Iterator[dict[str, Any]]:
+            return measure(subject.model, ids, cache, lengths, feed)
+
         with terminal.steps("parts of a text", len(caches) * len(lengths)) as progress:
-            for cache in caches:
-                keys = [{"context": length, **cache.key, **settings} for length in lengths]
-                if any(results.get(**key) is None for key in keys):
-                    parts = measure(subject.model, ids, cache, lengths, feed)
-                    for key, figures in zip(keys, parts, strict=True):
-                        results.add({"kind": cache.kind, **figures}, **key)
-                        progress.step(f"{cache.label} to {key['context']:,}")
-                else:
-                    progress.skip(len(keys))
-                yield results.figures(keys)
+            yield from at_lengths(results, caches, settings, progress, "to", read)
 
 
 def measure(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,7 +26,7 @@ from .variants import Variant
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CONTEXTS", "STACKS", "measure", "run", "tokens_held"]
+__all__ = ["CONTEXTS", "STACKS", "at_lengths", "measure", "run", "tokens_held"]
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 STACKS = ("empty", "quant:4", "quant:2", "quant:2+evict:0.2")
@@ -42,20 +42,35 @@ def run(run: Run, steps: int) -> Iterator[Figures]:
         opened.check(lengths[-1] + steps)
         caches = variants.available(variants.parse(run.stacks), opened.model, caches_only=True)
         results = Results("length", run.out, environment(run, opened.name, opened.identity))
-        # one text per cache: figures count for a later run together
         settings = {"steps": steps, "lengths": lengths}
+
+        def read(cache: Variant) -> Iterator[dict[str, Any]]:
+            return measure(opened.model, opened.tokens(lengths[-1] + steps), cache, lengths, steps)
+
         with terminal.steps("lengths", len(caches) * len(lengths)) as progress:
-            for cache in caches:
-                keys = [{"context": length, **cache.key, **settings} for length in lengths]
-                if any(results.get(**key) is None for key in keys):
-                    ids = opened.tokens(lengths[-1] + steps)
-                    for key, figures in zip(keys, measure(opened.model, ids, cache, lengths, steps), strict=True):
-                        results.add({"kind": cache.kind, **figures}, **key)
-                        progress.step(f"{cache.label} at {key['context']:,}")
-                else:
-                    for _ in keys:
-                        progress.skip()
-                yield results.figures(keys)
+            yield from at_lengths(results, caches, settings, progress, "at", read)
+
+
+def at_lengths(
+    results: Results,
+    caches: Iterable[Variant],
+    settings: Mapping[str, Any],
+    progress: terminal.Steps,
+    word: str,
+    read: Callable[[Variant], Iterator[dict[str, Any]]],
+) -> Iterator[Figures]:
+    """Figures of each cache at all `lengths` of the settings, as `read(cache)` yields them. A cache reads one text for
+    all of them, so figures of an earlier run count only if all are there. `word`: between a cache and a length, in what
+    is shown meanwhile."""
+    for cache in caches:
+        keys = [{"context": length, **cache.key, **settings} for length in settings["lengths"]]
+        if any(results.get(**key) is None for key in keys):
+            for key, figures in zip(keys, read(cache), strict=True):
+                results.add({"kind": cache.kind, **figures}, **key)
+                progress.step(f"{cache.label} {word} {key['context']:,}")
+        else:
+            progress.skip(len(keys))
+        yield results.figures(keys)
 
 
 def measure(
