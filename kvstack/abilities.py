@@ -83,8 +83,12 @@ class PackedAxes:
 
     def full(self, rank: int | None = None) -> Tensor:
         """The first `rank` axes, or all of them (1, R, H, D), float32."""
-        rows = with_fine(self.codes[:rank], self.fine[:rank])
-        return (rows * self.scale[:rank, :, None] * self.unit).unsqueeze(0)
+        first = self.first(rank)
+        return (with_fine(first.codes, first.fine) * first.scale[:, :, None] * first.unit).unsqueeze(0)
+
+    def first(self, rank: int | None) -> PackedAxes:
+        """The first `rank` axes, or all of them, in the same memory."""
+        return PackedAxes(self.codes[:rank], self.fine[:rank], self.scale[:rank], self.unit)
 
 
 def with_fine(codes: Tensor, fine: Tensor) -> Tensor:
@@ -111,6 +115,11 @@ class Linear:
     def rows(self) -> Tensor:
         """The axes (B or 1, R, H, D) as numbers."""
         return self.axes.full() if isinstance(self.axes, PackedAxes) else self.axes
+
+    def first(self, rank: int) -> Linear:
+        """The same from the first `rank` channels of the latent."""
+        axes = self.axes.first(rank) if isinstance(self.axes, PackedAxes) else self.axes[:, :rank]
+        return Linear(self.latent, axes, self.mean)
 
 
 class ReadsLinearly(ReadsDirectly):

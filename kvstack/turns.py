@@ -100,6 +100,12 @@ class Turns:
     def to(self, device: torch.device) -> Turns:
         return Turns(self.pairs.to(device), self.cos.to(device), self.sin.to(device))
 
+    def take(self, index: Tensor) -> Turns:
+        """Those of the tokens at `index` (B, n)."""
+        places = index.unsqueeze(1).expand(-1, self.cos.shape[1], -1)
+        cos, sin = (x.expand(len(index), -1, -1).gather(2, places) for x in (self.cos, self.sin))
+        return Turns(self.pairs, cos, sin)
+
     @property
     def rotates(self) -> bool:
         return self.pairs.counts[0] > 0

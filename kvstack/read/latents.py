@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,18 @@ from .linear_triton import DeviceCodes, TritonReader
 if TYPE_CHECKING:
     from ..turns import Turns
 
-__all__ = ["ByHeads", "LinearReader", "Opened", "opened", "reader_of", "reads_with"]
+__all__ = ["ByClass", "ByHeads", "LinearReader", "Opened", "opened", "reader_of", "reads_with"]
+
+
+class LinearReader(Protocol):
+    """Answers one query of a layer from its sealed tokens, and then from raw ones."""
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        """A scaled `query` (B, H, G, D) times the sealed keys, and then times `raw` ones: (B, H, G, T)."""
+
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
+
 
 Opened = Decoded | Codes | DeviceCodes
 """A latent, open for the layers of one forward."""
@@ -63,24 +74,68 @@ def reader_of(
     exact: int,
     rough: int,
     work: Workspace,
-) -> LatentReader | CodesReader:
-    """The reader of one layer, for latents as they were opened."""
+    among: int | None = None,
+) -> LinearReader:
+    """The reader of one layer, for latents as they were opened. `among`: see `Reading`."""
     for_keys, for_values = latents
     if isinstance(for_keys, Codes) and isinstance(for_values, Codes):
-        return CodesReader(keys, values, (for_keys, for_values), turns, exact, rough, work)
+        return CodesReader(keys, values, (for_keys, for_values), turns, exact, rough, work, among)
     if isinstance(for_keys, DeviceCodes) and isinstance(for_values, DeviceCodes):
-        return TritonReader(keys, values, (for_keys, for_values), turns, exact, rough, _agrees_on)
+        return TritonReader(keys, values, (for_keys, for_values), turns, exact, rough, _agrees_on, among)
     assert isinstance(for_keys, Decoded)  # both are packed by encoders of one kind
     assert isinstance(for_values, Decoded)
-    return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough)
+    return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough, among)
+
+
+class ByClass:
+    """Answers one query of a layer whose sealed tokens are in classes: one reader for each class.
+
+    Args:
+        places: (B, n) of each class, the places of its tokens among all that are sealed.
+    """
+
+    def __init__(self, readers: Sequence[LinearReader], places: Sequence[Tensor]) -> None:
+        self.readers = readers
+        self.counts = [each.shape[1] for each in places]
+        self.order = torch.cat(list(places), dim=1)  # (B, T), class by class
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        loose, each = None, []
+        for reader, count in zip(self.readers, self.counts, strict=True):
+            sealed, loose = reader.dot(query, raw).tensor_split([count], dim=-1)
+            each.append(sealed)
+        assert loose is not None
+        by_class = torch.cat(each, dim=-1)
+        return torch.cat([_scattered(by_class, self.order), loose], dim=-1)
+
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        sealed, loose = weights.tensor_split([self.order.shape[1]], dim=-1)
+        first, *others = _gathered(sealed, self.order).split(self.counts, dim=-1)
+        mixed = self.readers[0].mix(torch.cat([first, loose], dim=-1), raw)
+        for reader, mine in zip(self.readers[1:], others, strict=True):
+            mixed = mixed + reader.mix(mine, raw[:, :, :0])
+        return mixed
+
+
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    """Numbers (B, H, G, T) of the tokens at the places `order` (B, T)."""
+    if len(order) == 1:
+        return x[..., order[0]]
+    return x.gather(3, order[:, None, None].expand(x.shape))
+
+
+def _scattered(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse."""
+    if len(order) == 1:
+        return torch.empty_like(x).index_copy_(3, order[0], x)
+    return torch.empty_like(x).scatter_(3, order[:, None, None].expand(x.shape), x)
 
 
 class ByHeads:
-    """Answers one query of a layer whose kv heads come from several latents: one reader for each run of heads."""
+    """Answers one query of a layer whose kv heads come from several latents: one reader for each run of `heads`."""
 
-    def __init__(self, readers: Sequence[LatentReader | CodesReader]) -> None:
-        self.readers = readers
-        self.heads = [each.keys.axes.shape[2] for each in readers]
+    def __init__(self, readers: Sequence[LinearReader], heads: Sequence[int]) -> None:
+        self.readers, self.heads = readers, list(heads)
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
         parts = zip(self.readers, query.split(self.heads, dim=1), raw.split(self.heads, dim=1), strict=True)
@@ -89,9 +144,6 @@ class ByHeads:
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
         parts = zip(self.readers, weights.split(self.heads, dim=1), raw.split(self.heads, dim=1), strict=True)
         return torch.cat([reader.mix(*part) for reader, *part in parts], dim=1)
-
-
-LinearReader = LatentReader | CodesReader | ByHeads
 
 
 # ---- whether kernels are right

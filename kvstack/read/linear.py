@@ -70,6 +70,7 @@ class Reading:
         turns: the rotation of the sealed tokens' keys.
         exact: keys that are rebuilt for each kv head, at most.
         rough: channels that score the others.
+        among: sealed tokens that attention is over, of which these are some (None: all).
     """
 
     def __init__(
@@ -80,9 +81,12 @@ class Reading:
         turns: Turns,
         exact: int,
         rough: int,
+        among: int | None = None,
     ) -> None:
         self.keys, self.values, self.turns, self.tokens = keys, values, turns, tokens
-        self.exact, self.fewest = min(exact, tokens), min(-(-exact // FEWEST), tokens)
+        self.among = among or tokens
+        self.exact = min(exact, tokens)
+        self.fewest = min(-(-exact * tokens // (FEWEST * self.among)), tokens)
         # where nothing is rotated, scores of all channels are exact
         self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
@@ -94,7 +98,7 @@ class Reading:
     @property
     def least(self) -> float:
         """The share of the attention from which on a token's key is rebuilt."""
-        return min(COUNTS, EVEN / self.tokens)
+        return min(COUNTS, EVEN / self.among)
 
 
 class LatentReader(Reading):
@@ -112,8 +116,9 @@ class LatentReader(Reading):
         turns: Turns,
         exact: int,
         rough: int,
+        among: int | None = None,
     ) -> None:
-        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough, among)
         self.for_keys, self.for_values = latents
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:

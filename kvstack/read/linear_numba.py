@@ -89,8 +89,9 @@ class CodesReader(Reading):
         exact: int,
         rough: int,
         work: Workspace,
+        among: int | None = None,
     ) -> None:
-        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough, among)
         self.for_keys, self.for_values = latents
         self.work = work
         self.room = padded(self.rough)
@@ -120,7 +121,7 @@ class CodesReader(Reading):
         pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
         # where all keys are exact, so are the values
-        least = 1 / (self.tokens * SHARES) if self.tokens > self.exact else 0.0
+        least = 1 / (self.among * SHARES) if self.tokens > self.exact else 0.0
         compiled.kernel("channels.mix")(
             b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width,
             codes.apart,

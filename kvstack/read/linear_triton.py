@@ -60,8 +60,9 @@ class TritonReader(LatentReader):
         exact: int,
         rough: int,
         agrees: Callable[..., bool],
+        among: int | None = None,
     ) -> None:
-        super().__init__(keys, values, latents, turns, exact, rough)
+        super().__init__(keys, values, latents, turns, exact, rough, among)
         self.key_codes, self.value_codes = latents
         self.agrees = agrees
 

@@ -167,11 +167,12 @@ class Plan:
         return frozenset(latents.reads_with(encoder, device) for encoder in encoders)
 
     def _encoders_of(self, codec: Codec) -> Sequence[Encoder]:
-        """The encoder of the latents that are read in place, if any."""
+        """The encoders of the latents that are read in place, if any."""
         assert self.encode is not None
-        # codes of classes are joined before they are read
-        reads = isinstance(codec, ReadsLinearly) and codec.exact is not None and self.tiers is None
-        return (list(codec.encoders.values()) or [self.encode]) if reads else [EXACT]
+        if not isinstance(codec, ReadsLinearly) or codec.exact is None:
+            return [EXACT]
+        lower = (encoder for classes in codec.lower.values() for encoder in classes)
+        return [*codec.encoders.values(), *lower] or [self.encode]
 
     def granule(self, width: int) -> int:
         """Tokens that are sealed, and dropped, together where a key has `width` channels."""

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..abilities import FitsText, ReadsDirectly, ReadsLinearly, RefitsText
+from ..abilities import FitsText, Linear, ReadsDirectly, ReadsLinearly, RefitsText
 from ..checks import Get, check_numbers, entries, items, misfit
 from ..encode.exact import EXACT, Exact
 from ..errors import UseError
@@ -463,12 +463,16 @@ class GroupLatents(Sealed):
             turns = rope.turns(positions, query.shape[-1])
         if turns is None:
             return None
-        readers = []
-        for keys, values in runs:
-            latents = self._open(keys.latent), self._open(values.latent)
-            readers.append(reader_of(keys, values, latents, turns, exact, codec.rough, work))
-        self._readers[layer] = readers[0] if len(readers) == 1 else ByHeads(readers)
+        readers = [self._reader_of(*run, turns, exact, codec.rough, work) for run in runs]
+        heads = [keys.axes.shape[2] for keys, _ in runs]
+        self._readers[layer] = readers[0] if len(readers) == 1 else ByHeads(readers, heads)
         return self._readers[layer]
+
+    def _reader_of(
+        self, keys: Linear, values: Linear, turns: Turns, exact: int, rough: int, work: Workspace
+    ) -> LinearReader:
+        """Reads a run of heads."""
+        return reader_of(keys, values, (self._open(keys.latent), self._open(values.latent)), turns, exact, rough, work)
 
     def _open(self, name: str) -> Opened:
         """A latent, once per forward for all layers."""

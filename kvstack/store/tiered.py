@@ -19,13 +19,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..abilities import Linear
 from ..checks import Get, misfit
 from ..encode.class_codes import ClassCodes
 from ..packed import Packed
-from ..read.latents import Opened
+from ..read.latents import ByClass, LinearReader, Opened, opened, reader_of
 from ..read.linear import Decoded
 from ..stage import ChannelEncoder, Codec, Encoder
+from ..turns import Turns
 from ..types import Latent, Rotation, take_tokens
+from ..workspace import Workspace
 from .plan import Plan
 from .sealed import GroupLatents
 from .tracks import Crop, Cut
@@ -80,6 +83,11 @@ class TieredLatents(GroupLatents):
         self._places = {part: (name, n) for name, parts in self._each.items() for n, part in enumerate(parts)}
         granules = (self._encoder(part).granule(1) for part in (CLASSES, *self._places))
         self.schedule = Schedule(plan.tiers.shares, math.lcm(*granules))
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._by_class: Sequence[Tensor] | None = None
+        self._turned: tuple[Turns, Sequence[Turns]] | None = None
 
     def _encoder(self, name: str) -> Encoder:
         if name == CLASSES:
@@ -141,6 +149,44 @@ class TieredLatents(GroupLatents):
 
     def _open(self, name: str) -> Opened:
         return Decoded(self._latents()[name])
+
+    def _reader_of(
+        self, keys: Linear, values: Linear, turns: Turns, exact: int, rough: int, work: Workspace
+    ) -> LinearReader:
+        """Reads each class in place, where there are kernels for its codes. Otherwise classes are joined."""
+        names = [
+            pair
+            for pair in zip(self._each[keys.latent], self._each[values.latent], strict=True)
+            if pair[0] in self.packed
+        ]
+        latents = [(self._open_class(for_keys), self._open_class(for_values)) for for_keys, for_values in names]
+        if any(isinstance(each, Decoded) for pair in latents for each in pair):
+            return super()._reader_of(keys, values, turns, exact, rough, work)
+        readers = []
+        for (for_keys, for_values), both, its in zip(names, latents, self._turns_by_class(turns), strict=True):
+            mine = keys.first(_rank(self._encoder(for_keys))), values.first(_rank(self._encoder(for_values)))
+            readers.append(reader_of(*mine, both, its, exact, rough, work, self.tokens))
+        return ByClass(readers, self._tokens_by_class())
+
+    def _open_class(self, part: str) -> Opened:
+        """A class of a latent, once per forward for all layers."""
+        if part not in self._opened:
+            encoder, packed = self._encoder(part), self._here(part)
+            self._opened[part] = opened(encoder, packed, lambda: encoder.decode(packed, part))
+        return self._opened[part]
+
+    def _turns_by_class(self, turns: Turns) -> Sequence[Turns]:
+        """Those of the tokens of each class that holds any, once per forward for all layers that rotate alike."""
+        if self._turned is None or self._turned[0] is not turns:
+            self._turned = turns, [turns.take(places) for places in self._tokens_by_class()]
+        return self._turned[1]
+
+    def _tokens_by_class(self) -> Sequence[Tensor]:
+        """For each class that holds any tokens, their places (B, n), once per forward."""
+        if self._by_class is None:
+            every = _by_class(self._classes_held(), self.schedule.counts(0, self.tokens))
+            self._by_class = [places for places in every if places.shape[1]]
+        return self._by_class
 
     # ---- moving
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstack import CommonKV, Evict, KVStack, Quant
+from kvstack import CommonKV, Evict, KVStack, Quant, Tiers
 from kvstack.abilities import Linear, PackedAxes
 from kvstack.encode.bits import MOST
 from kvstack.encode.channel_codes import ChannelCodes
@@ -353,6 +353,8 @@ STACKS = {
     "channels": [CommonKV(0.9, exact=1000), Quant(4)],
     "numbers": [CommonKV(0.9, exact=1000)],
     "evict": [CommonKV(0.9, exact=1000), Quant(4), Evict(0.5)],
+    "classes": [CommonKV(0.9, exact=1000), Quant(4), Tiers("keydiff")],
+    "two classes": [CommonKV(0.9, exact=1000), Quant(4), Tiers("snapkv", shares=(0.1, 0.9), weights=(1e4, 1))],
 }
 
 
@@ -370,6 +372,7 @@ def test_as_many_exact_tokens_as_there_are(stages, rows, padded, monkeypatch):
 def test_the_report_names_the_reader():
     for stages, names in (
         ([CommonKV(exact=8), Quant(2)], ["numba"]),
+        ([CommonKV(exact=8), Quant(2), Tiers()], ["numba"]),
         ([CommonKV(exact=8)], ["torch"]),
         ([CommonKV(exact=None), Quant(2)], ["torch"]),
     ):
