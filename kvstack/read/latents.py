@@ -3,13 +3,14 @@
 linear.py          a query is answered without rebuilding all keys, in plain torch
 linear_numba.py    from codes of channels on a processor
 linear_triton.py   from codes of channels on a GPU
+classes.py         tokens in classes, each from a reader of its own
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,24 +22,14 @@ from ..packed import Packed
 from ..stage import Encoder
 from ..workspace import Workspace
 from . import compiled
-from .linear import Decoded, LatentReader
+from .linear import Decoded, LatentReader, LinearReader
 from .linear_numba import Codes, CodesReader
 from .linear_triton import DeviceCodes, TritonReader
 
 if TYPE_CHECKING:
     from ..turns import Turns
 
-__all__ = ["ByClass", "ByHeads", "LinearReader", "Opened", "opened", "reader_of", "reads_with"]
-
-
-class LinearReader(Protocol):
-    """Answers one query of a layer from its sealed tokens, and then from raw ones."""
-
-    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        """A scaled `query` (B, H, G, D) times the sealed keys, and then times `raw` ones: (B, H, G, T)."""
-
-    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
-        """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
+__all__ = ["ByHeads", "Opened", "opened", "reader_of", "reads_with"]
 
 
 Opened = Decoded | Codes | DeviceCodes
@@ -75,7 +66,7 @@ def reader_of(
     rough: int,
     work: Workspace,
     among: int | None = None,
-) -> LinearReader:
+) -> LatentReader | CodesReader:
     """The reader of one layer, for latents as they were opened. `among`: see `Reading`."""
     for_keys, for_values = latents
     if isinstance(for_keys, Codes) and isinstance(for_values, Codes):
@@ -85,50 +76,6 @@ def reader_of(
     assert isinstance(for_keys, Decoded)  # both are packed by encoders of one kind
     assert isinstance(for_values, Decoded)
     return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough, among)
-
-
-class ByClass:
-    """Answers one query of a layer whose sealed tokens are in classes: one reader for each class.
-
-    Args:
-        places: (B, n) of each class, the places of its tokens among all that are sealed.
-    """
-
-    def __init__(self, readers: Sequence[LinearReader], places: Sequence[Tensor]) -> None:
-        self.readers = readers
-        self.counts = [each.shape[1] for each in places]
-        self.order = torch.cat(list(places), dim=1)  # (B, T), class by class
-
-    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        loose, each = None, []
-        for reader, count in zip(self.readers, self.counts, strict=True):
-            sealed, loose = reader.dot(query, raw).tensor_split([count], dim=-1)
-            each.append(sealed)
-        assert loose is not None
-        by_class = torch.cat(each, dim=-1)
-        return torch.cat([_scattered(by_class, self.order), loose], dim=-1)
-
-    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
-        sealed, loose = weights.tensor_split([self.order.shape[1]], dim=-1)
-        first, *others = _gathered(sealed, self.order).split(self.counts, dim=-1)
-        mixed = self.readers[0].mix(torch.cat([first, loose], dim=-1), raw)
-        for reader, mine in zip(self.readers[1:], others, strict=True):
-            mixed = mixed + reader.mix(mine, raw[:, :, :0])
-        return mixed
-
-
-def _gathered(x: Tensor, order: Tensor) -> Tensor:
-    """Numbers (B, H, G, T) of the tokens at the places `order` (B, T)."""
-    if len(order) == 1:
-        return x[..., order[0]]
-    return x.gather(3, order[:, None, None].expand(x.shape))
-
-
-def _scattered(x: Tensor, order: Tensor) -> Tensor:
-    """The inverse."""
-    if len(order) == 1:
-        return torch.empty_like(x).index_copy_(3, order[0], x)
-    return torch.empty_like(x).scatter_(3, order[:, None, None].expand(x.shape), x)
 
 
 class ByHeads:

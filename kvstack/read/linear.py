@@ -33,7 +33,7 @@ from ..types import take_tokens
 if TYPE_CHECKING:
     from ..turns import Blocks, Turns
 
-__all__ = ["COUNTS", "EVEN", "FEWEST", "Decoded", "Decoding", "LatentReader", "Reading"]
+__all__ = ["COUNTS", "EVEN", "FEWEST", "Decoded", "Decoding", "LatentReader", "LinearReader", "Reading"]
 
 FEWEST = 4
 """A share of `exact`, 1 / 4: so many keys are rebuilt whatever their shares, since rough scores of a model with very
@@ -41,6 +41,16 @@ large keys may be far off."""
 COUNTS, EVEN = 3e-4, 2
 """A token's key is rebuilt where its share of the attention is so large, or as large as that of so many tokens if all
 had the same."""
+
+
+class LinearReader(Protocol):
+    """Answers one query of a layer from its sealed tokens, and then from raw ones."""
+
+    def dot(self, query: Tensor, raw: Tensor) -> Tensor:
+        """A scaled `query` (B, H, G, D) times the sealed keys, and then times `raw` ones: (B, H, G, T)."""
+
+    def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
+        """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
 
 
 class Decoding(Protocol):
@@ -71,6 +81,9 @@ class Reading:
         exact: keys that are rebuilt for each kv head, at most.
         rough: channels that score the others.
         among: sealed tokens that attention is over, of which these are some (None: all).
+
+    Attributes:
+        most, fewest: keys of all those tokens that are rebuilt for each kv head.
     """
 
     def __init__(
@@ -85,8 +98,8 @@ class Reading:
     ) -> None:
         self.keys, self.values, self.turns, self.tokens = keys, values, turns, tokens
         self.among = among or tokens
-        self.exact = min(exact, tokens)
-        self.fewest = min(-(-exact * tokens // (FEWEST * self.among)), tokens)
+        self.exact, self.most = min(exact, tokens), min(exact, self.among)
+        self.fewest = min(-(-exact // FEWEST), self.among)
         # where nothing is rotated, scores of all channels are exact
         self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
@@ -122,13 +135,12 @@ class LatentReader(Reading):
         self.for_keys, self.for_values = latents
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        """A scaled `query` (B, H, G, D) times the sealed keys, and then times `raw` ones: (B, H, G, T)."""
         scores, loose = self._rough(query), query @ raw.to(query.dtype).mT
         if self.turns.rotates:
             total = torch.cat([scores, loose], dim=-1).logsumexp(-1, keepdim=True)
             shares, places = (scores - total).amax(2).topk(self.exact, dim=-1)  # (B, H, n), for any query of a kv head
             counts = shares >= math.log(self.least)
-            counts[..., : self.fewest] = True  # those of the largest shares come first
+            counts[..., : self.fewest * self.tokens // self.among] = True  # those of the largest shares come first
             if query.device.type == "cpu":  # elsewhere the host would wait for it
                 most = int(counts.sum(-1).max())
                 places, counts = places[..., :most], counts[..., :most]
@@ -138,7 +150,6 @@ class LatentReader(Reading):
         return torch.cat([scores, loose], dim=-1)
 
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
-        """`weights` (B, H, G, T) times the sealed values, and then `raw` ones: (B, H, G, D)."""
         weights, loose = weights.tensor_split([self.tokens], dim=-1)
         mixed = self._weigh(weights)
         out = mixed @ self.values.rows().to(mixed.dtype).transpose(1, 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from .sizes import CHUNK, ONE, PAIR, SLACK, TILE, padded, parts
 if TYPE_CHECKING:
     from ..turns import Turns
 
-__all__ = ["Codes", "CodesReader"]
+__all__ = ["Codes", "CodesReader", "scored"]
 
 SHARES = 100
 """Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the
@@ -72,6 +74,25 @@ def _layout(encoder: ChannelCodes) -> _Layout:
     return _Layout(torch.tensor(encoder.runs), steps, width, torch.cat(places))
 
 
+def scored(readers: Sequence[CodesReader], query: Tensor, raw: Tensor) -> Tensor:
+    """A scaled `query` (B, H, G, D) times the sealed keys of all readers, one after the other, and then times `raw`
+    ones: (B, H, G, T). The tokens whose keys are rebuilt are chosen among all of them."""
+    first, query = readers[0], query.contiguous()
+    loose = compiled.side_by_side(raw)
+    ends = list(itertools.accumulate(reader.tokens for reader in readers))
+    scores = torch.empty(*query.shape[:3], first.among + loose[1])
+    its = [scores[..., end - reader.tokens :] for reader, end in zip(readers, ends, strict=True)]
+    for reader, mine in zip(readers, its, strict=True):
+        reader.score(query, mine)
+    if not first.turns.rotates:
+        scores[..., first.among :] = query @ loose[0].mT
+        return scores
+    found = first.choose(query, scores, loose, ends)
+    for reader, mine, places, counts in zip(readers, its, *found, strict=True):
+        reader.rescore(query, mine, places, counts)
+    return scores
+
+
 class CodesReader(Reading):
     """Answers one query from codes of channels.
 
@@ -98,21 +119,7 @@ class CodesReader(Reading):
         self._mine: tuple[Tensor, int] | None = None
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        query, (raw, *loose) = query.contiguous(), compiled.side_by_side(raw)
-        b, h, g, d = query.shape
-        scores = torch.empty(b, h, g, self.tokens + raw.shape[2])
-        scratch = self._scratch(h * g)
-        self._score(query, scores, scratch)
-        if not self.turns.rotates:
-            scores[..., self.tokens :] = query @ raw.mT
-            return scores
-        places, counts = torch.empty(b, h, self.exact, dtype=torch.long), torch.empty(b, h, dtype=torch.long)
-        compiled.kernel("channels.choose")(
-            b * h, scores, scores.shape[3], g, self.tokens, self.fewest, self.exact,
-            round(math.log(self.least) * ONE), query, d, raw, *loose, places, counts, *scratch,
-        )  # fmt: skip
-        self._rescore(query, scores, places, counts, scratch)
-        return scores
+        return scored([self], query, raw)
 
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
         weights, (raw, *loose) = weights.contiguous(), compiled.side_by_side(raw)
@@ -121,7 +128,7 @@ class CodesReader(Reading):
         pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
         # where all keys are exact, so are the values
-        least = 1 / (self.among * SHARES) if self.tokens > self.exact else 0.0
+        least = 1 / (self.among * SHARES) if self.among > self.most else 0.0
         compiled.kernel("channels.mix")(
             b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width,
             codes.apart,
@@ -132,9 +139,10 @@ class CodesReader(Reading):
         )  # fmt: skip
         return out
 
-    def _score(self, query: Tensor, scores: Tensor, scratch: tuple[Tensor, int]) -> None:
-        """Write rough scores."""
+    def score(self, query: Tensor, scores: Tensor) -> None:
+        """Write rough scores, `scores` (B, H, G, T or more)."""
         b, h, g, d = query.shape
+        scratch = self._scratch(h * g)
         codes, mean, turns, room = self.for_keys, self.keys.mean, self.turns, self.room
         kinds, pairs, angles = (turns.fast, turns.slow), turns.pairs, turns.padded
         vectors = [torch.empty(b, h, kind.count, g, room) if any(kind.counts) else 0 for kind in kinds]
@@ -154,22 +162,37 @@ class CodesReader(Reading):
         fast, slow = ((made, kind.count, kind.size // 8) for made, kind in zip(vectors, kinds, strict=True))
         pieces = parts(b, codes.units)
         compiled.kernel("channels.dot")(
-            b * pieces, pieces, scores, scores.shape[3], *codes.numbers, *scratch, h, g, self.rough, room, *fast, *slow,
-            turning, constant, angles, 0 if mean is None else angles.shape[1], angles.shape[-1], angles.shape[0],
+            b * pieces, pieces, scores, scores.stride(2), *codes.numbers, *scratch, h, g, self.rough, room, *fast,
+            *slow, turning, constant, angles, 0 if mean is None else angles.shape[1], angles.shape[-1], angles.shape[0],
             codes.apart,
         )  # fmt: skip
 
-    def _rescore(
-        self, query: Tensor, scores: Tensor, places: Tensor, counts: Tensor, scratch: tuple[Tensor, int]
-    ) -> None:
+    def choose(
+        self, query: Tensor, scores: Tensor, raw: tuple[Tensor, int, int], ends: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Write scores of raw keys; returns the places (runs, B, H, n) of the tokens whose keys are to be rebuilt, and
+        counts of them (runs, B, H), for the runs of tokens that end at `ends`."""
+        b, h, g, d = query.shape
+        places = torch.empty(len(ends), b, h, self.most, dtype=torch.long)
+        counts = torch.empty(len(ends), b, h, dtype=torch.long)
+        compiled.kernel("channels.choose")(
+            b * h, scores, scores.stride(2), g, self.among, self.fewest, self.most,
+            round(math.log(self.least) * ONE), query, d, *raw, len(ends), torch.tensor(ends), places, counts,
+            *self._scratch(h * g),
+        )  # fmt: skip
+        return places, counts
+
+    def rescore(self, query: Tensor, scores: Tensor, places: Tensor, counts: Tensor) -> None:
         """Put exact scores of the tokens at `places` over the rough ones."""
         b, h, g, d = query.shape
+        scratch = self._scratch(h * g)
         codes, rank, mean = self.for_keys, self.keys.axes.shape[1], self.keys.mean
         rows = self.turns.by_token
         compiled.kernel("channels.rescore")(
-            b * h, scores, scores.shape[3], *codes.numbers, *scratch, h, g, query, d, places, counts,
-            self.exact, rank, codes.layout.steps, *_axes(self.keys), 0 if mean is None else mean.float().contiguous(),
-            self.turns.pairs.every, self.turns.pairs.counts[0], rows, rows.shape[0], codes.apart,
+            b * h, scores, scores.stride(2), *codes.numbers, *scratch, h, g, query, d, places, counts,
+            places.shape[2], rank, codes.layout.steps, *_axes(self.keys),
+            0 if mean is None else mean.float().contiguous(), self.turns.pairs.every, self.turns.pairs.counts[0], rows,
+            rows.shape[0], codes.apart,
         )  # fmt: skip
 
     def _scratch(self, heads: int) -> tuple[Tensor, int]:
@@ -181,7 +204,7 @@ class CodesReader(Reading):
                 # face: axes on their sides, turned queries, axes of codes
                 padded(width, 8) * self.room + 5 * width + self.rough * width,
                 PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
-                self.tokens,  # choose: how much each token exceeds the least share
+                self.among,  # choose: how much each token exceeds the least share
                 # rescore: latents, keys, axes, axes of codes
                 5 * (rank + SLACK + padded(width)) + rank * (padded(width) + width),
                 CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights

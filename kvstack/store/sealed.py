@@ -25,7 +25,8 @@ from ..errors import UseError
 from ..floats import fitting, saturated, wide
 from ..packed import Packed
 from ..read.codes import KernelCodes, with_raw
-from ..read.latents import ByHeads, LinearReader, Opened, opened, reader_of
+from ..read.latents import ByHeads, Opened, opened, reader_of
+from ..read.linear import LinearReader
 from ..stage import Codec, Encoder
 from ..turns import Turns
 from ..types import KV, Latent, Layout, Rotation

@@ -23,8 +23,9 @@ from ..abilities import Linear
 from ..checks import Get, misfit
 from ..encode.class_codes import ClassCodes
 from ..packed import Packed
-from ..read.latents import ByClass, LinearReader, Opened, opened, reader_of
-from ..read.linear import Decoded
+from ..read.classes import ByClass
+from ..read.latents import Opened, opened, reader_of
+from ..read.linear import Decoded, LinearReader
 from ..stage import ChannelEncoder, Codec, Encoder
 from ..turns import Turns
 from ..types import Latent, Rotation, take_tokens

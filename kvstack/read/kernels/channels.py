@@ -314,18 +314,19 @@ def threshold_of(x, size, most):
 def choose(numbers):
     """Scores of raw keys, behind those of the `tokens` that are sealed, and the places of the tokens whose share of
     the attention of some query is `least` or more: for each kv head at most `exact` and at least `fewest`, those of the
-    largest shares. A task is a kv head.
+    largest shares. A task is a kv head. Tokens may be in runs that are read apart: a place counts from the start of
+    its run.
 
     tasks, scores (rows, kv heads, queries, stride), stride, queries of each, tokens, fewest, exact, logarithm of the
-    least share in units of 1 / ONE, queries (rows, kv heads, queries, D), D, raw keys, raw, room, places (rows, kv
-    heads, exact), counts, scratch, bytes of it
+    least share in units of 1 / ONE, queries (rows, kv heads, queries, D), D, raw keys, raw, room, runs, the ends of
+    runs, places (runs, rows, kv heads, exact), counts (runs, rows, kv heads), scratch, bytes of it
     """
     tasks, scores, stride, asked, tokens = numbers[0], floats(numbers[1]), numbers[2], numbers[3], numbers[4]
     fewest, exact, least, queries = numbers[5], numbers[6], types.float32(numbers[7] / ONE), floats(numbers[8])
     width, keys, raw, room = numbers[9], floats(numbers[10]), numbers[11], numbers[12]
-    places, counts = longs(numbers[13]), longs(numbers[14])
+    runs, ends, places, counts = numbers[13], longs(numbers[14]), longs(numbers[15]), longs(numbers[16])
     mine, every = thread_number(), thread_count()
-    excess = floats(numbers[15] + numbers[16] * mine)
+    excess = floats(numbers[17] + numbers[18] * mine)
     for head in range(tasks * mine // every, tasks * (mine + 1) // every):
         for query in range(asked):
             at = (head * asked + query) * stride
@@ -355,12 +356,15 @@ def choose(numbers):
         threshold = types.float32(0)
         if counted > exact or counted < fewest:
             threshold = threshold_of(excess, tokens, exact if counted > exact else fewest)
-        found = 0
-        for t in range(tokens):
-            if excess[t] >= threshold and found < exact:
-                places[head * exact + found] = t
-                found += 1
-        counts[head] = found
+        begin, left = 0, exact
+        for run in range(runs):
+            found, to = 0, (run * tasks + head) * exact
+            for t in range(begin, ends[run]):
+                if excess[t] >= threshold and found < left:
+                    places[to + found] = t - begin
+                    found += 1
+            counts[run * tasks + head] = found
+            begin, left = ends[run], left - found
 
 
 # ---- exact scores
