@@ -1,4 +1,4 @@
-"""Reading latents of tokens in classes: each class is packed in its own way, and a reader of its own reads it in place."""
+"""Reading latents of tokens in classes: each is packed in its own way, and a reader of its own reads it in place."""
 
 from __future__ import annotations
 
