@@ -11,7 +11,7 @@ latents.py         which reader answers from latents
 linear.py          rough scores of all tokens, exact keys of those that matter: in plain torch, and why it is right
 linear_numba.py    the same from codes, on a processor
 linear_triton.py   the same from codes, on a GPU
-classes.py         the same for tokens in classes
+classes.py         the same from codes of tokens in classes, on a processor
 compiled.py        kernels for a processor, compiled by numba: loops in kernels/, threads in openmp.py
 triton/            kernels for a GPU, compiled by triton
 """

@@ -1,51 +1,92 @@
-"""Reading latents of tokens in classes: each is packed in its own way, and a reader of its own reads it in place."""
+"""Reading latents of tokens in classes on a processor: each class is packed in its own way.
+
+rough     leading channels of all tokens are joined, once for all layers that share the latent: neighbours are in
+          different classes, and rough scores take neighbours together (linear.py)
+exact     keys of chosen tokens are rebuilt from the codes of their class
+weigh     each class is read in place, and the sums of all classes are added
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linear import LatentReader
-from .linear_numba import CodesReader, scored
+from ..abilities import Linear
+from ..turns import Turns
+from ..workspace import Workspace
+from . import compiled
+from .linear_numba import Codes, CodesReader, Joined
 
-__all__ = ["ByClass"]
+__all__ = ["ByClass", "Class"]
+
+
+class Class(NamedTuple):
+    """Tokens of one class.
+
+    Attributes:
+        keys, values: the maps from its channels.
+        latents: those of the keys and of the values; the same where they have one.
+        places: (B, n) where its tokens are among all that are sealed.
+        turns: the rotation of their keys.
+    """
+
+    keys: Linear
+    values: Linear
+    latents: tuple[Codes, Codes]
+    places: Tensor
+    turns: Turns
 
 
 class ByClass:
-    """Answers one query of a layer whose sealed tokens are in classes.
+    """Answers one query of a layer.
 
     Args:
-        readers: one for each class, all of one kind.
-        places: (B, n) of each class, where its tokens are among all that are sealed.
+        keys: the map from the joined channels.
+        joined: the leading channels of all tokens.
+        turns: the rotation of the keys of all tokens.
+        exact: keys that are rebuilt for each kv head, at most.
+        work: for scratch memory.
     """
 
-    def __init__(self, readers: Sequence[LatentReader | CodesReader], places: Sequence[Tensor]) -> None:
-        self.readers = readers
-        self.counts = [each.shape[1] for each in places]
-        self.order = torch.cat(list(places), dim=1)  # (B, T), class by class
+    def __init__(
+        self, keys: Linear, joined: Joined, turns: Turns, classes: Sequence[Class], exact: int, work: Workspace
+    ) -> None:
+        self.rough = CodesReader(keys, keys, (joined, joined), turns, exact, joined.rank, work)
+        self.readers = [
+            CodesReader(each.keys, each.values, each.latents, each.turns, exact, joined.rank, work, joined.tokens)
+            for each in classes
+        ]
+        self.tokens, self.counts = joined.tokens, [reader.tokens for reader in self.readers]
+        self.order = torch.cat([each.places for each in classes], dim=1)  # (B, T), class by class
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        sealed, loose = self._scores(query, raw).tensor_split([self.order.shape[1]], dim=-1)
-        return torch.cat([self._in_order(sealed), loose], dim=-1)
+        query, loose = query.contiguous(), compiled.side_by_side(raw)
+        in_order = torch.empty(*query.shape[:3], self.tokens + loose[1])
+        self.rough.score(query, in_order)
+        if not self.rough.turns.rotates:
+            in_order[..., self.tokens :] = query @ loose[0].mT
+            return in_order
+        scores = torch.empty_like(in_order)
+        scores[..., : self.tokens] = self._by_class(in_order[..., : self.tokens])
+        ends = list(itertools.accumulate(self.counts))
+        found = self.rough.choose(query, scores, loose, ends)
+        for reader, end, places, counts in zip(self.readers, ends, *found, strict=True):
+            reader.rescore(query, scores[..., end - reader.tokens :], places, counts)
+        in_order[..., self.tokens :] = scores[..., self.tokens :]
+        self._put_in_order(scores[..., : self.tokens], in_order)
+        return in_order
 
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
-        sealed, loose = weights.tensor_split([self.order.shape[1]], dim=-1)
+        sealed, loose = weights.tensor_split([self.tokens], dim=-1)
         first, *others = self._by_class(sealed).split(self.counts, dim=-1)
         mixed = self.readers[0].mix(torch.cat([first, loose], dim=-1), raw)
         for reader, mine in zip(self.readers[1:], others, strict=True):
-            mixed = mixed + reader.mix(mine, raw[:, :, :0])
+            mixed += reader.mix(mine, raw[:, :, :0])
         return mixed
-
-    def _scores(self, query: Tensor, raw: Tensor) -> Tensor:
-        """Scores of the classes, one behind the other, and of `raw` keys."""
-        codes = [each for each in self.readers if isinstance(each, CodesReader)]
-        if len(codes) == len(self.readers):
-            return scored(codes, query, raw)
-        # a GPU rebuilds as many keys of each class as of all: to choose among them would make it wait
-        parts = [each.dot(query, raw).tensor_split([n], -1) for each, n in zip(self.readers, self.counts, strict=True)]
-        return torch.cat([*(sealed for sealed, _ in parts), parts[0][1]], dim=-1)
 
     def _by_class(self, x: Tensor) -> Tensor:
         """Numbers (B, H, G, T) in the order of positions -> class by class."""
@@ -53,8 +94,9 @@ class ByClass:
             return x.index_select(3, self.order[0])
         return x.gather(3, self.order[:, None, None].expand(x.shape))
 
-    def _in_order(self, x: Tensor) -> Tensor:
-        """The inverse."""
+    def _put_in_order(self, x: Tensor, out: Tensor) -> None:
+        """The inverse, into the first of `out` (B, H, G, T or more)."""
         if len(self.order) == 1:
-            return torch.empty_like(x).index_copy_(3, self.order[0], x)
-        return torch.empty_like(x).scatter_(3, self.order[:, None, None].expand(x.shape), x)
+            out.index_copy_(3, self.order[0], x)
+        else:
+            out.scatter_(3, self.order[:, None, None].expand(x.shape), x)

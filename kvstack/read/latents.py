@@ -3,7 +3,7 @@
 linear.py          a query is answered without rebuilding all keys, in plain torch
 linear_numba.py    from codes of channels on a processor
 linear_triton.py   from codes of channels on a GPU
-classes.py         tokens in classes, each from a reader of its own
+classes.py         from codes of tokens in classes, on a processor
 """
 
 from __future__ import annotations
@@ -65,17 +65,16 @@ def reader_of(
     exact: int,
     rough: int,
     work: Workspace,
-    among: int | None = None,
 ) -> LatentReader | CodesReader:
-    """The reader of one layer, for latents as they were opened. `among`: see `Reading`."""
+    """The reader of one layer, for latents as they were opened."""
     for_keys, for_values = latents
     if isinstance(for_keys, Codes) and isinstance(for_values, Codes):
-        return CodesReader(keys, values, (for_keys, for_values), turns, exact, rough, work, among)
+        return CodesReader(keys, values, (for_keys, for_values), turns, exact, rough, work)
     if isinstance(for_keys, DeviceCodes) and isinstance(for_values, DeviceCodes):
-        return TritonReader(keys, values, (for_keys, for_values), turns, exact, rough, _agrees_on, among)
+        return TritonReader(keys, values, (for_keys, for_values), turns, exact, rough, _agrees_on)
     assert isinstance(for_keys, Decoded)  # both are packed by encoders of one kind
     assert isinstance(for_values, Decoded)
-    return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough, among)
+    return LatentReader(keys, values, (for_keys, for_values), turns, exact, rough)
 
 
 class ByHeads:

@@ -80,10 +80,6 @@ class Reading:
         turns: the rotation of the sealed tokens' keys.
         exact: keys that are rebuilt for each kv head, at most.
         rough: channels that score the others.
-        among: sealed tokens that attention is over, of which these are some (None: all).
-
-    Attributes:
-        most, fewest: keys of all those tokens that are rebuilt for each kv head.
     """
 
     def __init__(
@@ -94,12 +90,9 @@ class Reading:
         turns: Turns,
         exact: int,
         rough: int,
-        among: int | None = None,
     ) -> None:
         self.keys, self.values, self.turns, self.tokens = keys, values, turns, tokens
-        self.among = among or tokens
-        self.exact, self.most = min(exact, tokens), min(exact, self.among)
-        self.fewest = min(-(-exact // FEWEST), self.among)
+        self.exact, self.fewest = min(exact, tokens), min(-(-exact // FEWEST), tokens)
         # where nothing is rotated, scores of all channels are exact
         self.rough = min(rough, keys.axes.shape[1]) if turns.rotates else keys.axes.shape[1]
 
@@ -111,7 +104,7 @@ class Reading:
     @property
     def least(self) -> float:
         """The share of the attention from which on a token's key is rebuilt."""
-        return min(COUNTS, EVEN / self.among)
+        return min(COUNTS, EVEN / self.tokens)
 
 
 class LatentReader(Reading):
@@ -129,9 +122,8 @@ class LatentReader(Reading):
         turns: Turns,
         exact: int,
         rough: int,
-        among: int | None = None,
     ) -> None:
-        super().__init__(keys, values, latents[0].tokens, turns, exact, rough, among)
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
         self.for_keys, self.for_values = latents
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
@@ -140,7 +132,7 @@ class LatentReader(Reading):
             total = torch.cat([scores, loose], dim=-1).logsumexp(-1, keepdim=True)
             shares, places = (scores - total).amax(2).topk(self.exact, dim=-1)  # (B, H, n), for any query of a kv head
             counts = shares >= math.log(self.least)
-            counts[..., : self.fewest * self.tokens // self.among] = True  # those of the largest shares come first
+            counts[..., : self.fewest] = True  # those of the largest shares come first
             if query.device.type == "cpu":  # elsewhere the host would wait for it
                 most = int(counts.sum(-1).max())
                 places, counts = places[..., :most], counts[..., :most]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,12 +16,12 @@ from ..packed import Packed
 from ..workspace import Workspace
 from . import compiled
 from .linear import Reading
-from .sizes import CHUNK, ONE, PAIR, SLACK, TILE, padded, parts
+from .sizes import CHUNK, NUMBERS, ONE, PAIR, SLACK, TILE, padded, parts
 
 if TYPE_CHECKING:
     from ..turns import Turns
 
-__all__ = ["Codes", "CodesReader", "scored"]
+__all__ = ["Codes", "CodesReader", "Joined"]
 
 SHARES = 100
 """Weights below an even share by this factor are left out of the values: together they are less than a hundredth of the
@@ -37,7 +36,7 @@ class Codes:
         self.encoder, self.tokens = encoder, packed.tokens
         self.codes, self.gains = packed.parts["codes"], packed.parts["gains"]
         self.rows, _, self.units = self.codes.shape[:3]
-        self.apart = packed.apart // GRANULE
+        self.size, self.apart = self.codes.shape[3], packed.apart // GRANULE
         self.layout = _layout(encoder)
         self.rank = self.layout.places.shape[0]
 
@@ -45,7 +44,7 @@ class Codes:
     def numbers(self) -> tuple[Tensor | int, ...]:
         """As kernels are given them."""
         runs = self.layout.runs
-        return self.codes, self.gains, runs, runs.shape[0], self.units, self.codes.shape[3], self.gains.shape[3]
+        return self.codes, self.gains, runs, runs.shape[0], self.units, self.size, self.gains.shape[3]
 
 
 class _Layout(NamedTuple):
@@ -74,23 +73,38 @@ def _layout(encoder: ChannelCodes) -> _Layout:
     return _Layout(torch.tensor(encoder.runs), steps, width, torch.cat(places))
 
 
-def scored(readers: Sequence[CodesReader], query: Tensor, raw: Tensor) -> Tensor:
-    """A scaled `query` (B, H, G, D) times the sealed keys of all readers, one after the other, and then times `raw`
-    ones: (B, H, G, T). The tokens whose keys are rebuilt are chosen among all of them."""
-    first, query = readers[0], query.contiguous()
-    loose = compiled.side_by_side(raw)
-    ends = list(itertools.accumulate(reader.tokens for reader in readers))
-    scores = torch.empty(*query.shape[:3], first.among + loose[1])
-    its = [scores[..., end - reader.tokens :] for reader, end in zip(readers, ends, strict=True)]
-    for reader, mine in zip(readers, its, strict=True):
-        reader.score(query, mine)
-    if not first.turns.rotates:
-        scores[..., first.among :] = query @ loose[0].mT
-        return scores
-    found = first.choose(query, scores, loose, ends)
-    for reader, mine, places, counts in zip(readers, its, *found, strict=True):
-        reader.rescore(query, mine, places, counts)
-    return scores
+class Joined:
+    """The leading channels of tokens in classes, as numbers (B, T, R), for rough scores.
+
+    Args:
+        classes: the codes of each class.
+        places: (B, n) of each class, where its tokens are among all T.
+        leading: R; those that a class does not keep are zero.
+    """
+
+    def __init__(self, classes: Sequence[Codes], places: Sequence[Tensor], leading: int, work: Workspace) -> None:
+        rows, self.tokens, self.rank = classes[0].rows, sum(each.tokens for each in classes), leading
+        self.units = self.apart = self.tokens // GRANULE
+        self.size, self.z = 4 * GRANULE * leading, torch.zeros(rows, self.tokens, leading)
+        self.layout = _plain_layout(leading)
+        for codes, its in zip(classes, places, strict=True):
+            size = padded(4 * GRANULE * (TILE + 1) + 4 * SLACK + codes.size, 64)
+            memory = work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.z.device)
+            compiled.kernel("channels.join")(
+                rows * codes.units, self.z, self.tokens, leading, its.contiguous(), codes.layout.steps, *codes.numbers,
+                codes.apart, memory, size,
+            )  # fmt: skip
+
+    @property
+    def numbers(self) -> tuple[Tensor | int, ...]:
+        """As kernels are given them: a unit is one run."""
+        return self.z, self.z, self.layout.runs, 1, self.units, self.size, 0
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_layout(rank: int) -> _Layout:
+    steps, places = torch.cat([torch.ones(rank), torch.zeros(SLACK)]), torch.arange(rank)
+    return _Layout(torch.tensor([[NUMBERS, rank]]), steps, padded(rank), places)
 
 
 class CodesReader(Reading):
@@ -99,27 +113,37 @@ class CodesReader(Reading):
     Args:
         latents: those of the keys and of the values, as codes.
         work: for scratch memory.
+        among: sealed tokens that attention is over, of which these are some (None: all).
     """
 
     def __init__(
         self,
         keys: Linear,
         values: Linear,
-        latents: tuple[Codes, Codes],
+        latents: tuple[Codes | Joined, Codes | Joined],
         turns: Turns,
         exact: int,
         rough: int,
         work: Workspace,
         among: int | None = None,
     ) -> None:
-        super().__init__(keys, values, latents[0].tokens, turns, exact, rough, among)
+        super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
+        self.among = among or self.tokens
         self.for_keys, self.for_values = latents
         self.work = work
         self.room = padded(self.rough)
         self._mine: tuple[Tensor, int] | None = None
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        return scored([self], query, raw)
+        query, loose = query.contiguous(), compiled.side_by_side(raw)
+        scores = torch.empty(*query.shape[:3], self.tokens + loose[1])
+        self.score(query, scores)
+        if not self.turns.rotates:
+            scores[..., self.tokens :] = query @ loose[0].mT
+            return scores
+        places, counts = self.choose(query, scores, loose, [self.tokens])
+        self.rescore(query, scores, places[0], counts[0])
+        return scores
 
     def mix(self, weights: Tensor, raw: Tensor) -> Tensor:
         weights, (raw, *loose) = weights.contiguous(), compiled.side_by_side(raw)
@@ -128,7 +152,7 @@ class CodesReader(Reading):
         pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
         # where all keys are exact, so are the values
-        least = 1 / (self.among * SHARES) if self.among > self.most else 0.0
+        least = 1 / (self.among * SHARES) if self.among > self.exact else 0.0
         compiled.kernel("channels.mix")(
             b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width,
             codes.apart,
@@ -173,10 +197,10 @@ class CodesReader(Reading):
         """Write scores of raw keys; returns the places (runs, B, H, n) of the tokens whose keys are to be rebuilt, and
         counts of them (runs, B, H), for the runs of tokens that end at `ends`."""
         b, h, g, d = query.shape
-        places = torch.empty(len(ends), b, h, self.most, dtype=torch.long)
+        places = torch.empty(len(ends), b, h, self.exact, dtype=torch.long)
         counts = torch.empty(len(ends), b, h, dtype=torch.long)
         compiled.kernel("channels.choose")(
-            b * h, scores, scores.stride(2), g, self.among, self.fewest, self.most,
+            b * h, scores, scores.stride(2), g, self.tokens, self.fewest, self.exact,
             round(math.log(self.least) * ONE), query, d, *raw, len(ends), torch.tensor(ends), places, counts,
             *self._scratch(h * g),
         )  # fmt: skip
@@ -204,15 +228,15 @@ class CodesReader(Reading):
                 # face: axes on their sides, turned queries, axes of codes
                 padded(width, 8) * self.room + 5 * width + self.rough * width,
                 PAIR * (TILE + 9 + heads) + heads * self.room,  # dot: a tile, sums, vectors
-                self.among,  # choose: how much each token exceeds the least share
+                self.tokens,  # choose: how much each token exceeds the least share
                 # rescore: latents, keys, axes, axes of codes
                 5 * (rank + SLACK + padded(width)) + rank * (padded(width) + width),
                 CHUNK * 8 * (TILE + heads) + 2 * CHUNK + 8,  # mix: a tile, weights
                 self.for_values.rank * (heads + width),  # finish: latents, axes of codes
             )
-            unit = 4 * SLACK + max(each.codes.shape[3] for each in codes)
+            unit = 4 * SLACK + max(each.size for each in codes)
             size = padded(4 * max(numbers) + unit, 64)
-            memory = self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.for_keys.codes.device)
+            memory = self.work.get("rows", (torch.get_num_threads() * size,), torch.uint8, self.keys.axes.device)
             self._mine = memory, size
         return self._mine
 

@@ -60,9 +60,8 @@ class TritonReader(LatentReader):
         exact: int,
         rough: int,
         agrees: Callable[..., bool],
-        among: int | None = None,
     ) -> None:
-        super().__init__(keys, values, latents, turns, exact, rough, among)
+        super().__init__(keys, values, latents, turns, exact, rough)
         self.key_codes, self.value_codes = latents
         self.agrees = agrees
 

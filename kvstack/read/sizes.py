@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK", "ONE", "PAIR", "SLACK", "TILE", "padded", "parts"]
+__all__ = ["CHUNK", "NUMBERS", "ONE", "PAIR", "SLACK", "TILE", "padded", "parts"]
 
 TILE = 64
 """Channels that are worked on at once: they stay in the nearest cache."""
@@ -14,6 +14,8 @@ CHUNK = 8
 """Units of tokens whose weights are summed before the sums go to memory."""
 ONE = 1 << 40
 """The number that means 1 if kernels, which are given whole numbers, need a share."""
+NUMBERS = 32
+"""Bits of a channel that is no code but a number, the channels of a token side by side."""
 SLACK = 32
 """Bytes, and numbers, that may be read or written behind the last one."""
 

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from ..abilities import Linear
 from ..checks import Get, misfit
+from ..encode.channel_codes import ChannelCodes
 from ..encode.class_codes import ClassCodes
 from ..packed import Packed
-from ..read.classes import ByClass
-from ..read.latents import Opened, opened, reader_of
+from ..read.classes import ByClass, Class
+from ..read.latents import Opened, reads_with
 from ..read.linear import Decoded, LinearReader
+from ..read.linear_numba import Codes, Joined
 from ..stage import ChannelEncoder, Codec, Encoder
 from ..turns import Turns
 from ..types import Latent, Rotation, take_tokens
@@ -88,6 +90,8 @@ class TieredLatents(GroupLatents):
     def _forget(self) -> None:
         super()._forget()
         self._by_class: Sequence[Tensor] | None = None
+        self._codes: dict[str, Codes] = {}
+        self._leading: dict[tuple[str, int], Joined] = {}
         self._turned: tuple[Turns, Sequence[Turns]] | None = None
 
     def _encoder(self, name: str) -> Encoder:
@@ -155,26 +159,38 @@ class TieredLatents(GroupLatents):
         self, keys: Linear, values: Linear, turns: Turns, exact: int, rough: int, work: Workspace
     ) -> LinearReader:
         """Reads each class in place, where there are kernels for its codes. Otherwise classes are joined."""
-        names = [
-            pair
-            for pair in zip(self._each[keys.latent], self._each[values.latent], strict=True)
-            if pair[0] in self.packed
-        ]
-        latents = [(self._open_class(for_keys), self._open_class(for_values)) for for_keys, for_values in names]
-        if any(isinstance(each, Decoded) for pair in latents for each in pair):
+        for_keys, for_values = self._codes_of(keys.latent), self._codes_of(values.latent)
+        if for_keys is None or for_values is None:
             return super()._reader_of(keys, values, turns, exact, rough, work)
-        readers = []
-        for (for_keys, for_values), both, its in zip(names, latents, self._turns_by_class(turns), strict=True):
-            mine = keys.first(_rank(self._encoder(for_keys))), values.first(_rank(self._encoder(for_values)))
-            readers.append(reader_of(*mine, both, its, exact, rough, work, self.tokens))
-        return ByClass(readers, self._tokens_by_class())
+        places, by_class = self._tokens_by_class(), []
+        for number, latents in enumerate(zip(for_keys, for_values, strict=True)):
+            mine = keys.first(latents[0].rank), values.first(latents[1].rank)
+            by_class.append(Class(*mine, latents, places[number], self._turns_by_class(turns)[number]))
+        rank = keys.axes.shape[1]
+        joined = self._joined(keys.latent, min(rough, rank) if turns.rotates else rank, for_keys, work)
+        return ByClass(keys.first(joined.rank), joined, turns, by_class, exact, work)
 
-    def _open_class(self, part: str) -> Opened:
-        """A class of a latent, once per forward for all layers."""
-        if part not in self._opened:
-            encoder, packed = self._encoder(part), self._here(part)
-            self._opened[part] = opened(encoder, packed, lambda: encoder.decode(packed, part))
-        return self._opened[part]
+    def _codes_of(self, name: str) -> Sequence[Codes] | None:
+        """Each class of a latent that holds any tokens, once per forward for all layers; None where one must be
+        decoded."""
+        found = []
+        for part in self._each[name]:
+            if part not in self.packed:
+                continue
+            if part not in self._codes:
+                encoder, packed = self._encoder(part), self._here(part)
+                device = packed.parts["codes"].device
+                if not (isinstance(encoder, ChannelCodes) and reads_with(encoder, device) == "numba"):
+                    return None
+                self._codes[part] = Codes(encoder, packed)
+            found.append(self._codes[part])
+        return found
+
+    def _joined(self, name: str, leading: int, classes: Sequence[Codes], work: Workspace) -> Joined:
+        """The leading channels of a latent of all tokens, once per forward for all layers."""
+        if (name, leading) not in self._leading:
+            self._leading[name, leading] = Joined(classes, self._tokens_by_class(), leading, work)
+        return self._leading[name, leading]
 
     def _turns_by_class(self, turns: Turns) -> Sequence[Turns]:
         """Those of the tokens of each class that holds any, once per forward for all layers that rotate alike."""

@@ -18,7 +18,7 @@ import math
 from numba import cfunc, njit, types
 
 from ...abilities import FINE
-from ..sizes import CHUNK, ONE, PAIR, SLACK, TILE
+from ..sizes import CHUNK, NUMBERS, ONE, PAIR, SLACK, TILE
 from .kivi import FAST, dot_row
 from .lanes import (
     LANES,
@@ -36,9 +36,9 @@ from .lanes import (
     unpack_rows,
     unpack_token,
 )
-from .memory import SIGNATURE, bytes_, floats, longs, thread_count, thread_number
+from .memory import SIGNATURE, as_floats, bytes_, floats, longs, thread_count, thread_number
 
-__all__ = ["choose", "dot", "face", "finish", "mix", "rescore"]
+__all__ = ["choose", "dot", "face", "finish", "join", "mix", "rescore"]
 
 
 @njit
@@ -192,7 +192,64 @@ def face(numbers):
             constant[head * asked + query] = total
 
 
+# ---- tokens in classes
+
+
+@cfunc(SIGNATURE, cache=True, fastmath=FAST)
+def join(numbers):
+    """The leading channels of a class of tokens, as numbers, where these tokens are among all: (rows, tokens, leading),
+    zeros there before. A task is a unit of a row.
+
+    tasks, out, tokens, leading, places (rows, tokens of the class), steps, codes, gains, runs, count of runs, units,
+    bytes of codes and of gains in a unit, units from one row to the next, scratch, bytes of it
+    """
+    out, tokens, leading, places, steps = (
+        floats(numbers[1]),
+        numbers[2],
+        numbers[3],
+        longs(numbers[4]),
+        floats(numbers[5]),
+    )
+    runs, count, units, size, gain_size = longs(numbers[8]), numbers[9], numbers[10], numbers[11], numbers[12]
+    apart, mine, every = numbers[13], thread_number(), thread_count()
+    all_units = (numbers[0] // units - 1) * apart + units
+    memory = numbers[14] + numbers[15] * mine
+    tile, gain = floats(memory), floats(memory + 4 * LANES * TILE)
+    copy = bytes_(memory + 4 * LANES * (TILE + 1))
+    for task in range(numbers[0] * mine // every, numbers[0] * (mine + 1) // every):
+        row, unit = task // units, task % units
+        here, at, filled = row * apart + unit, 0, 0
+        codes = readable(numbers[6], here, all_units, size, copy)
+        for run in range(count):
+            bits, channels, first = runs[2 * run], runs[2 * run + 1], 0
+            wanted = min(channels, leading - filled)
+            store(gain, 0, gains_of(bytes_(numbers[7] + here * gain_size), run, count))
+            while first < wanted:
+                some = min(TILE, wanted - first)
+                unpack_rows(bits, codes, at + first, channels, some, gain, tile, 0, TILE)
+                for t in range(LANES):
+                    token = row * tokens + places[task * LANES + t]
+                    to = token * leading + filled + first
+                    for c in range(some):
+                        out[to + c] = tile[t * TILE + c] * steps[filled + first + c]
+                first += some
+            filled += wanted
+            at += bits * channels
+
+
 # ---- rough scores
+
+
+@njit
+def columns_of(bits, codes, at, channels, count, gains, out, to, stride):
+    """Channels of a run of a unit, as rows, from its codes or from numbers."""
+    if bits == NUMBERS:
+        for channel in range(0, count, LANES):
+            turn_tile(
+                as_floats(codes), at + channel, channels, fill(types.float32(1)), out, to + channel * stride, stride
+            )
+    else:
+        unpack_columns(bits, codes, at, channels, count, gains, out, to, stride)
 
 
 @njit(fastmath=FAST)
@@ -264,7 +321,7 @@ def dot(numbers):
                         unit = row * apart + min(2 * pair + second, units - 1)
                         unit_codes = readable(numbers[4], unit, all_units, size, copy)
                         store(gain, 0, gains_of(bytes_(numbers[5] + unit * gain_size), run, count))
-                        unpack_columns(
+                        columns_of(
                             bits, unit_codes, at + first, channels, some, gain, tile, held * PAIR + second * LANES, PAIR
                         )  # fmt: skip
                     first, held = first + some, held + some

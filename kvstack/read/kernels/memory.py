@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from .. import openmp
 
-__all__ = ["SIGNATURE", "bytes_", "floats", "half", "halves", "longs", "thread_count", "thread_number"]
+__all__ = ["SIGNATURE", "as_floats", "bytes_", "floats", "half", "halves", "longs", "thread_count", "thread_number"]
 
 SIGNATURE = types.void(types.CPointer(types.int64))
 
@@ -31,6 +31,16 @@ def _pointer(kind):
         return types.CPointer(kind)(types.int64), generate
 
     return at
+
+
+@intrinsic
+def as_floats(typing_context, codes):
+    """Floats where bytes are."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.CPointer(types.uint8)), generate
 
 
 floats, bytes_, halves = _pointer(types.float32), _pointer(types.uint8), _pointer(types.uint16)
