@@ -78,7 +78,8 @@ class KVStack(Cache):
             copied to the layer's device, and the copy is dropped when its group of layers is done. None (the default):
             where the layers are. Sinks, window and tokens not yet compressed always stay with the model.
         fused: let attention read packed codes for a single query (default True). False always hands it decoded
-            tensors; the two agree up to rounding.
+            tensors. The two agree up to rounding, unless a transform lets keys have rough scores: `CommonKV` with more
+            than `exact` compressed tokens does.
 
     Attributes:
         binding: what was settled for the model; None before the stack is bound.

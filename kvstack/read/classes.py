@@ -66,17 +66,25 @@ class ByClass:
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
         query, loose = query.contiguous(), compiled.side_by_side(raw)
         in_order = torch.empty(*query.shape[:3], self.tokens + loose[1])
-        self.rough.score(query, in_order)
-        if not self.rough.turns.rotates:
+        all_exact = self.rough.rebuilds_all
+        if not all_exact:
+            self.rough.score(query, in_order)
+        if all_exact or not self.rough.turns.rotates:
             in_order[..., self.tokens :] = query @ loose[0].mT
+        if not self.rough.turns.rotates:
             return in_order
-        scores = torch.empty_like(in_order)
-        scores[..., : self.tokens] = self._by_class(in_order[..., : self.tokens])
-        ends = list(itertools.accumulate(self.counts))
-        found = self.rough.choose(query, scores, loose, ends)
-        for reader, end, places, counts in zip(self.readers, ends, *found, strict=True):
-            reader.rescore(query, scores[..., end - reader.tokens :], places, counts)
-        in_order[..., self.tokens :] = scores[..., self.tokens :]
+        # class by class
+        scores, ends = torch.empty_like(in_order), list(itertools.accumulate(self.counts))
+        its = [scores[..., end - count : self.tokens] for end, count in zip(ends, self.counts, strict=True)]
+        if all_exact:
+            for reader, mine in zip(self.readers, its, strict=True):
+                reader.rescore_all(query, mine)
+        else:
+            scores[..., : self.tokens] = self._by_class(in_order[..., : self.tokens])
+            found = self.rough.choose(query, scores, loose, ends)
+            in_order[..., self.tokens :] = scores[..., self.tokens :]
+            for reader, mine, places, counts in zip(self.readers, its, *found, strict=True):
+                reader.rescore(query, mine, places, counts)
         self._put_in_order(scores[..., : self.tokens], in_order)
         return in_order
 

@@ -9,7 +9,7 @@ is nearly the same for the tokens of a block. So a block is scored with a few ve
     rough     s ~ z . u + q . rotate(mean, position),  u = axes @ turn(q, -middle of the block)
               leading channels only. Pairs of channels that turn slowly share their vectors in large blocks, those that
               turn fast in small ones, and what is turned around within a small block is left to the mean
-    choose    the tokens whose share of the attention counts, for each kv head
+    choose    the tokens whose share of the attention counts, for each kv head; of few tokens all
     exact     rebuild and rotate their keys, and put exact scores in their places
     weigh     all tokens take part in the softmax and in the values, (weights @ z) @ axes
 
@@ -102,6 +102,11 @@ class Reading:
         return self.keys.rows()
 
     @property
+    def rebuilds_all(self) -> bool:
+        """Return True if all keys may be rebuilt: then they are, and no score is rough."""
+        return self.turns.rotates and self.exact == self.tokens
+
+    @property
     def least(self) -> float:
         """The share of the attention from which on a token's key is rebuilt."""
         return min(COUNTS, EVEN / self.tokens)
@@ -127,7 +132,11 @@ class LatentReader(Reading):
         self.for_keys, self.for_values = latents
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        scores, loose = self._rough(query), query @ raw.to(query.dtype).mT
+        loose = query @ raw.to(query.dtype).mT
+        if self.rebuilds_all:
+            every = torch.arange(self.tokens, device=query.device).expand(*query.shape[:2], -1)
+            return torch.cat([self._exact(query, every), loose], dim=-1)
+        scores = self._rough(query)
         if self.turns.rotates:
             total = torch.cat([scores, loose], dim=-1).logsumexp(-1, keepdim=True)
             shares, places = (scores - total).amax(2).topk(self.exact, dim=-1)  # (B, H, n), for any query of a kv head

@@ -128,7 +128,9 @@ class CodesReader(Reading):
         among: int | None = None,
     ) -> None:
         super().__init__(keys, values, latents[0].tokens, turns, exact, rough)
-        self.among = among or self.tokens
+        among = among or self.tokens
+        # where all keys are exact, so are the values
+        self.least_weight = 1 / (among * SHARES) if among > exact else 0.0
         self.for_keys, self.for_values = latents
         self.work = work
         self.room = padded(self.rough)
@@ -137,8 +139,11 @@ class CodesReader(Reading):
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
         query, loose = query.contiguous(), compiled.side_by_side(raw)
         scores = torch.empty(*query.shape[:3], self.tokens + loose[1])
-        self.score(query, scores)
-        if not self.turns.rotates:
+        if self.rebuilds_all:
+            self.rescore_all(query, scores)
+        else:
+            self.score(query, scores)
+        if self.rebuilds_all or not self.turns.rotates:
             scores[..., self.tokens :] = query @ loose[0].mT
             return scores
         places, counts = self.choose(query, scores, loose, [self.tokens])
@@ -151,11 +156,9 @@ class CodesReader(Reading):
         codes, layout, mean = self.for_values, self.for_values.layout, self.values.mean
         pieces, rank, scratch = parts(b, codes.units), codes.rank, self._scratch(h * g)
         sums, out = torch.empty(b, pieces, h * g, layout.width), torch.empty(b, h, g, d)
-        # where all keys are exact, so are the values
-        least = 1 / (self.among * SHARES) if self.among > self.exact else 0.0
         compiled.kernel("channels.mix")(
-            b * pieces, pieces, weights, held, round(least * ONE), sums, *codes.numbers, *scratch, h * g, layout.width,
-            codes.apart,
+            b * pieces, pieces, weights, held, round(self.least_weight * ONE), sums, *codes.numbers, *scratch, h * g,
+            layout.width, codes.apart,
         )  # fmt: skip
         compiled.kernel("channels.finish")(
             b * h, h, g, sums, pieces, layout.width, layout.places, rank, layout.steps, *_axes(self.values), d,
@@ -218,6 +221,11 @@ class CodesReader(Reading):
             0 if mean is None else mean.float().contiguous(), self.turns.pairs.every, self.turns.pairs.counts[0], rows,
             rows.shape[0], codes.apart,
         )  # fmt: skip
+
+    def rescore_all(self, query: Tensor, scores: Tensor) -> None:
+        """Write exact scores of all tokens."""
+        every = torch.arange(self.tokens).expand(*query.shape[:2], -1).contiguous()
+        self.rescore(query, scores, every, torch.full(query.shape[:2], self.tokens))
 
     def _scratch(self, heads: int) -> tuple[Tensor, int]:
         """Memory for each thread that is enough for every kernel, and its bytes."""

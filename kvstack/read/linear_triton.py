@@ -66,7 +66,7 @@ class TritonReader(LatentReader):
         self.agrees = agrees
 
     def dot(self, query: Tensor, raw: Tensor) -> Tensor:
-        if not (self.turns.rotates and self.exact == self.tokens and self._serves(query, query.shape[2])):
+        if not (self.rebuilds_all and self._serves(query, query.shape[2])):
             return super().dot(query, raw)
         scores = torch.empty(*query.shape[:3], self.tokens + raw.shape[2], device=query.device)
         scores[..., self.tokens :] = query @ raw.to(query.dtype).mT

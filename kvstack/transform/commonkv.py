@@ -73,8 +73,9 @@ class CommonKV(Transform):
         calibration: a `Calibration` or the path of a saved one. Default: made at first use (about a minute for a
             small model) and kept in the user's cache folder.
         exact: to answer a single query, the keys of how many tokens are rebuilt for each kv head at most (default
-            384): those whose rough scores give them a share of the attention that counts, 3 in 10,000 or more. The
-            others keep their rough scores, and all values count. None: all keys are rebuilt, as for a prompt.
+            384): of fewer tokens all, of more those whose rough scores give them a share of the attention that counts,
+            3 in 10,000 or more. The others keep their rough scores, and all values count. None: all keys are rebuilt,
+            as for a prompt.
         rough: leading channels of a latent that make the rough scores (default 512).
         rebuild: floating type that keys and values are computed from latents in, `float32` or `bfloat16`; default the
             model's own. On processors with products of bfloat16 that is several times faster.

@@ -18,6 +18,7 @@ from kvstack.read import linear as reading
 from kvstack.read.latents import reader_of
 from kvstack.read.linear import Decoded, LatentReader
 from kvstack.read.linear_numba import Codes, CodesReader
+from kvstack.store.tiered import TieredLatents
 from kvstack.turns import Blocks, Pairs, Turns, find_pairs
 from kvstack.workspace import Workspace
 from tests import tiny
@@ -305,11 +306,11 @@ def test_exact_scores_and_weighed_values(rotates, mean):
 
 def test_which_tokens_are_exact():
     """Those whose share of the attention of some query of their kv head counts, at most so many and at least a quarter
-    of them; the others are scored from leading
-    channels, turned as in the middle of their block, or not at all. In plain loops."""
+    of them; the others are scored from leading channels, turned as in the middle of their block, or not at all. In
+    plain loops."""
     rope, tokens, rough = a_rope(), 300, 6
     query = torch.randn(B, H, G, D, generator=draw(9)) / 4
-    for exact in (5, 80, 1000):
+    for exact in (5, 80, 299):
         made, keys, _ = reader(tokens, 12, exact, rough, rope)
         found = made.dot(query, RAW)[..., :tokens]
         turns = made.turns
@@ -336,6 +337,15 @@ def test_which_tokens_are_exact():
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("exact", [300, 1000])
+def test_of_few_tokens_all_are_exact(exact):
+    """Also those of no attention at all, with axes of any size and only one rough channel."""
+    query = torch.randn(B, H, G, D, generator=draw(9)) * 9
+    made, keys, _ = reader(300, 12, exact, 1, a_rope())
+    found = made.dot(query, RAW)
+    torch.testing.assert_close(found, query @ torch.cat([keys, RAW], dim=2).mT, atol=1e-3, rtol=1e-3)
+
+
 # ---- in a stack
 
 
@@ -360,13 +370,23 @@ STACKS = {
 
 @pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
 @pytest.mark.parametrize(("rows", "padded"), [(1, 0), (3, 0), (2, 150)])
-def test_as_many_exact_tokens_as_there_are(stages, rows, padded, monkeypatch):
+def test_as_many_exact_tokens_as_there_are(stages, rows, padded):
     """Then nothing is left to be rough."""
-    monkeypatch.setattr(reading, "COUNTS", 1e-30)
     found = logits(KVStack(stages, window=8), rows=rows, padded=padded)
     slow = [CommonKV(0.9, exact=None), *stages[1:]]
     expected = logits(KVStack(slow, window=8), rows=rows, padded=padded)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(1, 0), (3, 0), (2, 150)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])  # smollm3 does not rotate in every layer
+def test_classes_are_read_as_plain_torch_reads_them(name, rows, padded, monkeypatch):
+    """Rough scores, the choice of exact keys and the values: torch joins all classes."""
+    stages = [CommonKV(0.7, exact=60, rough=20, layers=2), Quant(2), Tiers("keydiff")]
+    found = logits(KVStack(stages, window=8), name, rows=rows, padded=padded)
+    monkeypatch.setattr(TieredLatents, "_codes_of", lambda self, name: None)
+    expected = logits(KVStack(stages, window=8), name, rows=rows, padded=padded)
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
 def test_the_report_names_the_reader():
