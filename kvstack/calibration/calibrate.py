@@ -17,7 +17,6 @@ layers, first those of the keys, then those of the values. No gradients are take
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
 import os
 import time
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..errors import BindError, CalibrationError
 from ..model.adapters import unwrapped
 from ..model.attention import device_of, expands
@@ -130,7 +130,7 @@ def calibrate(
         "texts": source,
         "tokens": str(read),
         "seconds": ", ".join(f"{what} {spent:.0f}" for what, spent in seconds.items()),
-        "kvstack": importlib.metadata.version("kvstack"),
+        "kvstack": __version__,
         "torch": torch.__version__,
     }
     return Calibration(tuple(leading_axes(found, keep_axes)), manifest)
