@@ -12,7 +12,7 @@ are stored (it feeds masks).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -63,6 +63,9 @@ class Rotation(TokenRotation, Protocol):
     def turns(self, positions: Tensor, width: int, /) -> Turns | None:
         """Return the turns of heads of `width` channels at positions that are the same for all
         heads; None if they are not turned pair by pair."""
+
+    def move(self, was: Tensor, now: Tensor, /) -> Callable[[Tensor], Tensor]:
+        """Return what rotates keys from one place to another: `unrotate` and `rotate` at once."""
 
     def remember(self, positions: Tensor, /) -> None:
         """Keep the tables for these positions until `forget`."""

@@ -25,7 +25,7 @@ from ..floats import wide
 from ..turns import Pairs, Turns, find_pairs
 from ..types import LONG
 
-__all__ = ["Form", "Rope", "RotaryCall", "Tables"]
+__all__ = ["Form", "Move", "Rope", "RotaryCall", "Tables"]
 
 Tables = tuple[Tensor, ...]
 """cos and sin (B, T, rotated channels), or one complex tensor."""
@@ -98,6 +98,27 @@ class Form:
             x = x.transpose(1, 2)
             turned = self.apply(x[:, :, :1], x, *tables)[1].transpose(1, 2)
         return turned
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Rotates keys from the positions that they have to others, in one rotation.
+
+    Attributes:
+        form: how the model rotates.
+        tables: (B or 1, H or 1, T, rotated channels) each.
+    """
+
+    form: Form
+    tables: Tables
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` (B, H, T, D), rotated."""
+        b, h, t, d = x.shape
+        if self.tables[0].shape[1] == 1:
+            return self.form.turn(wide(x), tuple(table[:, 0] for table in self.tables)).to(x.dtype)
+        tables = tuple(table.expand(b, h, t, -1).flatten(0, 1) for table in self.tables)  # heads become rows
+        return self.form.turn(wide(x.reshape(b * h, 1, t, d)), tables).to(x.dtype).view(b, h, t, d)
 
 
 @dataclass(eq=False)
@@ -191,6 +212,21 @@ class Rope:
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""
         return self._turn(x, positions, backwards=True)
+
+    def move(self, was: Tensor, now: Tensor) -> Move:
+        """Return what rotates keys at the positions `was` to the positions `now`: `unrotate` and `rotate` at once."""
+        here, there = _inverse(self._tables_by_head(was)), self._tables_by_head(now)
+        assert self.form is not None  # `tables` has refused
+        if len(here) == 1:
+            return Move(self.form, (there[0] * here[0],))
+        (cos, sin), (more_cos, more_sin) = here, there
+        return Move(self.form, (more_cos * cos - more_sin * sin, more_sin * cos + more_cos * sin))
+
+    def _tables_by_head(self, positions: Tensor) -> Tables:
+        """(B or 1, H or 1, T, rotated channels) each."""
+        places = _by_axis(positions).transpose(1, 2)  # (B or 1, H or 1, axes, T)
+        made = _wide(self.tables(places.flatten(0, 1)))
+        return tuple(table.unflatten(0, places.shape[:2]) for table in made)
 
     def turns(self, positions: Tensor, width: int) -> Turns | None:
         """Return the turns of heads of `width` channels at positions that are the same for all heads, computed once

@@ -88,6 +88,7 @@ class Store:
         self.dirty = False  # holds tokens of a forward that is not settled
         self.mixes_heads = False  # what attention reads of a kv head depends on other heads, too
         self._sealed_positions: Tensor | None = None
+        self._moves: dict[tuple[object, ...], Callable[[Tensor], Tensor]] = {}
         self._reading: Sealed | None = None
         slots = range(len(self.layers))
         # all that moves with tokens, by the name it has on disk: the only list of it
@@ -460,14 +461,16 @@ class Store:
     def _turned(self, slot: int, keys: Tensor, seen: int, places: Tensor | None = None) -> Tensor:
         """Keys (B, H, n, D) as they came, of the tokens at `places` (n,) among those held (None: all), rotated to the
         places that these have now. Each key is turned from what the model made: errors of rounding do not add up."""
-        rope, numbered = self.ropes[self.layers[slot]], self._numbered(seen)
+        rope = self.ropes[self.layers[slot]]
         assert rope is not None  # `_moved` has asked
-        index, now = numbered.index, numbered.held()
-        if places is not None:
-            index, now = index[..., places], now[..., places]
-        was = self.given.at(index).to(keys.device)
-        turned = rope.rotate(rope.unrotate(wide(keys), was), now.to(keys.device))
-        return saturated(turned, keys.dtype)
+        key = (id(rope), keys.device, seen, self.held, places is None)
+        if key not in self._moves:  # the same for all layers that rotate alike, until the forward is over
+            numbered = self._numbered(seen)
+            index, now = numbered.index, numbered.held()
+            if places is not None:
+                index, now = index[..., places], now[..., places]
+            self._moves[key] = rope.move(self.given.at(index).to(keys.device), now.to(keys.device))
+        return saturated(self._moves[key](wide(keys)), keys.dtype)
 
     def _stored(self, slot: int) -> tuple[Sealed, int]:
         """The sealed tokens that a layer is part of, and its place there."""
@@ -553,6 +556,7 @@ class Store:
     def close(self) -> None:
         """Drop what was decoded for all layers of a group."""
         self._sealed_positions = self._reading = None
+        self._moves = {}
         for part in self.sealed:
             part.close()
 

@@ -203,6 +203,23 @@ def test_a_transform_gets_keys_as_they_were_before_rotation(name, monkeypatch):
     check(model, stack, stage, seen)
 
 
+@pytest.mark.parametrize("name", sorted(architectures.MODELS))
+def test_a_move_is_both_rotations_at_once(name):
+    """For heads and rows that share positions, and for those that do not."""
+    model = built(name)
+    modules, draw = attention_modules(model), torch.Generator().manual_seed(0)
+    for layer, rope in find_ropes(model, modules).items():
+        if rope is None or rope.refusal:
+            continue
+        for heads, rows in ((1, 1), (1, 3), (2, 1), (2, 3)):
+            was = torch.randint(0, 900, (rows, heads, 7), generator=draw, dtype=torch.int32)
+            now = torch.randint(0, 900, (rows, 1, 7), generator=draw, dtype=torch.int32)
+            width = rope.tables(was[:, :1])[0].shape[-1] * (2 if rope.form.takes == "complex" else 1)
+            keys = random(3, 2, 7, max(width, getattr(modules[layer], "head_dim", 0)))
+            expected = rope.rotate(rope.unrotate(keys, was), now)
+            torch.testing.assert_close(rope.move(was, now)(keys), expected, atol=1e-4, rtol=1e-4)
+
+
 VISION = {"depth": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
 VISION |= {"out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0], "image_size": 32}
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
