@@ -230,7 +230,28 @@ class Store:
     # ---- compressing
 
     def settle(self, seen: int, new: int, scalings: Sequence[float], work: Workspace) -> None:
-        """Evict down to the budget, then seal what may be sealed. `new` tokens came since the last time."""
+        """Evict down to the budget, then seal what may be sealed. `new` tokens came since the last time. All or
+        nothing: where something stops this, such as memory that is full, the next time finds what this one found."""
+        undo = self.undo()
+        try:
+            self._compress(seen, new, scalings, work)
+        except BaseException:
+            undo()
+            raise
+
+    def undo(self) -> Callable[[], None]:
+        """Return the function that makes this hold again what it holds now, until tokens come."""
+        each, state = [track.undo() for track in self.tracks()], (self.dirty, self.mixes_heads)
+
+        def undo() -> None:
+            for put_back in each:
+                put_back()
+            self.dirty, self.mixes_heads = state
+            self.end_forward()  # what was decoded may be of tokens that have come or gone
+
+        return undo
+
+    def _compress(self, seen: int, new: int, scalings: Sequence[float], work: Workspace) -> None:
         plan, granule = self.plan, self.granule
         self.dirty = False
         self._track(seen, scalings, work)
