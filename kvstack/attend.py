@@ -26,7 +26,7 @@ from .binding import Binding
 from .errors import UseError
 from .lazy import refusing_gradient
 from .model import masks
-from .model.attention import device_of, expands, gives_queries
+from .model.attention import device_of, expands
 from .model.hooks import Call, running, told
 from .model.rotation import Rope
 from .numbering import check_places
@@ -262,8 +262,7 @@ class Attention:
             batch.catch_up(self.learned.scaling)
             batch.check_text(rows, new)
         seen = max(batch.columns.values(), default=0)
-        # a module that does not use the interface may mean anything by its mask
-        tells = self.splits and call is not None and gives_queries(call.module)
+        tells = self.splits and batch.binding.tells_padding
         real = masks.real_tokens(call.mask, seen, new) if call is not None and tells else None
         self._forget()
         watched = call is not None and bool(batch.binding.rotary)

@@ -86,6 +86,9 @@ class Binding:
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     reuses: bool = field(init=False)
     """Return True if later layers attend to the keys and values of earlier ones."""
+    tells_padding: bool = field(init=False)
+    """True if padding may be left out: the masks of all layers tell it, and none makes a bias of its own that counts every
+    token."""
     ends: Sequence[int] = field(init=False)
     """Of each group, the last layer that reads it: when that has run, the group is complete."""
 
@@ -96,6 +99,10 @@ class Binding:
         late = max((i for i, module in self.modules.items() if reuses(module)), default=-1)
         object.__setattr__(self, "reuses", late >= 0)
         ends = [max(late, *(i for i, (group, _) in places.items() if group == g)) for g in range(len(self.groups))]
+        mine = [self.modules[layer] for layer in places if layer in self.modules]
+        # a module that does not use the interface may mean anything by its mask
+        tells = all(gives_queries(module) and not counts_tokens(module) for module in mine)
+        object.__setattr__(self, "tells_padding", tells)
         object.__setattr__(self, "places", places)
         object.__setattr__(self, "ends", ends)
 
