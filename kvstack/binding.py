@@ -87,8 +87,8 @@ class Binding:
     reuses: bool = field(init=False)
     """Return True if later layers attend to the keys and values of earlier ones."""
     tells_padding: bool = field(init=False)
-    """True if padding may be left out: the masks of all layers tell it, and none makes a bias of its own that counts every
-    token."""
+    """True if padding may be left out: the masks of all layers tell it, and no layer counts tokens for a bias of its
+    own."""
     ends: Sequence[int] = field(init=False)
     """Of each group, the last layer that reads it: when that has run, the group is complete."""
 

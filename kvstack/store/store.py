@@ -269,6 +269,7 @@ class Store:
         block = max(plan.block, granule)
         if dropped:
             cut = self._cut(seen, granule, dropped, scalings, work)
+            self._check_numbers(plan.select)
             fits = [self._refitted(slot, cut, seen, scalings[slot], work) for slot in range(len(self.biases))]
             for track in self.tracks():
                 track.take(cut)
@@ -278,6 +279,9 @@ class Store:
         # seal whole granules; a few new tokens wait until a block of them is there, if nothing was evicted
         enough = seals and self.middle >= self._first_block(granule) and bool(dropped or self.middle >= block)
         if enough and (count := self.middle // granule * granule):
+            # encoders check what they are given
+            if plan.transform is not None and not plan.own_encoder and not dropped:
+                self._check_numbers(plan.transform.stage)
             # after an eviction, the next one copies what is left anyway; after a prompt, maybe nothing follows
             scores = None
             if plan.tiers is not None:
@@ -421,6 +425,18 @@ class Store:
         kv, select = self.read(slot, seen, work), self.plan.select
         expand = self.expansions.get(self.layers[slot]) if select is not None and select.looks_at_queries else None
         return kv if expand is None else KV(*expand(kv.keys, kv.values))
+
+    def _check_numbers(self, stage: object) -> None:
+        """Refuse raw tokens with NaN or infinity: not every score looks at keys, and none at all that is held."""
+        named = [(slot, name) for slot in range(len(self.raw)) for name in ("keys", "values")]
+        found = [_bounds(getattr(self.raw[slot].kv, name)) for slot, name in named]
+        fits = torch.stack([x.to(found[0].device) for x in found]).isfinite().all(1).tolist()  # waits once
+        for (slot, name), good in zip(named, fits, strict=True):
+            if not good:
+                raise UseError(
+                    f"{stage!r} on layer {self.layers[slot]}: {name} hold NaN or infinity. "
+                    "Check the model's dtype (float16 overflows) and its input."
+                )
 
     def _seal(self, seen: int, count: int, spare: bool, scores: Tensor | None) -> None:
         """Move the oldest `count` raw middle tokens into the sealed part, with room left for more if `spare`. `scores`
@@ -738,6 +754,11 @@ class Store:
             rope=self.ropes.get(self.layers[slot]),
         )
         return self.plan.ranking.track(KV(keys, values), context)
+
+
+def _bounds(x: Tensor) -> Tensor:
+    """The least and the largest number (2,): NaN where there is one."""
+    return torch.stack(torch.aminmax(x)).float() if x.numel() else torch.zeros(2, device=x.device)
 
 
 def _of_one_axis(positions: Tensor) -> Tensor:
