@@ -25,6 +25,7 @@ from .heads import Heads
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
 from .model.attention import (
     adds_to_softmax,
+    checkpointing,
     counts_tokens,
     decoder_of,
     device_of,
@@ -67,6 +68,7 @@ class Binding:
         ropes: how each layer rotates keys, None: not at all; empty where no stage asks.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
+        checkpointing: the modules that may be computed again in the backward pass.
         adapters: those that were at work (PEFT): what was fitted to the model was fitted to these. `watch` tells those
             of now.
     """
@@ -80,6 +82,7 @@ class Binding:
     modules: Mapping[int, nn.Module] = field(default_factory=dict)
     layer_types: Sequence[str] = ()
     layer_arguments: Sequence[Mapping[str, Any]] = ()
+    checkpointing: Sequence[nn.Module] = ()
     adapters: AdapterState = ()
     watch: AdapterWatch | None = None
     places: Mapping[int, tuple[int, int]] = field(init=False)
@@ -243,7 +246,8 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
             warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    binding = Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments, adapters, watch)
+    more = layers.arguments, checkpointing(model), adapters, watch
+    binding = Binding(plan, groups, model, name, shares, ropes, modules, types, *more)
     _ = binding.reads_with  # readers are chosen now, and compiled where they have to be
     return binding
 

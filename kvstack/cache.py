@@ -31,6 +31,7 @@ from .devices import usable
 from .errors import BindError, KVStackError, StageError, UseError
 from .model.adapters import in_words, unwrapped
 from .model.arming import arm
+from .model.attention import checkpoints
 from .model.head import with_head
 from .model.hooks import install, running
 from .model.ranks import heads_of
@@ -232,6 +233,7 @@ class KVStack(Cache):
         where tokens are held, they would mean something else: it is refused."""
         if not self.batch.reading:
             self._check_complete()
+            self._check_kept()
             self._check_forward()
             if self.batch.binding.plan.rereads:
                 if not self.batch.running:
@@ -245,6 +247,19 @@ class KVStack(Cache):
             self._catch_up()  # what goes now frees places
         places = places_of(repr(self), self.batch, given)
         return {} if places is None else {"position_ids": places}
+
+    def _check_kept(self) -> None:
+        """Refuse a model that leaves its cache out."""
+        binding = self.binding
+        if binding is None or not any(checkpoints(layer) for layer in binding.checkpointing):
+            return
+        new = hasattr(binding.model, "activation_checkpointing_disable")  # transformers has given it another name
+        off = "activation_checkpointing_disable" if new else "gradient_checkpointing_disable"
+        raise UseError(
+            f"gradient checkpointing is on in this {binding.name}, which is in training mode: transformers leaves "
+            f"out the cache, so {self!r} would hold no token, and the next forward would not know this text. Call "
+            f"model.eval() or model.{off}()."
+        )
 
     def _check_forward(self) -> None:
         binding = self.binding

@@ -21,6 +21,8 @@ __all__ = [
     "CACHE_ARGUMENTS",
     "adds_to_softmax",
     "attention_modules",
+    "checkpointing",
+    "checkpoints",
     "counts_tokens",
     "cross_attention_layers",
     "decoder_of",
@@ -193,6 +195,23 @@ def _codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 def gives_queries(module: nn.Module) -> bool:
     """Return True if this module calls its attention through transformers' interface."""
     return interface(module) is not None
+
+
+def checkpointing(model: nn.Module) -> list[nn.Module]:
+    """The modules that can be computed again in the backward pass, of those that the text goes through."""
+    attention = set(attention_modules(model).values())
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+        and (not attention or not attention.isdisjoint(module.modules()))
+        and not getattr(module, "_can_checkpoint_with_cache", False)  # it only reads the cache, and so gets it
+    ]
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Return True if this module is computed again in the backward pass: then it gets no cache."""
+    return module.training and bool(module.gradient_checkpointing)
 
 
 def counts_tokens(module: nn.Module) -> bool:
