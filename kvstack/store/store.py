@@ -167,8 +167,8 @@ class Store:
         return self.sealed_tokens + self.raw[slot].length
 
     def sample(self, slot: int) -> KV | None:
-        """Keys and values (rows, H, n, D) as a layer holds them, for their type and shape; None: it holds none yet."""
-        return self.raw[slot].kv if self.raw[slot].length else None
+        """Keys and values (rows, H, n, D) as a layer holds them, for their type and shape; None: it never held any."""
+        return self.raw[slot].kv if self.raw[slot].buffers[0].tensors else None
 
     @property
     def sinks(self) -> int:
