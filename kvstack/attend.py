@@ -26,7 +26,7 @@ from .binding import Binding
 from .errors import UseError
 from .lazy import refusing_gradient
 from .model import masks
-from .model.attention import device_of, expands, gives_queries
+from .model.attention import device_of, expands
 from .model.hooks import Call, running, told
 from .model.rotation import Rope
 from .numbering import check_places
@@ -218,7 +218,7 @@ class Attention:
             key_states, value_states = key_states.clone(), value_states.clone()
         if self._begins(layer):
             self._begin(rows, new, call if ours else None)
-        self._forward.begun = False
+        batch.running, self._forward.begun = True, False
         if ours and call is not None and self._forward.positions is not None:
             self._check_rotation(call, self._forward.positions)
         self._forward.fed.add(layer)
@@ -238,6 +238,7 @@ class Attention:
                     cohort.stores[group].append(slot, KV(*(cohort.its(x) for x in fresh)))
         # hand out all that is held, or a promise of it
         promise = self._promises.make(layer, KV(key_states, value_states), ours)
+        batch.running = batch.running and ours  # without hooks nobody says when a forward ends
         return promise.kv.keys, promise.kv.values
 
     def _begins(self, layer: int) -> bool:
@@ -255,11 +256,13 @@ class Attention:
             )
         if not batch.reading:
             batch.check_complete()
+            if len(set(batch.columns.values())) > 1:  # without hooks nobody says when a forward ends
+                batch.stopped = "the last forward"
+                batch.check_complete()
             batch.catch_up(self.learned.scaling)
             batch.check_text(rows, new)
         seen = max(batch.columns.values(), default=0)
-        # a module that does not use the interface may mean anything by its mask
-        tells = self.splits and call is not None and gives_queries(call.module)
+        tells = self.splits and batch.binding.tells_padding
         real = masks.real_tokens(call.mask, seen, new) if call is not None and tells else None
         self._forget()
         watched = call is not None and bool(batch.binding.rotary)
@@ -267,7 +270,8 @@ class Attention:
         if batch.binding.plan.renumbers and positions is not None:
             check_places(self.label, batch, positions, real)
         # from here on an interrupt leaves the batch between two forwards
-        batch.running = call is not None  # without hooks nobody says when it ends
+        batch.running = True
+        batch.writes += 1
         batch.begin(rows, new, real)
         if positions is not None:
             batch.place(batch.binding.rotary[0].marked(positions))

@@ -20,6 +20,7 @@ from .rereading import Text, not_seen
 from .store.given import Given
 from .store.split import SplitStore
 from .store.store import Store
+from .store.tracks import putting_back
 from .text_hash import TextHash
 from .types import KV
 from .workspace import Workspace
@@ -106,6 +107,8 @@ class Batch:
         columns: layer -> tokens fed through it, padding included.
         shapes: layer -> (numbers, bytes of a number) that a dense cache would hold for a token and row.
         running: a forward has begun, and has not ended for all layers.
+        stopped: the change that an error or an interrupt stopped, so that layers may hold different tokens; None: none.
+        writes: the number of times that forwards have changed a layer, those included that transformers caches.
         attached: gradients could be asked for in a forward that has ended.
         recording: tokens may still be taken back (assisted decoding), so compressing waits for `crop`.
         unread: the tokens of the last forward are read a second time before they are compressed.
@@ -122,6 +125,8 @@ class Batch:
         self.shapes: dict[int, tuple[int, int]] = {}
         self.size: int | None = None
         self.running = False
+        self.stopped: str | None = None
+        self.writes = 0
         self.recording = False
         self.attached = False
         self.unread = self.reading = False
@@ -129,6 +134,7 @@ class Batch:
         self.ids = TextHash()
         self.fed: Tensor | None = None
         self._uncropped = 0  # forwards since the last crop
+        self._settling = False  # some groups may be settled, and others not yet
 
     # ---- lengths
 
@@ -155,6 +161,7 @@ class Batch:
 
     def positions(self, layer: int, row: int, head: int | None = None) -> Tensor:
         """True positions of the tokens a layer holds for one row: (H or 1, held), of one `head` (1, held)."""
+        self._check_stopped()
         cohort, local = self._cohort_of(row)
         store, _, here = self._store_of(cohort, layer, head)
         positions = store.positions(cohort.seen)
@@ -164,6 +171,7 @@ class Batch:
     def read(self, layer: int, row: int, head: int | None = None) -> KV:
         """Tokens that a layer holds for one row, decoded: (1, H, held, D) in the order of `positions`, of one `head`
         (1, 1, held, D)."""
+        self._check_stopped()
         cohort, local = self._cohort_of(row)
         store, slot, here = self._store_of(cohort, layer, head)
         heads = slice(None) if here is None else slice(here, here + 1)
@@ -235,16 +243,35 @@ class Batch:
             cohort.stores = stores
 
     def check_complete(self) -> None:
-        """Refuse to go on from a forward that an exception has stopped.
+        """Refuse to go on from a forward, or a change of all layers, that an exception has stopped.
 
         Raises:
-            UseError: some layers hold its tokens, and others do not.
+            UseError: some layers hold its tokens, and others may not.
         """
-        if self.running:
+        what = self.stopped or ("the last forward" if self.running else None)
+        if what is not None:
             raise UseError(
-                "the last forward of this cache did not end: an error or an interrupt stopped it, and its layers hold "
+                f"{what} of this cache did not end: an error or an interrupt stopped it, and its layers may hold "
                 "different tokens. Call reset() and read the text again."
             )
+
+    def _check_stopped(self) -> None:
+        """As `check_complete`, for what may be asked in the middle of a forward."""
+        if self.stopped is not None:
+            self.check_complete()
+
+    def undo(self) -> Callable[[], None]:
+        """Return the function that makes this hold again what it holds now, until tokens come."""
+        each = [store.undo() for store in self.stores]
+        each += [putting_back(cohort.given) for cohort in self.cohorts]
+        each += [putting_back(cohort) for cohort in self.cohorts]
+        each.append(putting_back(self))
+
+        def undo() -> None:
+            for put_back in each:
+                put_back()
+
+        return undo
 
     def begin(self, rows: int, new: int, real: Tensor | None) -> None:
         """A forward of `new` tokens begins, of which those that are `real` (B or 1, new) are held; None: all."""
@@ -350,8 +377,10 @@ class Batch:
         self.work.clear()
 
     def _settle_all(self, scaling: Mapping[int, float]) -> None:
+        self._settling = True  # each group is settled or not: where this is stopped, the next time goes on
         for group in range(len(self.binding.groups)):
             self.settle(group, scaling)
+        self._settling = False
 
     def end_forward(self) -> None:
         """Drop what was needed for one forward only."""
@@ -367,7 +396,9 @@ class Batch:
 
     @torch.no_grad()
     def crop(self, remove: int, scaling: Mapping[int, float]) -> None:
-        """Forget the newest `remove` tokens; where compressing waited for this, compress now."""
+        """Forget the newest `remove` tokens."""
+        if self._settling:  # it was stopped, and all groups must hold equally many tokens
+            self._settle_all(scaling)
         limit = self.seen - remove
         for cohort in self.cohorts if remove else ():
             gone = cohort.seen - cohort.columns.before(limit, cohort.seen)
@@ -390,6 +421,10 @@ class Batch:
         if self.text is not None:
             self.text = self.text.without(remove)
             self.unread = self.unread and self.text is not None
+
+    @torch.no_grad()
+    def cropped(self, scaling: Mapping[int, float]) -> None:
+        """Compress what waited for a crop."""
         if self.recording and not self.unread:
             self._settle_all(scaling)
 
@@ -462,5 +497,5 @@ class Batch:
         other.columns, other.shapes, other.size = dict(self.columns), dict(self.shapes), self.size
         other.recording, other._uncropped = self.recording, self._uncropped
         other.attached, other.ids = self.attached, self.ids
-        other.unread, other.text = self.unread, self.text
+        other.unread, other.text, other._settling = self.unread, self.text, self._settling
         return other

@@ -25,6 +25,7 @@ from .heads import Heads
 from .model.adapters import AdapterState, AdapterWatch, differ_by_row, in_words, unwrapped
 from .model.attention import (
     adds_to_softmax,
+    checkpointing,
     counts_tokens,
     decoder_of,
     device_of,
@@ -67,6 +68,7 @@ class Binding:
         ropes: how each layer rotates keys, None: not at all; empty where no stage asks.
         modules: the attention module of each layer.
         layer_types, layer_arguments: what transformers' own cache would make of each layer.
+        checkpointing: the modules that may be computed again in the backward pass.
         adapters: those that were at work (PEFT): what was fitted to the model was fitted to these. `watch` tells those
             of now.
     """
@@ -80,12 +82,16 @@ class Binding:
     modules: Mapping[int, nn.Module] = field(default_factory=dict)
     layer_types: Sequence[str] = ()
     layer_arguments: Sequence[Mapping[str, Any]] = ()
+    checkpointing: Sequence[nn.Module] = ()
     adapters: AdapterState = ()
     watch: AdapterWatch | None = None
     places: Mapping[int, tuple[int, int]] = field(init=False)
     """Layer -> its group and its slot in the group; a layer that holds nothing has the place of the one it reads."""
     reuses: bool = field(init=False)
     """Return True if later layers attend to the keys and values of earlier ones."""
+    tells_padding: bool = field(init=False)
+    """True if padding may be left out: the masks of all layers tell it, and no layer counts tokens for a bias of its
+    own."""
     ends: Sequence[int] = field(init=False)
     """Of each group, the last layer that reads it: when that has run, the group is complete."""
 
@@ -96,6 +102,10 @@ class Binding:
         late = max((i for i, module in self.modules.items() if reuses(module)), default=-1)
         object.__setattr__(self, "reuses", late >= 0)
         ends = [max(late, *(i for i, (group, _) in places.items() if group == g)) for g in range(len(self.groups))]
+        mine = [self.modules[layer] for layer in places if layer in self.modules]
+        # a module that does not use the interface may mean anything by its mask
+        tells = all(gives_queries(module) and not counts_tokens(module) for module in mine)
+        object.__setattr__(self, "tells_padding", tells)
         object.__setattr__(self, "places", places)
         object.__setattr__(self, "ends", ends)
 
@@ -236,7 +246,8 @@ def bind(who: str, stages: Sequence[Stage], model: PreTrainedModel, spans: Spans
             left = f"{who} leaves layers of {name} to transformers' own cache, where they grow with the text: "
             warnings.warn(left + _by_reason(layers.growing) + ".", KVStackWarning, stacklevel=4)
     groups = _grouped([i for i in full if i not in shares], plan.layers)
-    binding = Binding(plan, groups, model, name, shares, ropes, modules, types, layers.arguments, adapters, watch)
+    more = layers.arguments, checkpointing(model), adapters, watch
+    binding = Binding(plan, groups, model, name, shares, ropes, modules, types, *more)
     _ = binding.reads_with  # readers are chosen now, and compiled where they have to be
     return binding
 

@@ -15,6 +15,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -30,6 +31,7 @@ from .devices import usable
 from .errors import BindError, KVStackError, StageError, UseError
 from .model.adapters import in_words, unwrapped
 from .model.arming import arm
+from .model.attention import checkpoints
 from .model.head import with_head
 from .model.hooks import install, running
 from .model.ranks import heads_of
@@ -41,6 +43,7 @@ from .rereading import read_again, text_of
 from .spec import parse, to_dict, to_spec
 from .stack_layer import StackLayer
 from .store.plan import Spans
+from .store.tracks import putting_back
 from .types import KV
 from .workspace import Workspace
 
@@ -119,6 +122,7 @@ class KVStack(Cache):
         self._work = Workspace()
         self._learned = Learned()
         self._serve(Batch(self._unbound(0), self._work))
+        self._in_binding = False
         self._disarm = arm(self) if model is None else None
         if model is not None:
             self.bind(model)
@@ -199,7 +203,9 @@ class KVStack(Cache):
         """Bind to the outermost model that ran with this stack. What is fitted asks for predictions, so where only an
         inner model ran (`model.model(...)`, to save the logits), it is fitted to the causal model that holds that."""
         whole = with_head(unwrapped(model)) if is_fitted(self.stages) else None
-        return self.bind(model if whole is None else whole)
+        bound = self.bind(model if whole is None else whole)
+        self._in_binding = True  # until the forward that runs now has ended
+        return bound
 
     def _adopt(self, binding: Binding) -> Self:
         assert binding.model is not None
@@ -227,6 +233,8 @@ class KVStack(Cache):
         Returns those that take the place of given ones. With other adapters than before, the stages are fitted again;
         where tokens are held, they would mean something else: it is refused."""
         if not self.batch.reading:
+            self._check_complete()
+            self._check_kept()
             self._check_forward()
             if self.batch.binding.plan.rereads:
                 if not self.batch.running:
@@ -241,6 +249,19 @@ class KVStack(Cache):
         places = places_of(repr(self), self.batch, given)
         return {} if places is None else {"position_ids": places}
 
+    def _check_kept(self) -> None:
+        """Refuse a model that leaves its cache out."""
+        binding = self.binding
+        if binding is None or not any(checkpoints(layer) for layer in binding.checkpointing):
+            return
+        new = hasattr(binding.model, "activation_checkpointing_disable")  # transformers has given it another name
+        off = "activation_checkpointing_disable" if new else "gradient_checkpointing_disable"
+        raise UseError(
+            f"gradient checkpointing is on in this {binding.name}, which is in training mode: transformers leaves "
+            f"out the cache, so {self!r} would hold no token, and the next forward would not know this text. Call "
+            f"model.eval() or model.{off}()."
+        )
+
     def _check_forward(self) -> None:
         binding = self.binding
         if binding is None or binding.model is None or binding.watch is None:
@@ -251,6 +272,27 @@ class KVStack(Cache):
             again = bind(repr(self), self.stages, binding.model, self._spans)
             self.unbind()
             self._adopt(again)
+
+    @property
+    def writes(self) -> int:
+        """The number of times that forwards have changed a layer."""
+        return self.batch.writes
+
+    def stop_forward(self, writes: int) -> None:
+        """A forward was stopped by an error or an interrupt; at its beginning there were so many `writes`. It may
+        have fed some layers and not others, or all of them, and its caller will feed its tokens again."""
+        if self.batch.writes != writes:
+            self.batch.stopped = "the last forward"
+
+    def end_binding(self) -> None:
+        """The forward in which this was bound has ended."""
+        self._in_binding = False
+
+    def _check_complete(self) -> None:
+        """Refuse to go on from a forward, or a change of all layers, that did not end."""
+        if self._in_binding and self.batch.writes:  # no guard stood before the model yet
+            self.batch.stopped = "the last forward"
+        self.batch.check_complete()
 
     def end_forward(self, given: Mapping[str, Any]) -> None:
         """The model has ended a forward with this cache, which was `given` these arguments."""
@@ -432,6 +474,7 @@ class KVStack(Cache):
         if self.binding is None:
             self._grow_unbound(layer_idx)
         elif layer_idx not in self.batch.columns:  # transformers caches it
+            self.batch.writes += 1
             return cast(tuple[Tensor, Tensor], super().update(key_states, value_states, layer_idx, *args, **kwargs))
         elif call is None or call.listener is not self.attention_listener:
             raise UseError(
@@ -440,6 +483,18 @@ class KVStack(Cache):
                 "a model that torch.compile compiled whole: leave it uncompiled, or compile its mlp blocks."
             )
         return self.attention_listener.update(key_states, value_states, layer_idx)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.batch.writes += 1
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.batch.writes += 1
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.batch.writes += 1
+        return super().update_indexer(*args, **kwargs)
 
     def _grow_unbound(self, layer_idx: int) -> None:
         """Serve a caller that is no transformers model: layers come as they are named, and are settled when the
@@ -473,26 +528,40 @@ class KVStack(Cache):
         """Forget the newest tokens: 0 or a negative number, as transformers has it. Where the text is cut back to
         before tokens that were evicted or sealed, what is held of it stays; heads that kept different tokens let go
         of their newest until all hold equally many."""
-        self.batch.check_complete()
+        self._check_complete()
         if tokens_to_remove > 0:
             raise UseError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove, or 0.")
         if -tokens_to_remove > self.seen and not self.stages:
             tokens_to_remove = -self.seen  # all there is, as a DynamicCache has it
         if -tokens_to_remove > self.seen:
             raise UseError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens.")
-        for other in self._others:
-            other.crop(tokens_to_remove)
-        self.batch.crop(-tokens_to_remove, self._learned.scaling)
+        with self._all_or_nothing("a crop"):
+            for other in self._others:
+                other.crop(tokens_to_remove)
+            self.batch.crop(-tokens_to_remove, self._learned.scaling)
+        self.batch.stopped = "a crop"  # a second one would take more tokens back
+        self.batch.cropped(self._learned.scaling)
         self._read_again()
+        self.batch.stopped = None
+
+    @contextmanager
+    def _all_or_nothing(self, what: str) -> Iterator[None]:
+        """Let all layers change, or none of them, those included that transformers caches."""
+        each = [self.batch.undo(), *(putting_back(other) for other in self._others)]
+        try:
+            yield
+        except BaseException:
+            self.batch.stopped = what  # until all is as it was: an interrupt may come now, too
+            for undo in each:
+                undo()
+            self.batch.stopped = None
+            raise
 
     # ---- rows
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Rows in the order of `beam_idx` (B,), as beam search asks at every step."""
-        indices = self._indices("reorder_cache", beam_idx)
-        for other in self._others:
-            other.reorder_cache(indices)
-        self._select_rows(indices)
+        self._select_rows(self._indices("reorder_cache", beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
@@ -504,10 +573,7 @@ class KVStack(Cache):
     def batch_select_indices(self, indices: Any) -> None:
         """Only the rows at `indices`: a tensor, list or tuple of rows (negative ones count from the end), a boolean
         mask of all rows, or a slice."""
-        indices = self._indices("batch_select_indices", indices)
-        for other in self._others:
-            other.reorder_cache(indices)  # the one way to choose rows that layers of every kind have
-        self._select_rows(indices)
+        self._select_rows(self._indices("batch_select_indices", indices))
 
     @property
     def _rows(self) -> int:
@@ -543,8 +609,12 @@ class KVStack(Cache):
         return torch.where(indices < 0, indices + size, indices)
 
     def _select_rows(self, indices: Tensor) -> None:
+        self._check_complete()
         if self.batch.size is not None:
             self._catch_up()
+        with self._all_or_nothing("a change of rows"):
+            for other in self._others:
+                other.reorder_cache(indices)  # the one way to choose rows that layers of every kind have
             self.batch.select(indices)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
@@ -560,6 +630,7 @@ class KVStack(Cache):
         if self.binding is not None:
             self.layers = self._new_layers(self.binding)
         self._work.clear()
+        self._in_binding = False
         self._serve(Batch(self.binding or self._unbound(0), self._work))
 
     def begin_again(self) -> None:
@@ -594,7 +665,7 @@ class KVStack(Cache):
 
     def _copied(self, other: KVStack, batch: Callable[[Workspace], Batch], layer_of: Callable[[Any], Any]) -> KVStack:
         """Let the new stack `other` hold copies of what this one does. `layer_of` copies a layer of transformers."""
-        self.batch.check_complete()
+        self._check_complete()
         other._learned = replace(self._learned, scaling=dict(self._learned.scaling), direct=set(self._learned.direct))
         if self.binding is not None:
             other._adopt(self.binding)
@@ -637,6 +708,7 @@ class KVStack(Cache):
         if self.binding is None:
             raise UseError(f"{self!r} is not bound to a model, so there is nothing to save. Pass model=.")
         self._check_adapters("saved")
+        self._check_complete()
         self._catch_up()
         path = disk.own_file(path, self.binding.plan.heads)
         disk.write(path, self.to_dict(), self.batch, self._learned, self._others, compress)

@@ -1,13 +1,15 @@
 """Keys and values that are large for their type: where a dense cache gives numbers, every stage does."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 
-from kvstack import CommonKV, Evict, KVStack, Quant
+from kvstack import CommonKV, Evict, KVStack, Quant, UseError
 from kvstack.authoring import fitting, saturated
 from tests import tiny
+from tests.stages import Pairs
 
 SCORES = ("expected", "h2o", "keydiff", "knorm", "kvzap", "kvzip", "lookahead", "snapkv", "tova", "triattention")
 STACKS = {
@@ -62,3 +64,21 @@ def test_what_does_not_fit():
     assert fitting(x, torch.float16).dtype == torch.float32
     assert fitting(x[:1], torch.float16).dtype == torch.float16
     assert saturated(x, torch.float32) is x
+
+
+DROPS = [[Evict(0.3, score)] for score in ("snapkv", "h2o", "tova", "expected", "keydiff", "knorm")]
+DROPS += [[Evict(0.3, score)] for score in ("streaming", "random")]
+DROPS += [[Evict(0.3, "streaming", positions="cache")], [Evict(0.3, "streaming", refit=True)]]
+
+
+@pytest.mark.parametrize("kind", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("stages", [*DROPS, [Quant(4)], [Pairs()], [Pairs(), Evict(0.3, "random"), Quant(4)]], ids=repr)
+def test_nan_is_refused_where_tokens_are_compressed_or_evicted(stages, kind):
+    """Also where the score does not look at keys, and in the last layer, whose values no other layer sees."""
+    model = copy.deepcopy(tiny.model())
+    getattr(model.model.layers[3].self_attn, kind).weight.data[0, 0] = float("nan")
+    stack = KVStack(stages, sinks=2, window=8)
+    with pytest.raises(UseError, match=r"on layer [23]: (keys|values|scores|latents) hold NaN or infinity"):
+        model(tiny.tokens(1, 90), past_key_values=stack)
+    with torch.no_grad():
+        model(tiny.tokens(1, 9), past_key_values=KVStack(stages))  # nothing is compressed yet

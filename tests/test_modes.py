@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
-from kvstack import CommonKV, Evict, KVStack, Quant
+from kvstack import CommonKV, Evict, KVStack, Quant, UseError
 from tests import tiny
 from tests.stages import Pairs
 
@@ -213,3 +213,21 @@ def test_what_a_caller_gave_is_its_own():
     stack.update(keys, keys, 0)
     keys.zero_()
     assert stack.read(0).keys.sum() == 24
+
+
+@pytest.mark.parametrize("stages", [[], [Quant(4)]], ids=repr)
+@pytest.mark.parametrize("bound", [True, False])
+def test_gradient_checkpointing(stages, bound):
+    """transformers leaves the cache out: the next forward would know nothing of the text."""
+    model = copy.deepcopy(tiny.model("llama"))
+    model.train()
+    model.model.layers[1].gradient_checkpointing = True  # transformers can turn it on for some layers
+    off = getattr(type(model), "activation_checkpointing_disable", type(model).gradient_checkpointing_disable)
+    stack = KVStack(stages, model=model if bound else None)
+    with pytest.raises(UseError, match=r"Call model.eval\(\) or model.(activation|gradient)_checkpointing_disable\(\)"):
+        model(tiny.tokens(1, 20), past_key_values=stack)
+    for mend in (model.eval, lambda: off(model.train())):
+        mend()
+        stack.reset()
+        model(tiny.tokens(1, 20), past_key_values=stack)
+        assert stack.seen == 20

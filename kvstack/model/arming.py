@@ -28,6 +28,8 @@ class Waiting(Protocol):
 
     def begin_forward(self, given: Mapping[str, Any], /) -> Mapping[str, Any]: ...
 
+    def end_binding(self) -> None: ...
+
 
 def arm(stack: Waiting) -> Callable[[], None]:
     """Bind `stack` to the model in whose forward it first appears. Returns what disarms it.
@@ -63,6 +65,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
             if value is waiting:
                 given = dict(zip(parameters(module), args, strict=False)) | kwargs
                 waiting.bind_met(model)
+                handles.after_with_keywords(module, ended)
                 changed = waiting.begin_forward(given)
                 names = list(parameters(module))
                 # what is changed was used before a layer is called
@@ -83,6 +86,13 @@ def arm(stack: Waiting) -> Callable[[], None]:
                     f"begins with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
                 )
         return None
+
+    def ended(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        waiting, given = reference(), rest[0] if len(rest) > 1 else {}
+        if waiting is not None and any(value is waiting for value in (*args, *given.values())):
+            waiting.end_binding()
+            with changes:
+                handles.remove()
 
     def meet(module: nn.Module, args: Any) -> None:
         changes.catch_up()

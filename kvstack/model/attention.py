@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-import sys
+import types
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,6 +21,8 @@ __all__ = [
     "CACHE_ARGUMENTS",
     "adds_to_softmax",
     "attention_modules",
+    "checkpointing",
+    "checkpoints",
     "counts_tokens",
     "cross_attention_layers",
     "decoder_of",
@@ -142,14 +144,74 @@ def decoder_of(model: Any) -> PreTrainedModel:
     return decoder
 
 
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+"""The name of transformers' registry of attention functions, in files that import it."""
+
+
 def interface(module: nn.Module) -> Any:
-    """The registry of attention functions that this module's file looks into, or None."""
-    return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
+    """The registry of attention functions that this module's forward looks into, or None."""
+    kind = type(module)
+    known = _looking.get(kind)
+    if known is None or known[0] is not kind.forward:  # someone has put another one into the class
+        known = _looking[kind] = kind.forward, _looks_into(kind)
+    return known[1].get(REGISTRY)
+
+
+_looking: weakref.WeakKeyDictionary[type[nn.Module], tuple[Any, Mapping[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def _looks_into(kind: type[nn.Module]) -> Mapping[str, Any]:
+    """Return the names of the file in which the forward of a class, or what that calls, looks for attention functions;
+    none where it attends by itself, though another class of its file may not (GIT, BigBird-Pegasus, Informer)."""
+    waiting, met = [kind.forward], set[Any]()
+    while waiting:
+        function: Any = inspect.unwrap(waiting.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or code in met:
+            continue
+        met.add(code)
+        names = {name for inner in _codes_in(code) for name in inner.co_names}
+        if REGISTRY in names:
+            found: Mapping[str, Any] = function.__globals__
+            return found
+        own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name in names:
+            methods = [vars(each)[name] for each in own if inspect.isfunction(vars(each).get(name))]
+            waiting += methods if "super" in names else methods[:1]
+            called = function.__globals__.get(name)
+            if inspect.isfunction(called) and REGISTRY in called.__globals__:
+                waiting.append(called)
+    return {}
+
+
+def _codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function, and of those that it defines."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes_in(inner)
 
 
 def gives_queries(module: nn.Module) -> bool:
     """Return True if this module calls its attention through transformers' interface."""
     return interface(module) is not None
+
+
+def checkpointing(model: nn.Module) -> list[nn.Module]:
+    """The modules that can be computed again in the backward pass, of those that the text goes through."""
+    attention = set(attention_modules(model).values())
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+        and (not attention or not attention.isdisjoint(module.modules()))
+        and not getattr(module, "_can_checkpoint_with_cache", False)  # it only reads the cache, and so gets it
+    ]
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Return True if this module is computed again in the backward pass: then it gets no cache."""
+    return module.training and bool(module.gradient_checkpointing)
 
 
 def counts_tokens(module: nn.Module) -> bool:

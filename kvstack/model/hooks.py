@@ -11,10 +11,11 @@ Nothing of this exists before a stack is made, and nothing is left when the last
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -216,7 +217,7 @@ class ModelHooks:
         self.registries: list[Any] = []
 
     def put(self, model: PreTrainedModel) -> None:
-        self._guard(_Guard.of(model, tells=True))
+        self._guard(_Guard.of(model, _Guard.TELLS))
         for module in attention_modules(model).values():
             self._watch(interface(module))
             self.handles.before_with_keywords(module, _entering(list(parameters(module))))
@@ -225,7 +226,8 @@ class ModelHooks:
             self._guard(_Guard.of(module))
 
     def _guard(self, guard: _Guard) -> None:
-        self.guards.append(guard)
+        if guard not in self.guards:
+            self.guards.append(guard)
         guard.stand(self)
 
     def _watch(self, registry: Any) -> None:
@@ -238,7 +240,10 @@ class ModelHooks:
 
     def keep(self, model: PreTrainedModel) -> None:
         """Let generation with `model`, this one with its head, go on with a stack that it would put aside, and show a
-        stack its text."""
+        stack its text; let a stack hear of it where something behind the decoder fails, such as the head."""
+        decoder = self.model()
+        for module in _around(decoder, model) if decoder is not None else ():
+            self._guard(_Guard.of(module, _Guard.WATCHES))
         kept, checked = KeptStack(model), CheckedPrefill(model)
         if kept.prepare is not None:
             self.kept.append(kept)
@@ -288,24 +293,29 @@ class _Guard:
     that another thread has removed meanwhile.
 
     Args:
-        tells: True if a cache in the call is told that a forward begins, before anything is computed, and that it has
-            ended.
+        role: what a cache in the call is told. `WATCHES`: that the forward was stopped. `TELLS`: that too, and that it
+            begins, before anything is computed, and that it has ended.
     """
 
-    def __init__(self, module: nn.Module, tells: bool = False) -> None:
+    TELLS, WATCHES = "tells", "watches"
+
+    def __init__(self, module: nn.Module, role: str = "") -> None:
         self.module, self.users = weakref.ref(module), set[ModelHooks]()
         self.before = vars(module).get("forward")  # others wrap forwards too
         inside = type(module).forward if self.before is None else None
 
         @functools.wraps(module.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            given: Mapping[str, Any] = dict(zip(names, args, strict=False)) | kwargs if tells else {}
+            given: Mapping[str, Any] = dict(zip(names, args, strict=False)) | kwargs if role else {}
+            watched = _watched(given)
             if tells:
                 for name, value in _tell(given).items():
                     args, kwargs = replaced(names, args, kwargs, name, value)
             try:
                 output = inside(self, *args, **kwargs) if inside is not None else before(*args, **kwargs)
             except BaseException:
+                for cache, writes in watched:
+                    cache.stop_forward(writes)
                 _abandon()
                 raise
             _leaving(self if inside is not None else module, args, output)
@@ -314,17 +324,21 @@ class _Guard:
             return output
 
         before: Any = self.before
-        names = list(parameters(module))
+        names, tells = list(parameters(module)), role == self.TELLS
+        # of a method, the first parameter is taken for the module
+        own = inspect.signature(module.forward)
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        vars(forward)["__signature__"] = own.replace(parameters=[itself, *own.parameters.values()])
         vars(forward)["guard"] = self
         # a method, so that a copy of the module gets one of its own
         self.forward = types.MethodType(forward, module)
 
     @classmethod
-    def of(cls, module: nn.Module, tells: bool = False) -> _Guard:
+    def of(cls, module: nn.Module, role: str = "") -> _Guard:
         """The guard that stands before `module`, or a new one."""
         stands = vars(module).get("forward")
         guard = getattr(stands, "guard", None)
-        return guard if isinstance(guard, cls) and guard.forward is stands else cls(module, tells)
+        return guard if isinstance(guard, cls) and guard.forward is stands else cls(module, role)
 
     def stand(self, user: ModelHooks) -> None:
         self.users.add(user)
@@ -341,6 +355,21 @@ class _Guard:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = self.before
+
+
+def _around(decoder: nn.Module, whole: nn.Module) -> Iterator[nn.Module]:
+    """The models in `whole` that hold the `decoder`."""
+    from transformers import PreTrainedModel
+
+    for module in whole.modules():
+        if isinstance(module, PreTrainedModel) and module is not decoder and decoder in module.modules():
+            yield module
+
+
+def _watched(given: Mapping[str, Any]) -> Sequence[tuple[Any, int]]:
+    """The caches in a call that hear of it if it is stopped, and how often they were written to."""
+    caches: list[Any] = [given.get(name) for name in CACHE_ARGUMENTS]
+    return [(cache, cache.writes) for cache in caches if hasattr(cache, "stop_forward")]
 
 
 def _tell(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
+from ..errors import BindError, CalibrationError
 from ..turns import Pairs, Turns
 from .attention import attention_modules, cross_attention_layers, device_of
 from .rope import find_ropes
@@ -59,6 +59,11 @@ def find_layers(model: PreTrainedModel) -> Layers:
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    if len(types) != len(arguments):
+        raise BindError(
+            f"the config of this {type(model).__name__} has {len(arguments)} layers (num_hidden_layers), and "
+            f"layer_types for {len(types)}. Use config.layer_types = config.layer_types[:{len(arguments)}]."
+        )
     modules, cross = attention_modules(model), cross_attention_layers(model)
     full, growing, fixed = [], dict[int, str](), dict[int, str]()
     for layer, kind in enumerate(types):

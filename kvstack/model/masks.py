@@ -13,6 +13,7 @@ what it means there: padding, packed documents, images whose tokens see each oth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
     if not isinstance(mask, Tensor):
         if mask is None:
             return None
+        if isinstance(mask, Mapping):  # Zaya
+            raise UseError(
+                f"the attention of this model is given several masks at once ({', '.join(map(str, mask))}), and "
+                "kvstack cannot tell padding from them. Use KVStack([]), without stages, or transformers' own cache."
+            )
         raise UseError(
             f"the attention mask is a {type(mask).__name__}, which does not tell padding. "
             "Use attn_implementation='sdpa', 'eager' or a flash attention with a KVStack."

@@ -73,7 +73,8 @@ class SplitStore:
 
     def sample(self, slot: int) -> KV | None:
         samples = [store.sample(slot) for store in self._stores]
-        few = [KV(kv.keys[:, :, :1], kv.values[:, :, :1]) for kv in samples if kv is not None]
+        # after a deep crop, some heads may hold nothing
+        few = [KV(kv.keys[:, :, :0], kv.values[:, :, :0]) for kv in samples if kv is not None]
         return self._joined(few) if len(few) == len(samples) else None
 
     def positions(self, seen: int) -> Tensor:

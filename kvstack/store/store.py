@@ -168,8 +168,8 @@ class Store:
         return self.sealed_tokens + self.raw[slot].length
 
     def sample(self, slot: int) -> KV | None:
-        """Keys and values (rows, H, n, D) as a layer holds them, for their type and shape; None: it holds none yet."""
-        return self.raw[slot].kv if self.raw[slot].length else None
+        """Keys and values (rows, H, n, D) as a layer holds them, for their type and shape; None: it never held any."""
+        return self.raw[slot].kv if self.raw[slot].buffers[0].tensors else None
 
     @property
     def sinks(self) -> int:
@@ -231,7 +231,28 @@ class Store:
     # ---- compressing
 
     def settle(self, seen: int, new: int, scalings: Sequence[float], work: Workspace) -> None:
-        """Evict down to the budget, then seal what may be sealed. `new` tokens came since the last time."""
+        """Evict down to the budget, then seal what may be sealed. `new` tokens came since the last time. All or
+        nothing: where something stops this, such as memory that is full, the next time finds what this one found."""
+        undo = self.undo()
+        try:
+            self._compress(seen, new, scalings, work)
+        except BaseException:
+            undo()
+            raise
+
+    def undo(self) -> Callable[[], None]:
+        """Return the function that makes this hold again what it holds now, until tokens come."""
+        each, state = [track.undo() for track in self.tracks()], (self.dirty, self.mixes_heads)
+
+        def undo() -> None:
+            for put_back in each:
+                put_back()
+            self.dirty, self.mixes_heads = state
+            self.end_forward()  # what was decoded may be of tokens that have come or gone
+
+        return undo
+
+    def _compress(self, seen: int, new: int, scalings: Sequence[float], work: Workspace) -> None:
         plan, granule = self.plan, self.granule
         self.dirty = False
         self._track(seen, scalings, work)
@@ -249,6 +270,7 @@ class Store:
         block = max(plan.block, granule)
         if dropped:
             cut = self._cut(seen, granule, dropped, scalings, work)
+            self._check_numbers(plan.select)
             fits = [self._refitted(slot, cut, seen, scalings[slot], work) for slot in range(len(self.biases))]
             for track in self.tracks():
                 track.take(cut)
@@ -258,6 +280,9 @@ class Store:
         # seal whole granules; a few new tokens wait until a block of them is there, if nothing was evicted
         enough = seals and self.middle >= self._first_block(granule) and bool(dropped or self.middle >= block)
         if enough and (count := self.middle // granule * granule):
+            # encoders check what they are given
+            if plan.transform is not None and not plan.own_encoder and not dropped:
+                self._check_numbers(plan.transform.stage)
             # after an eviction, the next one copies what is left anyway; after a prompt, maybe nothing follows
             scores = None
             if plan.tiers is not None:
@@ -401,6 +426,18 @@ class Store:
         kv, select = self.read(slot, seen, work), self.plan.select
         expand = self.expansions.get(self.layers[slot]) if select is not None and select.looks_at_queries else None
         return kv if expand is None else KV(*expand(kv.keys, kv.values))
+
+    def _check_numbers(self, stage: object) -> None:
+        """Refuse raw tokens with NaN or infinity: not every score looks at keys, and none at all that is held."""
+        named = [(slot, name) for slot in range(len(self.raw)) for name in ("keys", "values")]
+        found = [_bounds(getattr(self.raw[slot].kv, name)) for slot, name in named]
+        fits = torch.stack([x.to(found[0].device) for x in found]).isfinite().all(1).tolist()  # waits once
+        for (slot, name), good in zip(named, fits, strict=True):
+            if not good:
+                raise UseError(
+                    f"{stage!r} on layer {self.layers[slot]}: {name} hold NaN or infinity. "
+                    "Check the model's dtype (float16 overflows) and its input."
+                )
 
     def _seal(self, seen: int, count: int, spare: bool, scores: Tensor | None) -> None:
         """Move the oldest `count` raw middle tokens into the sealed part, with room left for more if `spare`. `scores`
@@ -721,6 +758,11 @@ class Store:
             rope=self.ropes.get(self.layers[slot]),
         )
         return self.plan.ranking.track(KV(keys, values), context)
+
+
+def _bounds(x: Tensor) -> Tensor:
+    """The least and the largest number (2,): NaN where there is one."""
+    return torch.stack(torch.aminmax(x)).float() if x.numel() else torch.zeros(2, device=x.device)
 
 
 def _of_one_axis(positions: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from ..types import KV, take_tokens
 from .raw import Buffer
 from .refit import STEP
 
-__all__ = ["Bias", "Crop", "Cut", "Memory", "Positions", "Queries", "RawTokens", "References", "Track"]
+__all__ = ["Bias", "Crop", "Cut", "Memory", "Positions", "Queries", "RawTokens", "References", "Track", "putting_back"]
 
 Put = Callable[[Tensor | None], Any]
 """Writes a tensor and gives back what stands for it in a description."""
@@ -126,6 +126,10 @@ class Track(ABC):
         """The same, in the same memory; neither sees what becomes of the other."""
         return self.mapped(lambda x: x)
 
+    def undo(self) -> Callable[[], None]:
+        """Return the function that makes this hold again what it holds now."""
+        return putting_back(self)
+
     @abstractmethod
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all that is held."""
@@ -141,6 +145,14 @@ class Track(ABC):
         Raises:
             UseError: something is missing, or does not fit.
         """
+
+
+def putting_back(held: object) -> Callable[[], None]:
+    """Return the function that gives an object the attributes again that it has now. Tensors are replaced, and never
+    written to, so nothing is copied but names, dicts and lists."""
+    now = vars(held)
+    before = {name: x.copy() if isinstance(x, dict | list) else x for name, x in now.items()}
+    return lambda: now.update(before)
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -216,6 +228,15 @@ class RawTokens(Track):
             if old.tensors:
                 new.replace(change(old.view))
         return other
+
+    def undo(self) -> Callable[[], None]:
+        each = [putting_back(buffer) for buffer in self.buffers]
+
+        def undo() -> None:
+            for put_back in each:
+                put_back()
+
+        return undo
 
     def fork(self) -> RawTokens:
         other = RawTokens(self.slot, len(self.buffers) > 2)

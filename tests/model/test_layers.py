@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MllamaConfig, MllamaForConditionalGeneration
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-from kvstack import BindError, Evict, KVStack, KVStackWarning, Quant, Score
+from kvstack import BindError, Evict, KVStack, KVStackWarning, Quant, Score, UseError
 from kvstack.select.attention import attention_received
 from tests import tiny
 
@@ -342,3 +342,24 @@ def test_a_decoder_with_cross_attention_is_refused():
     config = AutoConfig.for_model("gpt2", **(tiny.SHAPE | {"add_cross_attention": True}))
     with pytest.raises(BindError, match="made with add_cross_attention=True"):
         KVStack(model=AutoModelForCausalLM.from_config(config))
+
+
+def test_more_layer_types_than_layers():
+    model = copy.deepcopy(tiny.model("gemma3"))
+    model.config.layer_types = [*model.config.layer_types, "full_attention"]
+    with pytest.raises(BindError, match=r"has 4 layers .*layer_types for 5.*config.layer_types\[:4\]"):
+        KVStack([Quant(8)], model=model)
+
+
+def test_several_masks_at_once():
+    """Zaya tells its attention two masks: nobody knows which of them tells padding."""
+    config = AutoConfig.for_model(
+        "zaya",
+        **(tiny.SHAPE | {"head_dim": 16, "layer_types": ["hybrid"] * 4, "num_experts": 4, "mlp_hidden_size": 32}),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UseError, match=r"several masks at once \(causal, conv\).*Use KVStack\(\[\]\)"):
+        model(tiny.tokens(2, 20), past_key_values=KVStack([Quant(8)]))
+    found = model(tiny.tokens(2, 20), past_key_values=KVStack([])).logits
+    assert torch.equal(found, model(tiny.tokens(2, 20), past_key_values=DynamicCache(config=config)).logits)

@@ -186,3 +186,18 @@ def test_a_crop_gives_memory_back():
     model(tiny.tokens(1, 1000), past_key_values=stack)
     stack.crop(-990)
     assert stack.nbytes < 5 * stack.dense_nbytes
+
+
+def test_a_head_that_holds_nothing_after_a_deep_crop():
+    """It is empty, and goes on as the others do."""
+    model, stack = tiny.model(), KVStack([Evict(0.3, budgets="heads")], sinks=0, window=5)
+    model(tiny.tokens(1, 288), past_key_values=stack)
+    stack.crop(-287)
+    counts = {len(stack.positions(0, 0, head)[0]) for head in range(2)}
+    assert 0 in counts
+    for head in range(2):
+        kv = stack.read(0, 0, head)
+        assert kv.keys.shape == (1, 1, len(stack.positions(0, 0, head)[0]), 16)
+        assert kv.values.shape == kv.keys.shape
+    model(tiny.tokens(1, 3), past_key_values=stack)
+    assert stack.seen == 4
