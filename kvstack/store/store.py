@@ -233,12 +233,22 @@ class Store:
     def settle(self, seen: int, new: int, scalings: Sequence[float], work: Workspace) -> None:
         """Evict down to the budget, then seal what may be sealed. `new` tokens came since the last time. All or
         nothing: where something stops this, such as memory that is full, the next time finds what this one found."""
-        undo = self.undo()
-        try:
-            self._compress(seen, new, scalings, work)
-        except BaseException:
-            undo()
-            raise
+        self._track(seen, scalings, work)
+        dropped = self._surplus(seen, new)
+        if dropped or self._sealable(dropped):
+            undo = self.undo()
+            try:
+                self._compress(seen, new, dropped, scalings, work)
+            except BaseException:
+                undo()
+                raise
+        select = self.plan.select
+        for queries in self.queries:
+            queries.settled(bool(dropped) or (select is not None and not (select.queries or select.references)))
+        for references in self.references:
+            references.forget()
+        self.dirty = False
+        self.close()
 
     def undo(self) -> Callable[[], None]:
         """Return the function that makes this hold again what it holds now, until tokens come."""
@@ -252,24 +262,32 @@ class Store:
 
         return undo
 
-    def _compress(self, seen: int, new: int, scalings: Sequence[float], work: Workspace) -> None:
+    def _surplus(self, seen: int, new: int) -> int:
+        """The number of tokens that must go, equal in all layers and heads of this store."""
+        plan = self.plan
+        if plan.evict is None or not self._can_score():
+            return 0
+        budget = allowance(plan.evict.keep, seen, plan.sinks, plan.window, self.profile)
+        raw = max(0, new - plan.sinks - plan.window)  # a bound that holds in every layer
+        # after a crop the window may reach into what is sealed, and is not whole yet: it is no part of the budget
+        between = max(0, self.held - self.sinks - plan.window)
+        return how_many(between, raw, budget, self.granule, plan.block)
+
+    def _sealable(self, dropped: int) -> int:
+        """The number of tokens to seal, in whole granules; a few new tokens wait until a block of them is there, if
+        nothing was evicted."""
         plan, granule = self.plan, self.granule
-        self.dirty = False
-        self._track(seen, scalings, work)
-        # how many must go: a number that is equal in all layers and heads of this store
-        dropped = 0
-        if plan.evict is not None and self._can_score():
-            budget = allowance(plan.evict.keep, seen, plan.sinks, plan.window, self.profile)
-            raw = max(0, new - plan.sinks - plan.window)  # a bound that holds in every layer
-            # after a crop the window may reach into what is sealed, and is not whole yet: it is no part of the budget
-            between = max(0, self.held - self.sinks - plan.window)
-            dropped = how_many(between, raw, budget, granule, plan.block)
-        # evict, unless nothing has to go
-        seals = plan.seals and not (plan.first_block_only and self.sealed_tokens)
-        seals = seals and (plan.tiers is None or self._can_score())
-        block = max(plan.block, granule)
+        if not plan.seals or (plan.first_block_only and self.sealed_tokens):
+            return 0
+        if plan.tiers is not None and not self._can_score():
+            return 0
+        enough = self.middle >= self._first_block(granule) and bool(dropped or self.middle >= max(plan.block, granule))
+        return self.middle // granule * granule if enough else 0
+
+    def _compress(self, seen: int, new: int, dropped: int, scalings: Sequence[float], work: Workspace) -> None:
+        plan = self.plan
         if dropped:
-            cut = self._cut(seen, granule, dropped, scalings, work)
+            cut = self._cut(seen, self.granule, dropped, scalings, work)
             self._check_numbers(plan.select)
             fits = [self._refitted(slot, cut, seen, scalings[slot], work) for slot in range(len(self.biases))]
             for track in self.tracks():
@@ -277,9 +295,7 @@ class Store:
             for slot, fit in enumerate(fits):
                 self.biases[slot].stand_in(fit.bias)
                 self.raw[slot].revalue(self.sinks, fit.values)
-        # seal whole granules; a few new tokens wait until a block of them is there, if nothing was evicted
-        enough = seals and self.middle >= self._first_block(granule) and bool(dropped or self.middle >= block)
-        if enough and (count := self.middle // granule * granule):
+        if count := self._sealable(dropped):
             # encoders check what they are given
             if plan.transform is not None and not plan.own_encoder and not dropped:
                 self._check_numbers(plan.transform.stage)
@@ -288,11 +304,6 @@ class Store:
             if plan.tiers is not None:
                 scores = self._ranking(seen, scalings, work)[..., self.sealed_tokens : self.sealed_tokens + count]
             self._seal(seen, count, spare=not dropped and new <= plan.block, scores=scores)
-        for queries in self.queries:
-            queries.settled(bool(dropped) or (plan.select is not None and not (plan.select.queries or plan.references)))
-        for references in self.references:
-            references.forget()
-        self.close()
 
     def _can_score(self) -> bool:
         """Return True if the queries that the score looks at are known: after a deep crop they come with the next
