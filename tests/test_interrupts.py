@@ -93,7 +93,7 @@ def check(model, before, change):
         pass  # transformers' own layers cannot be cropped, or what is merged cannot: nothing may have changed
     else:
         expected = goes_on(model, stack)
-    step = max(1, counted.count // 25)
+    step = max(1, counted.count // 12)
     for at in range(1, counted.count + 1, step):
         error = (torch.OutOfMemoryError, KeyboardInterrupt)[at // step % 2]
         for again in (True, False):
