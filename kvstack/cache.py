@@ -221,10 +221,25 @@ class KVStack(Cache):
             self._disarm = None
         return self
 
+    def check_given(self, given: Mapping[str, Any]) -> None:
+        """A forward with this cache is about to begin, which was `given` these arguments.
+
+        Raises:
+            UseError: it says that there is no cache. generate then feeds the whole text at every step, and a cache that
+                is there all the same takes it for new tokens.
+        """
+        if given.get("use_cache") is False:
+            raise UseError(
+                f"{self!r} was given together with use_cache=False, with which generate feeds the whole text again at "
+                "every step. Pass use_cache=True (generate also looks at model.generation_config.use_cache), or leave "
+                "out past_key_values."
+            )
+
     def begin_forward(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The model begins a forward with this cache (its watched forward says so), which was `given` these arguments.
         Returns those that take the place of given ones. With other adapters than before, the stages are fitted again;
         where tokens are held, they would mean something else: it is refused."""
+        self.check_given(given)
         if not self.batch.reading:
             self._check_forward()
             if self.batch.binding.plan.rereads:

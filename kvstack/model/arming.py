@@ -26,6 +26,8 @@ class Waiting(Protocol):
 
     def bind_met(self, model: PreTrainedModel, /) -> Any: ...
 
+    def check_given(self, given: Mapping[str, Any], /) -> None: ...
+
     def begin_forward(self, given: Mapping[str, Any], /) -> Mapping[str, Any]: ...
 
 
@@ -62,6 +64,10 @@ def arm(stack: Waiting) -> Callable[[], None]:
         for value in (*args, *kwargs.values()):
             if value is waiting:
                 given = dict(zip(parameters(module), args, strict=False)) | kwargs
+                config = model.config.get_text_config(decoder=True)
+                if not isinstance(module, PreTrainedModel) and getattr(config, "use_cache", None) is False:
+                    given.pop("use_cache", None)  # a layer is told the model's default, which nobody has asked for
+                waiting.check_given(given)
                 waiting.bind_met(model)
                 changed = waiting.begin_forward(given)
                 names = list(parameters(module))
