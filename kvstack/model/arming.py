@@ -53,8 +53,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
         roots.clear()
 
     def disarm() -> None:
-        with changes:
-            take_off()
+        changes.soon(take_off)  # at once, or by the thread that makes a change now
 
     def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         root = roots.get(module)
@@ -92,6 +91,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
 
     def meet(module: nn.Module, args: Any) -> None:
         changes.catch_up()
+        module = getattr(module, "_orig_mod", module)  # of torch.compile: it calls the model without this hook
         if not isinstance(module, PreTrainedModel) or module in roots:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
