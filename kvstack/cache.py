@@ -30,6 +30,7 @@ from .devices import usable
 from .errors import BindError, KVStackError, StageError, UseError
 from .model.adapters import in_words, unwrapped
 from .model.arming import arm
+from .model.as_python import as_python
 from .model.head import with_head
 from .model.hooks import install, running
 from .model.ranks import heads_of
@@ -287,6 +288,7 @@ class KVStack(Cache):
         Raises:
             UseError: there are none, or the text does not begin with the tokens that were read.
         """
+        self.batch.check_complete()  # before anything is said of a text that is half read
         seen = self.get_seq_length()
         if not seen:
             return
@@ -343,6 +345,7 @@ class KVStack(Cache):
 
     # ---- lengths
 
+    @as_python
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens the model has fed through a layer, padding included; not how many are held."""
         if layer_idx == 0:  # layers that count no tokens are passed over, as in DynamicCache
@@ -351,6 +354,7 @@ class KVStack(Cache):
             return self.batch.columns[layer_idx]
         return cast(int, super().get_seq_length(layer_idx))
 
+    @as_python
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(tokens that the model has seen, the new ones included, 0), as for a DynamicCache: the stack takes what it
         holds out of the mask that the model makes for these."""
@@ -438,6 +442,7 @@ class KVStack(Cache):
 
     # ---- a forward
 
+    @as_python
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -450,8 +455,7 @@ class KVStack(Cache):
         elif call is None or call.listener is not self.attention_listener:
             raise UseError(
                 f"{self!r} is bound to a {self.binding.name}, and something else called its update. A stack serves "
-                "one model: make a new KVStack for another, and call the model, not its cache. Hooks do not run inside "
-                "a model that torch.compile compiled whole: leave it uncompiled, or compile its mlp blocks."
+                "one model: make a new KVStack for another, and call the model, not its cache."
             )
         return self.attention_listener.update(key_states, value_states, layer_idx)
 

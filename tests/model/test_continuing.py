@@ -205,3 +205,21 @@ def test_a_forward_that_is_told_not_to_cache_is_refused(model, bound, inner):
     with pytest.raises(UseError, match=NO_CACHE):
         caller(QUESTION, past_key_values=stack, use_cache=False)
     assert stack.seen == DOCUMENT.shape[1]
+
+
+def test_a_prefill_that_was_stopped_is_the_first_thing_to_know(model):
+    """Advice to pass all ids would not help: half of the layers hold them."""
+    stack = small(model)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, DOCUMENT, stack)
+    handle.remove()
+    for text in (DOCUMENT, QUESTION, torch.cat([DOCUMENT, QUESTION], dim=1)):
+        with pytest.raises(UseError, match=r"^the last forward of this cache did not end.*Call reset\(\)"):
+            generate(model, text, stack)
+    stack.reset()
+    assert torch.equal(generate(model, DOCUMENT, stack), generate(model, DOCUMENT, small()))
