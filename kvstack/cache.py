@@ -226,7 +226,7 @@ class KVStack(Cache):
         """A forward with this cache is about to begin, which was `given` these arguments.
 
         Raises:
-            UseError: it says that there is no cache. generate then feeds the whole text at every step, and a cache that
+            UseError: it says use_cache=False. generate then feeds the whole text at every step, and a cache that
                 is there all the same takes it for new tokens.
         """
         if given.get("use_cache") is False:
