@@ -97,7 +97,7 @@ class KVStack(Cache):
     def __init__(
         self,
         stages: Sequence[Stage] = (),
-        *,
+        *more: Any,
         model: PreTrainedModel | None = None,
         sinks: int = 4,
         window: int | None = None,
@@ -105,6 +105,8 @@ class KVStack(Cache):
         device: str | torch.device | None = None,
         fused: bool = True,
     ) -> None:
+        if more:
+            raise StageError(f"KVStack: stages is one list. Use KVStack([{', '.join(map(repr, (stages, *more)))}]).")
         super().__init__(layers=[])
         self.layers: list[Any]
         self.stages = check_stages(stages)
