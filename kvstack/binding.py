@@ -298,9 +298,11 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
     by_kind: dict[str, Stage] = {}
     for stage in stages:
         if not (isinstance(stage, Stage) and isinstance(stage, KINDS.get(getattr(stage, "kind", ""), ()))):
-            hint = (
-                f"Use {stage.__name__}(...)." if isinstance(stage, type) else "See `kvstack stages` for the catalogue."
-            )
+            hint = "See `kvstack stages` for the catalogue."
+            if isinstance(stage, type):
+                hint = f"Use {stage.__name__}(...)."
+            elif isinstance(stage, str):
+                hint = f"For a spec, use KVStack.from_spec({'+'.join(map(str, stages))!r})."
             raise StageError(f"{stage!r} is not a stage. {hint}")
         if stage.kind in by_kind:
             raise StageError(
@@ -331,7 +333,7 @@ def _check_classes(select: Any, transform: Any, encode: Any) -> None:
         lacks = " and ".join(what for what, there in (("no transform", transform), ("no encoder", encode)) if not there)
         raise StageError(
             f"{select!r} spreads bits over tokens and channels, and this stack has {lacks}. "
-            f"Use KVStack([CommonKV(), Quant(2), {select!r}])."
+            f"Use KVStack([{select!r}, CommonKV(), Quant(2)])."
         )
 
 

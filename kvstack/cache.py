@@ -31,6 +31,7 @@ from .devices import usable
 from .errors import BindError, KVStackError, StageError, UseError
 from .model.adapters import in_words, unwrapped
 from .model.arming import arm
+from .model.as_python import as_python
 from .model.attention import checkpoints
 from .model.head import with_head
 from .model.hooks import install, running
@@ -100,7 +101,7 @@ class KVStack(Cache):
     def __init__(
         self,
         stages: Sequence[Stage] = (),
-        *,
+        *more: Any,
         model: PreTrainedModel | None = None,
         sinks: int = 4,
         window: int | None = None,
@@ -108,6 +109,8 @@ class KVStack(Cache):
         device: str | torch.device | None = None,
         fused: bool = True,
     ) -> None:
+        if more:
+            raise StageError(f"KVStack: stages is one list. Use KVStack([{', '.join(map(repr, (stages, *more)))}]).")
         super().__init__(layers=[])
         self.layers: list[Any]
         self.stages = check_stages(stages)
@@ -228,10 +231,25 @@ class KVStack(Cache):
             self._disarm = None
         return self
 
+    def check_given(self, given: Mapping[str, Any]) -> None:
+        """A forward with this cache is about to begin, which was `given` these arguments.
+
+        Raises:
+            UseError: it says use_cache=False. generate then feeds the whole text at every step, and a cache that
+                is there all the same takes it for new tokens.
+        """
+        if given.get("use_cache") is False:
+            raise UseError(
+                f"{self!r} was given together with use_cache=False, with which generate feeds the whole text again at "
+                "every step. Pass use_cache=True (generate also looks at model.generation_config.use_cache), or leave "
+                "out past_key_values."
+            )
+
     def begin_forward(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The model begins a forward with this cache (its watched forward says so), which was `given` these arguments.
         Returns those that take the place of given ones. With other adapters than before, the stages are fitted again;
         where tokens are held, they would mean something else: it is refused."""
+        self.check_given(given)
         if not self.batch.reading:
             self._check_complete()
             self._check_kept()
@@ -315,6 +333,7 @@ class KVStack(Cache):
         Raises:
             UseError: there are none, or the text does not begin with the tokens that were read.
         """
+        self.batch.check_complete()  # before anything is said of a text that is half read
         seen = self.get_seq_length()
         if not seen:
             return
@@ -371,6 +390,7 @@ class KVStack(Cache):
 
     # ---- lengths
 
+    @as_python
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens the model has fed through a layer, padding included; not how many are held."""
         if layer_idx == 0:  # layers that count no tokens are passed over, as in DynamicCache
@@ -379,6 +399,7 @@ class KVStack(Cache):
             return self.batch.columns[layer_idx]
         return cast(int, super().get_seq_length(layer_idx))
 
+    @as_python
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(tokens that the model has seen, the new ones included, 0), as for a DynamicCache: the stack takes what it
         holds out of the mask that the model makes for these."""
@@ -466,6 +487,7 @@ class KVStack(Cache):
 
     # ---- a forward
 
+    @as_python
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -479,8 +501,7 @@ class KVStack(Cache):
         elif call is None or call.listener is not self.attention_listener:
             raise UseError(
                 f"{self!r} is bound to a {self.binding.name}, and something else called its update. A stack serves "
-                "one model: make a new KVStack for another, and call the model, not its cache. Hooks do not run inside "
-                "a model that torch.compile compiled whole: leave it uncompiled, or compile its mlp blocks."
+                "one model: make a new KVStack for another, and call the model, not its cache."
             )
         return self.attention_listener.update(key_states, value_states, layer_idx)
 

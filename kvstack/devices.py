@@ -20,7 +20,7 @@ def usable(name: object) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:  # torch built without it raises any of these
-        raise KVStackError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise KVStackError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from None
     if device.type == "meta":
         raise KVStackError("device 'meta' cannot be used: tensors there have no numbers.")
     return device

@@ -54,6 +54,12 @@ BUILT_IN: dict[Family, dict[str, EntryPoint]] = {
 }
 """kvstack's own: a line here makes a stage or a score known by its name, and its class a name of the package."""
 
+PLUGINS: dict[Family, dict[str, str]] = {
+    "stages": {"kvsharer": "kvsharer", "kvtc": "kvtc", "minicache": "minicache", "xkv": "xkv"},
+    "scores": {"kvpress": "kvpress-scores"},
+}
+"""Names that the plugins of this repository add, and the folders of `plugins/` that they are in."""
+
 
 # ---- names
 
@@ -113,6 +119,11 @@ def type_of(family: Family, name: str) -> type[Settings]:
     """
     # a built-in name needs no look into the metadata of all that is installed
     entries = [BUILT_IN[family][name]] if name in BUILT_IN[family] else _plugins(family).get(name, [])
+    if not entries and (folder := PLUGINS[family].get(name)):
+        raise SpecError(
+            f"the {family[:-1]} {name!r} is in a plugin that is not installed. In a clone of kvstack, run: "
+            f"pip install -e plugins/{folder}."
+        )
     if not entries:
         raise SpecError(f"no {family[:-1]} is called {name!r}. Use one of: {', '.join(_names(family))}.")
     if len(entries) > 1:

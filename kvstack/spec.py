@@ -14,7 +14,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from . import registry
@@ -54,6 +54,8 @@ def parse(spec: str | Mapping[str, Any]) -> tuple[list[Stage], dict[str, Any]]:
             pipeline, *behind = _cut(spec, "@")
             settings = _settings(behind, spec)
             return ([_stage(part, spec) for part in _cut(pipeline, "+")] if pipeline.strip() else []), settings
+        if isinstance(spec, list | tuple) and spec and all(isinstance(part, str) for part in spec):
+            raise SpecError(f"{spec!r} is not a valid spec: it is a list. Give one string: {'+'.join(spec)!r}.")
         if not isinstance(spec, Mapping) or "stages" not in spec:
             raise SpecError(
                 f"{spec!r} is not a valid spec. Give a string such as 'quant:2+evict:0.2' or the dict of to_dict()."
@@ -129,9 +131,24 @@ def _build(family: Family, name: str, args: Sequence[Any], kwargs: Mapping[str, 
     except (TypeError, ValueError) as error:
         if isinstance(error, SpecError | StageError):
             raise
-        raise SpecError(f"{name!r} cannot be built with {_call(args, kwargs)}: {error}.") from None
+        # Python's words for wrong arguments name what the user never wrote
+        why = f". Its settings: {_settings_of(kind)}" if isinstance(error, TypeError) else f": {error}"
+        raise SpecError(f"{name!r} cannot be built with {_call(args, kwargs)}{why}.") from None
     check_types(built)
     return built
+
+
+def _settings_of(kind: type[Settings]) -> str:
+    """Names of the settings, those first that must be given."""
+    own: list[Field[Any]] = [field for field in fields(kind) if field.init] if is_dataclass(kind) else []
+    needed = [field.name for field in own if field.default is MISSING and field.default_factory is MISSING]
+    names = [field.name + " (needed)" * (field.name in needed) for field in own]
+    example = EXAMPLES.get(kind.name)
+    return (", ".join(names) or "none") + (f". Write {example!r}" if example else "")
+
+
+EXAMPLES = {"quant": "quant:4,group=32", "evict": "evict:0.2,score=tova", "commonkv": "commonkv:0.5", "tiers": "tiers"}
+"""Of the stages that come with kvstack."""
 
 
 def check_types(thing: Any) -> None:
@@ -185,10 +202,16 @@ def _expression(text: str, whole: str) -> ast.expr:
 def _call_of(arguments: str, whole: str) -> ast.Call:
     """The arguments of a stage, as the call that they stand in: all of the text, and nothing behind it."""
     text = f"f({arguments})"
-    node = _expression(text, whole)
+    try:
+        node: ast.expr | None = _expression(text, whole)
+    except SpecError:  # it would quote the call that is not the user's
+        node = None
     complete = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    if not complete or ast.get_source_segment(text, node) != text:
-        raise SpecError(f"{whole!r} is not a valid spec: {arguments!r} are no arguments. Write 'quant:2+evict:0.2'.")
+    if node is None or not complete or ast.get_source_segment(text, node) != text:
+        raise SpecError(
+            f"{whole!r} is not a valid spec: {arguments!r} are no settings. Write a share as a number, a comma between "
+            "settings and + between stages: 'evict:0.2,score=tova+quant:2'."
+        )
     assert isinstance(node, ast.Call)
     return node
 

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kvstack import (
     TriAttention,
     UseError,
 )
+from kvstack.registry import PLUGINS, type_of
 from kvstack.select.expected import ExpectedAttention
 from tests import tiny
 from tests.stages import Pairs
@@ -64,6 +66,8 @@ BUILD = [
     (lambda: KVStack([Quant]), "is not a stage. Use Quant(...)."),
     (lambda: KVStack([Chooser()]), "Chooser() is not a stage. See `kvstack stages` for the catalogue."),
     (lambda: KVStack(Quant(2)), "stages is a list. Use KVStack([Quant(bits=2)])."),
+    (lambda: KVStack(Evict(0.2), Quant(2)), "stages is one list. Use KVStack([Evict(keep=0.2), Quant(bits=2)])."),
+    (lambda: KVStack(["evict:0.2", "quant:2"]), "For a spec, use KVStack.from_spec('evict:0.2+quant:2')."),
     (lambda: KVStack("quant:2"), "stages is a list. Use KVStack.from_spec('quant:2')."),
     (lambda: KVStack(sinks=-1), "KVStack(sinks=-1): sinks is a number of tokens, 0 or more."),
     (lambda: KVStack(window=1.5), "KVStack(window=1.5): window is a number of tokens"),
@@ -82,6 +86,15 @@ SPECS = [
     ("quanty:2", "no stage is called 'quanty'. Use one of: commonkv, evict"),
     ("evict:0.2,score=best", "no score is called 'best'. Use one of: expected, h2o"),
     ("quant:2,speed=3", "'quant' cannot be built with (2, speed=3)"),
+    ("quant", "'quant' cannot be built with (). Its settings: bits (needed), group, codec"),
+    ("quant:4,grup=32", "grup=32). Its settings: bits (needed), group, codec"),
+    ("evict", "Its settings: keep (needed), score, layers"),
+    ("evict:20%", "'20%' are no settings. Write a share as a number"),
+    (
+        "evict:0.2;quant:4",
+        "'0.2;quant:4' are no settings. Write a share as a number, a comma between settings and + between",
+    ),
+    (["quant:4", "evict:0.2"], "it is a list. Give one string: 'quant:4+evict:0.2'."),
     ("quant:(", "is not a valid spec"),
     ("2", "'2' is not a stage. Write 'quant:2+evict:0.2'."),
     ("quant:2+", "is not a stage"),
@@ -106,6 +119,17 @@ def test_a_score_without_a_name_cannot_be_written_down():
 
     with pytest.raises(StageError, match=r"not a kvstack Score, so it has no name .* Subclass Score"):
         KVStack([Evict(0.2, Mine())]).to_dict()
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in PLUGINS for name in PLUGINS[family]])
+def test_a_plugin_that_is_not_installed_is_named(family, name, monkeypatch):
+    import importlib.metadata
+
+    folder = Path(__file__).parents[1] / "plugins" / PLUGINS[family][name]
+    assert name in (folder / "pyproject.toml").read_text()
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    with pytest.raises(SpecError, match=f"{name!r} is in a plugin that is not .*pip install -e plugins/{folder.name}"):
+        type_of(family, name)
 
 
 def test_a_broken_plugin_is_named(monkeypatch):

@@ -50,7 +50,12 @@ _known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 
 
 def load_or_make(
-    model: PreTrainedModel, file: str, read: Callable[[Path], F], make: Callable[[], F], notice: Notice
+    model: PreTrainedModel,
+    file: str,
+    read: Callable[[Path], F],
+    make: Callable[[], F],
+    notice: Notice,
+    is_current: Callable[[F], bool] = lambda _: True,
 ) -> F:
     """Return what this process knows already, load it from a file in `folder()`, or make it now and keep it there, in
     one process for all.
@@ -60,9 +65,12 @@ def load_or_make(
         read: loads the file; raises `CalibrationError` where that does not fit `model`.
         make: makes a new one.
         notice: logged before it is made, empty: nothing is; or what writes it then.
+        is_current: whether one that this process knows may still be used; `read` decides about those on disk.
     """
     known: dict[str, F] = _known.setdefault(model, {})
     heads = heads_of(model)
+    if file in known and not is_current(known[file]):
+        del known[file]
     if file not in known and heads.size > 1:
         known[file] = _shared(heads, file, read, make, notice)
     fitted = known.get(file) or _kept(file, read, make, notice)

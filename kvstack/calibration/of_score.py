@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from . import keep
 from .by_layer import ByLayer, Sizes
 from .in_float32 import in_float32
 from .listening import Read, listening
-from .windows import longest_text, own_text, windows_of
+from .windows import OWN_TEXT, SAVE_TOKENIZER, longest_text, own_text, tokenizer_of, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,15 +73,20 @@ def fitted_to(
     told = f"{type(score).__name__} calibrates itself for this {kind}, once: it reads {readings * tokens:,} tokens."
 
     def notice() -> str:
-        return " ".join(filter(None, [told, own_text(model)])) if make is _made else ""
+        return " ".join(filter(None, [told, own_text(model, SAVE_TOKENIZER)])) if make is _made else ""
 
-    return keep.load_or_make(
-        model,
-        _file_name(model, layers, score),
-        partial(ByLayer.load, model=model, score=repr(score), sizes=sizes),
-        partial(make, model, layers, score, find, tokens, readings),
-        notice,
-    )
+    def is_current(found: ByLayer) -> bool:
+        # what was found in text of the model's own goes as soon as there is a tokenizer
+        return found.manifest.get("texts") != OWN_TEXT or tokenizer_of(model) is None
+
+    def read(path: Path) -> ByLayer:
+        found = ByLayer.load(path, model=model, score=repr(score), sizes=sizes)
+        if not is_current(found):
+            raise CalibrationError(f"{str(path)!r} was found in text that the model wrote, and its tokenizer is known.")
+        return found
+
+    make_now = partial(make, model, layers, score, find, tokens, readings)
+    return keep.load_or_make(model, _file_name(model, layers, score), read, make_now, notice, is_current)
 
 
 def check_finite(x: Tensor, layer: int) -> None:

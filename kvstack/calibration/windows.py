@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "OWN_TEXT",
     "PROMPT",
     "SAMPLED_TOKENS",
+    "SAVE_TOKENIZER",
     "draw",
     "longest_text",
     "own_text",
@@ -37,6 +39,16 @@ log = logging.getLogger("kvstack")
 
 PROMPT, SCORED = 1024, 128
 SAMPLED_TOKENS, SAMPLED_WINDOW = 2048, 160
+OWN_TEXT = "the model itself"
+"""The source of texts that a model writes."""
+PASS_CALIBRATION = (
+    "Pass calibration=kvstack.calibrate(model, tokenizer=tokenizer) to the stage, with texts of your own if you like."
+)
+SAVE_TOKENIZER = (
+    "Save the tokenizer, say where, and make the stack again: tokenizer.save_pretrained(folder); "
+    "model.name_or_path = folder."
+)
+"""For what takes no calibration as a setting."""
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -95,19 +107,19 @@ def windows_of(
         log.warning(told)
     enough = least * (PROMPT + SCORED) // PROMPT + SAMPLED_WINDOW  # a part of each window is scored, not read
     with at_rest(model):
-        return written_by(model, min(tokens, max(SAMPLED_TOKENS, enough))), "the model itself"
+        return written_by(model, min(tokens, max(SAMPLED_TOKENS, enough))), OWN_TEXT
 
 
-def own_text(model: PreTrainedModel) -> str:
-    """Return the notice that calibration reads text of the model's own; empty if it does not, or the user was told."""
+def own_text(model: PreTrainedModel, fix: str = PASS_CALIBRATION) -> str:
+    """Return the notice that calibration reads text of the model's own, with its `fix`; empty if it does not, or the
+    user was told."""
     if model in _told or tokenizer_of(model) is not None or model.get_output_embeddings() is None:
         return ""
     _told.add(model)
     where = getattr(model, "name_or_path", "")
     return (
         f"The tokenizer of this {type(model).__name__} {f'is not in {where!r}' if where else 'is not known'}, so it is "
-        "calibrated on text that it writes itself: the axes are worse than those of real text. Pass "
-        "calibration=kvstack.calibrate(model, tokenizer=tokenizer) to the stage, with texts of your own if you like."
+        f"calibrated on text that it writes itself: the result is worse than with real text. {fix}"
     )
 
 

@@ -26,9 +26,21 @@ class Waiting(Protocol):
 
     def bind_met(self, model: PreTrainedModel, /) -> Any: ...
 
+    def check_given(self, given: Mapping[str, Any], /) -> None: ...
+
     def begin_forward(self, given: Mapping[str, Any], /) -> Mapping[str, Any]: ...
 
     def end_binding(self) -> None: ...
+
+
+def _check_left_out(waiting: Waiting, model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Refuse a model that was called without the stack that generate, which has marked it as its user's, was given."""
+    longest = leaves_out(model, given) if getattr(waiting, "_is_user_defined", False) else None
+    if longest is not None:
+        raise UseError(
+            f"{type(model).__name__} leaves out the cache that generate was given, {waiting!r}, where a text begins "
+            f"with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
+        )
 
 
 def arm(stack: Waiting) -> Callable[[], None]:
@@ -53,8 +65,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
         roots.clear()
 
     def disarm() -> None:
-        with changes:
-            take_off()
+        changes.soon(take_off)  # at once, or by the thread that makes a change now
 
     def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         root = roots.get(module)
@@ -64,6 +75,10 @@ def arm(stack: Waiting) -> Callable[[], None]:
         for value in (*args, *kwargs.values()):
             if value is waiting:
                 given = dict(zip(parameters(module), args, strict=False)) | kwargs
+                config = model.config.get_text_config(decoder=True)
+                if not isinstance(module, PreTrainedModel) and getattr(config, "use_cache", None) is False:
+                    given.pop("use_cache", None)  # a layer is told the model's default, which nobody has asked for
+                waiting.check_given(given)
                 waiting.bind_met(model)
                 handles.after_with_keywords(module, ended)
                 changed = waiting.begin_forward(given)
@@ -77,14 +92,8 @@ def arm(stack: Waiting) -> Callable[[], None]:
                     f"{waiting!r} sits in an EncoderDecoderCache: kvstack compresses decoder-only models. "
                     "Use transformers' own cache for encoder-decoder models."
                 )
-        # generate has marked the stack as its user's, and this model was called without it
-        if isinstance(module, PreTrainedModel) and getattr(waiting, "_is_user_defined", False):
-            longest = leaves_out(model, dict(zip(parameters(module), args, strict=False)) | kwargs)
-            if longest is not None:
-                raise UseError(
-                    f"{type(model).__name__} leaves out the cache that generate was given, {waiting!r}, where a text "
-                    f"begins with more than {longest} tokens. Bind it before: KVStack([...], model=model)."
-                )
+        if isinstance(module, PreTrainedModel):
+            _check_left_out(waiting, model, dict(zip(parameters(module), args, strict=False)) | kwargs)
         return None
 
     def ended(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
@@ -96,6 +105,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
 
     def meet(module: nn.Module, args: Any) -> None:
         changes.catch_up()
+        module = getattr(module, "_orig_mod", module)  # of torch.compile: it calls the model without this hook
         if not isinstance(module, PreTrainedModel) or module in roots:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it

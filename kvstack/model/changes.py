@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .as_python import as_python
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -113,6 +115,7 @@ class Handles:
         self._hang(module._forward_hooks, hook, module._forward_hooks_with_kwargs)
 
     def _hang(self, hooks: Any, hook: Callable[..., Any], flags: Any = None) -> None:
+        hook = as_python(hook)
         # as torch registers a hook, in an order that holds whenever another thread or an interrupt comes between
         handle = RemovableHandle(hooks, extra_dict=flags)
         self._handles.append(handle)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from .as_python import as_python
 from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, layer_of, parameters
 from .changes import Handles, changes
 from .continuing import CheckedPrefill
@@ -141,6 +142,7 @@ class _StandIn:
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
 
+    @as_python
     def __call__(
         self,
         module: nn.Module,
@@ -304,8 +306,8 @@ class _Guard:
         self.before = vars(module).get("forward")  # others wrap forwards too
         inside = type(module).forward if self.before is None else None
 
-        @functools.wraps(module.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        @as_python
+        def guarded(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given: Mapping[str, Any] = dict(zip(names, args, strict=False)) | kwargs if role else {}
             watched = _watched(given)
             if tells:
@@ -322,6 +324,11 @@ class _Guard:
             if tells:
                 _tell_end(given)
             return output
+
+        # without the attributes of what it wraps: those of a compiled forward would lead past this one
+        @functools.wraps(module.forward, updated=())
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return guarded(self, args, kwargs)
 
         before: Any = self.before
         names, tells = list(parameters(module)), role == self.TELLS

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstack import Calibration, CommonKV, Evict, KVStack, Quant, Tiers, calibrate
+from kvstack.model.layers import find_layers
 
 from .modes import tokens
 
@@ -36,8 +37,11 @@ class Entry:
 
 
 @functools.lru_cache(maxsize=4)
-def _calibration(model: Any, **settings: Any) -> Calibration:
-    """A calibration on one window of random tokens, which is all that the plumbing needs."""
+def _calibration(model: Any, **settings: Any) -> Calibration | None:
+    """A calibration on one window of random tokens, which is all that the plumbing needs; None where a stack has
+    nothing to compress, so that nobody is asked for one."""
+    if not find_layers(model).full:
+        return None
 
     def tokenizer(text: str, **options: Any) -> dict[str, Any]:
         return {"input_ids": tokens(1, 2048)}

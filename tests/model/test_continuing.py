@@ -169,3 +169,57 @@ def test_other_caches_are_left_alone(model):
     generate(model, DOCUMENT, cache)
     generate(model, tiny.tokens(1, 200, seed=2), cache)  # transformers does not look
     assert stack.seen == 0
+
+
+NO_CACHE = "together with use_cache=False.*Pass use_cache=True.*leave out past_key_values"
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_generation_without_a_cache_is_refused(name, bound):
+    """It would feed the whole text at every step, as new tokens."""
+    model = copy.deepcopy(tiny.model(name))
+    stack = KVStack([Quant(4, group=8)], model=model if bound else None)
+    refused(model, DOCUMENT, stack, NO_CACHE, use_cache=False)
+    model.generation_config.use_cache = False
+    refused(model, DOCUMENT, stack, NO_CACHE)
+    assert bound or stack.binding is None
+    answer = generate(model, DOCUMENT, stack, use_cache=True)
+    text = torch.cat([answer, QUESTION], dim=1)
+    refused(model, text, stack, NO_CACHE)
+    refused(model, text[:, stack.seen :], stack, NO_CACHE, attention_mask=torch.ones_like(text))
+    generate(model, text, stack, use_cache=True)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("inner", [False, True], ids=["causal model", "its decoder"])
+def test_a_forward_that_is_told_not_to_cache_is_refused(model, bound, inner):
+    stack, caller = small(model if bound else None), model.model if inner else model
+    with pytest.raises(UseError, match=NO_CACHE):
+        caller(DOCUMENT, past_key_values=stack, use_cache=False)
+    assert not stack.seen
+    # the default of a model is no wish: transformers fills the cache that it is given all the same
+    model.config.use_cache = False
+    caller(DOCUMENT, past_key_values=stack)
+    assert stack.seen == DOCUMENT.shape[1]
+    with pytest.raises(UseError, match=NO_CACHE):
+        caller(QUESTION, past_key_values=stack, use_cache=False)
+    assert stack.seen == DOCUMENT.shape[1]
+
+
+def test_a_prefill_that_was_stopped_is_the_first_thing_to_know(model):
+    """Advice to pass all ids would not help: half of the layers hold them."""
+    stack = small(model)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, DOCUMENT, stack)
+    handle.remove()
+    for text in (DOCUMENT, QUESTION, torch.cat([DOCUMENT, QUESTION], dim=1)):
+        with pytest.raises(UseError, match=r"^the last forward of this cache did not end.*Call reset\(\)"):
+            generate(model, text, stack)
+    stack.reset()
+    assert torch.equal(generate(model, DOCUMENT, stack), generate(model, DOCUMENT, small()))
