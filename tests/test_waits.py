@@ -18,7 +18,7 @@ from kvstack import Evict, KVStack, Quant, attend
 from tests import tiny
 from tests.stages import Pairs
 
-LAYERS = 4
+LAYERS, GROUPS = 4, 2
 OURS = str(Path(kvstack.__file__).parent)
 ASKING = {torch.ops.aten._local_scalar_dense: 1, torch.ops.aten.equal: True}
 
@@ -91,11 +91,13 @@ def test_a_step_waits_for_nothing(stages, waits):
 
 @pytest.mark.parametrize("stages", STACKS.values(), ids=STACKS)
 def test_compressing_waits_once_for_each_tensor(stages, waits):
-    """Numbers are looked at before they are stored: keys and values of every layer, and scores; and positions once."""
+    """Numbers are looked at before they are stored: keys and values of every layer, and scores; and positions once.
+    Before tokens are evicted, or merged and not encoded, those of all layers of a group are looked at together."""
     (prompt,) = waits(stages, 300)
     scores = LAYERS * any(isinstance(stage, Evict) for stage in stages)
     tensors = 2 * LAYERS * any(isinstance(stage, Quant) for stage in stages)
-    assert prompt.pop("store.py", 0) <= scores
+    groups = GROUPS * any(isinstance(stage, Evict | Pairs) for stage in stages)
+    assert prompt.pop("store.py", 0) <= scores + groups
     assert prompt.pop("kivi.py", 0) <= tensors
     assert prompt.pop("given.py", 0) <= 1
     assert not prompt

@@ -442,8 +442,10 @@ class Store:
         """Refuse raw tokens with NaN or infinity: not every score looks at keys, and none at all that is held."""
         named = [(slot, name) for slot in range(len(self.raw)) for name in ("keys", "values")]
         found = [_bounds(getattr(self.raw[slot].kv, name)) for slot, name in named]
-        fits = torch.stack([x.to(found[0].device) for x in found]).isfinite().all(1).tolist()  # waits once
-        for (slot, name), good in zip(named, fits, strict=True):
+        fits = torch.stack([x.to(found[0].device) for x in found]).isfinite().all(1)
+        if bool(fits.all()):  # a GPU is waited for once
+            return
+        for (slot, name), good in zip(named, fits.tolist(), strict=True):
             if not good:
                 raise UseError(
                     f"{stage!r} on layer {self.layers[slot]}: {name} hold NaN or infinity. "

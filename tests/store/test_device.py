@@ -251,7 +251,7 @@ def test_a_spec_names_it_as_a_word():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_a_model_on_a_gpu_reads_codes_on_the_processor(spec):
-    model, found = tiny.model("llama").to("cuda"), []
+    model, found = copy.deepcopy(tiny.model("llama")).to("cuda"), []
     for device in (None, "cpu"):
         stack = KVStack(KVStack.from_spec(spec).stages, model=model, window=8, block=8, device=device)
         ids = tiny.tokens(2, 190).to("cuda")
