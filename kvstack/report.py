@@ -75,7 +75,7 @@ class Report:
         if self.model_nbytes:
             caption += f"; in addition {self.model_nbytes / 2**20:,.1f} MiB that all caches of the model share"
             if self.break_even is not None:
-                caption += f": less than a dense cache with these, too, from {self.break_even:,} tokens on"
+                caption += f": together less than a dense cache from {self.break_even:,} tokens on"
         if self.reads_with:
             caption += f"; read with {' and '.join(self.reads_with)}"
         table = Table(title=self.stack, caption=caption, title_justify="left")

@@ -25,7 +25,7 @@ def test_from_break_even_on_a_stack_saves_what_was_fitted_too(seen, nbytes, save
 
 def test_break_even_is_said_where_there_is_one():
     assert report().break_even == 1000
-    assert "less than a dense cache with these, too, from 1,000 tokens on" in " ".join(str(report()).split())
+    assert "together less than a dense cache from 1,000 tokens on" in " ".join(str(report()).split())
     assert report(nbytes=100).break_even is None
     assert "less than" not in str(report(nbytes=100))
     assert report(model_nbytes=0).break_even == 0

@@ -210,10 +210,11 @@ def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: 
 
 
 def _introduce(out: Console, model: str, length: int) -> None:
+    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
     out.print(
         Text.assemble(
             (model, "bold"),
-            f" in float32 on {hardware()}, {torch.get_num_threads()} threads.\n",
+            f" in float32 on {hardware()}, {threads}.\n",
             f"The prompt: {length:,} tokens of Python's documentation, and somewhere in the middle:\n",
             (f"  {FACT}\n", "cyan"),
             "The question at its end:\n",
