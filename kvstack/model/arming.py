@@ -53,8 +53,8 @@ def arm(stack: Waiting) -> Callable[[], None]:
     """
     from transformers import PreTrainedModel
 
-    reference = weakref.ref(stack)
-    handles = Handles()
+    handles, behind = Handles(), Handles()  # another thread may take off the first ones later, at any time
+    reference = weakref.ref(stack, lambda _: changes.soon(behind.remove))
     # module -> the outermost model seen so far that it is part of
     roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = weakref.WeakKeyDictionary()
     disarmed = threading.Event()
@@ -80,7 +80,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
                     given.pop("use_cache", None)  # a layer is told the model's default, which nobody has asked for
                 waiting.check_given(given)
                 waiting.bind_met(model)
-                handles.after_with_keywords(module, ended)
+                behind.after_with_keywords(module, ended)
                 changed = waiting.begin_forward(given)
                 names = list(parameters(module))
                 # what is changed was used before a layer is called
@@ -98,10 +98,10 @@ def arm(stack: Waiting) -> Callable[[], None]:
 
     def ended(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         waiting, given = reference(), rest[0] if len(rest) > 1 else {}
-        if waiting is not None and any(value is waiting for value in (*args, *given.values())):
-            waiting.end_binding()
-            with changes:
-                handles.remove()
+        if waiting is None or any(value is waiting for value in (*args, *given.values())):
+            if waiting is not None:
+                waiting.end_binding()
+            changes.soon(behind.remove)
 
     def meet(module: nn.Module, args: Any) -> None:
         changes.catch_up()
@@ -110,15 +110,17 @@ def arm(stack: Waiting) -> Callable[[], None]:
             return
         # a model that was not met yet is outside of all that were: what it holds is part of it
         inside = [inner for inner in module.modules() if _may_take_cache(inner)]
-        with changes:
+
+        def watch() -> None:
             for inner in () if disarmed.is_set() else inside:
                 if inner not in roots:
                     handles.before_with_keywords(inner, probe)
                 roots[inner] = weakref.ref(module)
 
+        changes.make(watch)
+
     weakref.finalize(stack, changes.soon, take_off)
-    with changes:
-        handles.before_all(meet)
+    changes.make(lambda: handles.before_all(meet))
     return disarm
 
 

@@ -6,7 +6,9 @@ would trace it again at every step. So it stops where such code begins, and goes
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -22,5 +24,16 @@ _GIVEN: dict[str, Any] = {"reason": REASON} if "reason" in inspect.signature(tor
 
 
 def as_python(function: Function) -> Function:
-    """`function`, which no compiler traces, nor anything that it calls."""
-    return cast(Function, torch.compiler.disable(function, **_GIVEN))
+    """`function`, which no compiler traces, nor anything that it calls. The compiler is not imported for this: where it
+    is not, nothing is traced."""
+    untraced: list[Any] = []
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not untraced:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            untraced.append(torch.compiler.disable(function, **_GIVEN))
+        return untraced[0](*args, **kwargs)
+
+    return cast(Function, run)

@@ -20,31 +20,30 @@ from torch.utils.hooks import RemovableHandle
 from .as_python import as_python
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    pass
 
 __all__ = ["Handles", "changes"]
 
 
 class Changes:
-    """Makes changes one at a time: `with changes:` for a thread that can wait, `soon` for a finalizer, which cannot:
+    """Makes changes one at a time: `make` for a thread that can wait, `soon` for a finalizer, which cannot:
     the thread that it interrupts may be in the middle of a change, or hold a lock that another change waits for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: deque[Callable[[], None]] = deque()
 
-    def __enter__(self) -> None:
+    def make(self, change: Callable[[], None]) -> None:
+        """Make a change. No `with` statement: an interrupt may come at its end, before the lock is released."""
         held = False  # an interrupt may come between any two lines
         try:
             held = self._lock.acquire()
             self._make_pending()
-        except BaseException:
+            change()
+            held = bool(self._lock.release())  # type: ignore[func-returns-value]  # released and False in one line
+        finally:
             if held:
                 self._lock.release()
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lock.release()
         self.catch_up()
 
     def soon(self, change: Callable[[], None]) -> None:

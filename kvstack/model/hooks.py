@@ -334,7 +334,7 @@ class _Guard:
         names, tells = list(parameters(module)), role == self.TELLS
         # of a method, the first parameter is taken for the module
         own = inspect.signature(module.forward)
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        itself = inspect.Parameter("_module", inspect.Parameter.POSITIONAL_ONLY)  # some have a `self` already
         vars(forward)["__signature__"] = own.replace(parameters=[itself, *own.parameters.values()])
         vars(forward)["guard"] = self
         # a method, so that a copy of the module gets one of its own
@@ -424,14 +424,16 @@ def install(
     positions they are given. `ends`: the cache also hears of the end of the forward that runs now."""
     user, whole = object(), model
     model = decoder_of(model)  # the same one for stacks that were bound with and without the head
-    with changes:
+    finalizers: list[Any] = []
+
+    def put_on() -> None:
         hooks = _hooked.get(model) or ModelHooks(model)
         release = functools.partial(_release, hooks, user)
         try:
             if model not in _hooked:
                 hooks.put(model)
                 _hooked[model] = hooks
-            finalizer = weakref.finalize(owner, changes.soon, release)
+            finalizers.append(weakref.finalize(owner, changes.soon, release))
             hooks.users.add(user)
             hooks.keep(whole)
             hooks.rest(resting)
@@ -441,7 +443,9 @@ def install(
         except BaseException:
             release()
             raise
-        return finalizer
+
+    changes.make(put_on)
+    return finalizers[0]
 
 
 def _release(hooks: ModelHooks, user: object) -> None:

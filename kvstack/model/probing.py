@@ -45,15 +45,17 @@ def observe(model: PreTrainedModel, groups: LayerGroups, ids: Tensor) -> dict[in
 
     handles, mine = Handles(), threading.get_ident()
     with at_rest(model):
-        with changes:
+
+        def watch() -> None:
             for i in groups.full:
                 handles.before_with_keywords(groups.modules[i], listen(i))
+
+        changes.make(watch)
         cache = DynamicCache(config=model.config)
         try:
             model.base_model(ids.to(device_of(model)), past_key_values=cache, use_cache=True)
         finally:
-            with changes:
-                handles.remove()
+            changes.make(handles.remove)
     observed = {}
     for i in groups.full:
         layer: Any = cache.layers[i]

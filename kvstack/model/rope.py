@@ -154,11 +154,14 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
     mine = threading.get_ident()
     numbers = {id(module): layer for layer, module in modules.items()}
     handles = Handles()
-    with changes:
+
+    def watch() -> None:
         for module in rotary_modules(reader):
             handles.after_with_keywords(module, rotary)
         for module in modules.values():
             handles.before_with_keywords(module, attention)
+
+    changes.make(watch)
     cache = DynamicCache(config=reader.config)
     rows = TOKENS * len(PLACES)
     device = device_of(next(iter(modules.values())))
@@ -167,8 +170,7 @@ def _read(reader: PreTrainedModel, modules: Mapping[int, nn.Module], places: Ten
     try:
         reader(input_ids=ids.repeat(rows // TOKENS)[:, None], past_key_values=cache, use_cache=True, **position)
     finally:
-        with changes:
-            handles.remove()
+        changes.make(handles.remove)
     layers: Any = cache.layers
     for layer in modules:
         keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None

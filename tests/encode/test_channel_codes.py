@@ -204,7 +204,7 @@ def test_what_is_exact_is_not_packed_whatever_bits_its_channels_have():
 def test_keys_that_are_no_numbers_name_the_transform():
     model = tiny_model()
     model.model.embed_tokens.weight.data[5] = torch.nan
-    with pytest.raises(UseError, match=r"^FiveBits\(\) on layer 0: latents hold NaN or infinity"):
+    with pytest.raises(UseError, match=r"^FiveBits\(\) on layer 0: keys hold NaN or infinity"):
         model(torch.full((1, 90), 5), past_key_values=KVStack([FiveBits()], sinks=2, window=8))
 
 
