@@ -334,8 +334,9 @@ class _Guard:
         names, tells = list(parameters(module)), role == self.TELLS
         # of a method, the first parameter is taken for the module
         own = inspect.signature(module.forward)
-        itself = inspect.Parameter("_module", inspect.Parameter.POSITIONAL_ONLY)  # some have a `self` already
-        vars(forward)["__signature__"] = own.replace(parameters=[itself, *own.parameters.values()])
+        itself = inspect.Parameter("_module", inspect.Parameter.POSITIONAL_ONLY)
+        rest = [own.parameters[name] for name in own.parameters if name not in ("self", itself.name)]
+        vars(forward)["__signature__"] = own.replace(parameters=[itself, *rest])
         vars(forward)["guard"] = self
         # a method, so that a copy of the module gets one of its own
         self.forward = types.MethodType(forward, module)
