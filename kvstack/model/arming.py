@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from ..errors import BindError, UseError
+from .as_python import prepare
 from .attention import layer_of, parameters, takes_cache
 from .changes import Handles, changes
 from .hooks import replaced
@@ -53,6 +54,7 @@ def arm(stack: Waiting) -> Callable[[], None]:
     """
     from transformers import PreTrainedModel
 
+    prepare()
     handles, behind = Handles(), Handles()  # another thread may take off the first ones later, at any time
     reference = weakref.ref(stack, lambda _: changes.soon(behind.remove))
     # module -> the outermost model seen so far that it is part of

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["as_python"]
+__all__ = ["as_python", "prepare"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,16 +23,28 @@ _GIVEN: dict[str, Any] = {"reason": REASON} if "reason" in inspect.signature(tor
 
 
 def as_python(function: Function) -> Function:
-    """`function`, which no compiler traces, nor anything that it calls. The compiler is not imported for this: where it
-    is not, nothing is traced."""
+    """`function`, which no compiler traces, nor anything that it calls, from `prepare` on."""
     untraced: list[Any] = []
+    if _ready:
+        untraced.append(torch.compiler.disable(function, **_GIVEN))
+    else:
+        _waiting.append((function, untraced))
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not untraced:
-            if "torch._dynamo" not in sys.modules:
-                return function(*args, **kwargs)
-            untraced.append(torch.compiler.disable(function, **_GIVEN))
-        return untraced[0](*args, **kwargs)
+        return untraced[0](*args, **kwargs) if untraced else function(*args, **kwargs)
 
     return cast(Function, run)
+
+
+_waiting: list[tuple[Any, list[Any]]] = []
+_ready: list[bool] = []  # True once there was a stack
+
+
+def prepare() -> None:
+    """Keep compilers from all these functions. It imports torch's compiler, so it waits until there is a stack."""
+    if _ready:
+        return
+    for function, untraced in _waiting:  # two threads may do this at once: to the same end
+        untraced[:] = [torch.compiler.disable(function, **_GIVEN)]
+    _ready[:] = [True]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .as_python import as_python
+from .as_python import as_python, prepare
 from .attention import CACHE_ARGUMENTS, attention_modules, decoder_of, implementation, interface, layer_of, parameters
 from .changes import Handles, changes
 from .continuing import CheckedPrefill
@@ -423,6 +423,7 @@ def install(
     """Put the hooks on `model` (once for all its stacks). Calling what is returned takes them off again; the end
     of `owner` does so too. The layers `resting` need no keys and values of their own; the modules `rotary` tell the
     positions they are given. `ends`: the cache also hears of the end of the forward that runs now."""
+    prepare()
     user, whole = object(), model
     model = decoder_of(model)  # the same one for stacks that were bound with and without the head
     finalizers: list[Any] = []
