@@ -12,15 +12,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .as_python import as_python
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Handles", "changes"]
 

@@ -32,7 +32,7 @@ def bits(x):
     return x.contiguous().flatten().view(torch.uint8)
 
 
-def refused(model, ids, stack, words, **more):
+def assert_refused(model, ids, stack, words, **more):
     """The stack holds afterwards what it held before."""
     before, seen = [x.clone() for x in stack.tensors()], stack.seen
     with pytest.raises(UseError, match=words):
@@ -47,9 +47,9 @@ def test_another_text_is_refused(model, bound, more):
     stack = small(model if bound else None)
     answer = generate(model, DOCUMENT, stack, **more)
     for other in (tiny.tokens(1, 200, seed=2), torch.cat([answer[:, :-9], tiny.tokens(1, 40, seed=3)], dim=1)):
-        refused(model, other, stack, ANOTHER, **more)
-    refused(model, tiny.tokens(1, 50, seed=2), stack, "127 tokens.* given a text of 50, so no new token", **more)
-    refused(model, answer[:, :127], stack, "no new token is left", **more)
+        assert_refused(model, other, stack, ANOTHER, **more)
+    assert_refused(model, tiny.tokens(1, 50, seed=2), stack, "127 tokens.* given a text of 50, so no new token", **more)
+    assert_refused(model, answer[:, :127], stack, "no new token is left", **more)
     expected = generate(model, torch.cat([answer, QUESTION], dim=1), copy.deepcopy(stack))
     assert torch.equal(generate(model, torch.cat([answer, QUESTION], dim=1), stack, prefill_chunk_size=None), expected)
     stack.reset()
@@ -63,10 +63,10 @@ def test_a_single_token_that_differs_is_enough(model):
     for at in (0, 60, 126):
         other = text.clone()
         other[0, at] = 3 + (other[0, at] - 2) % 90
-        refused(model, other, stack, ANOTHER)
+        assert_refused(model, other, stack, ANOTHER)
     swapped = text.clone()
     swapped[0, [10, 11]] = text[0, [11, 10]]
-    refused(model, swapped, stack, ANOTHER)
+    assert_refused(model, swapped, stack, ANOTHER)
     generate(model, text, stack)
 
 
@@ -96,14 +96,14 @@ def test_batches_beams_and_several_answers(model):
     text, wider = torch.cat([out, tiny.tokens(2, 5)], dim=1), torch.nn.functional.pad(mask, (0, 13), value=1)
     other = text.clone()
     other[1, 40] = 3 + (other[1, 40] - 2) % 90
-    refused(model, other, stack, ANOTHER, attention_mask=wider)
-    refused(model, text.flip(0), stack, ANOTHER, attention_mask=wider.flip(0))
+    assert_refused(model, other, stack, ANOTHER, attention_mask=wider)
+    assert_refused(model, text.flip(0), stack, ANOTHER, attention_mask=wider.flip(0))
     beams = copy.deepcopy(stack)
     beams.batch_repeat_interleave(3)
     generate(model, text, beams, attention_mask=wider, num_beams=3)
     swapped = copy.deepcopy(stack)
     swapped.reorder_cache(torch.tensor([1, 0]))
-    refused(model, text, swapped, ANOTHER, attention_mask=wider)
+    assert_refused(model, text, swapped, ANOTHER, attention_mask=wider)
     generate(model, text.flip(0), swapped, attention_mask=wider.flip(0))
     generate(model, text, stack, attention_mask=wider)
 
@@ -115,10 +115,10 @@ def test_after_assisted_decoding_a_crop_and_a_file(model, tmp_path):
     text = torch.cat([answer, QUESTION], dim=1)
     other = torch.cat([DOCUMENT, tiny.tokens(1, 60, seed=5)], dim=1)
     assert stack.batch.ids.known
-    refused(model, other, stack, ANOTHER)
+    assert_refused(model, other, stack, ANOTHER)
     stack.save(tmp_path / "cache.safetensors")
     loaded = KVStack.load(tmp_path / "cache.safetensors", model=model)
-    refused(model, other, loaded, ANOTHER)
+    assert_refused(model, other, loaded, ANOTHER)
     assert torch.equal(generate(model, text, loaded), generate(model, text, stack.fork()))
     stack.crop(-5)  # sums of tokens that were accepted are not held, so no text can be refused
     assert not stack.batch.ids.known
@@ -141,7 +141,7 @@ def test_other_architectures(name):
     model = tiny.model(name)
     stack = KVStack([Quant(4, group=8)], model=model)
     answer = generate(model, DOCUMENT, stack)
-    refused(model, tiny.tokens(1, 200, seed=2), stack, ANOTHER)
+    assert_refused(model, tiny.tokens(1, 200, seed=2), stack, ANOTHER)
     generate(model, torch.cat([answer, QUESTION], dim=1), stack)
 
 
@@ -180,14 +180,14 @@ def test_a_generation_without_a_cache_is_refused(name, bound):
     """It would feed the whole text at every step, as new tokens."""
     model = copy.deepcopy(tiny.model(name))
     stack = KVStack([Quant(4, group=8)], model=model if bound else None)
-    refused(model, DOCUMENT, stack, NO_CACHE, use_cache=False)
+    assert_refused(model, DOCUMENT, stack, NO_CACHE, use_cache=False)
     model.generation_config.use_cache = False
-    refused(model, DOCUMENT, stack, NO_CACHE)
+    assert_refused(model, DOCUMENT, stack, NO_CACHE)
     assert bound or stack.binding is None
     answer = generate(model, DOCUMENT, stack, use_cache=True)
     text = torch.cat([answer, QUESTION], dim=1)
-    refused(model, text, stack, NO_CACHE)
-    refused(model, text[:, stack.seen :], stack, NO_CACHE, attention_mask=torch.ones_like(text))
+    assert_refused(model, text, stack, NO_CACHE)
+    assert_refused(model, text[:, stack.seen :], stack, NO_CACHE, attention_mask=torch.ones_like(text))
     generate(model, text, stack, use_cache=True)
 
 
